@@ -1,0 +1,386 @@
+"""Every setting once: its name, type, default and meaning.
+
+Sources, later ones win: the defaults below, ``config.py`` in the instance folder, the environment
+(``MLXPROXY_<NAME>``), the command line's flags. The README's table, ``serve --help`` and
+``instance/config.example.py`` are made from or checked against this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+ENV_PREFIX = "MLXPROXY_"
+CLIENT_VARIABLES = {"MLXPROXY_URL"}  # read by the commands that talk to a server, not by the server
+
+
+class SettingError(ValueError):
+    """A setting has a value it cannot have; the message is the sentence for the user."""
+
+
+def _setting(default: T, parse: Callable[[Any], T], meaning: str, **extra: Any) -> T:
+    """A field of Settings; `parse` takes text or a Python value, raises ValueError(allowed)."""
+    metadata = {"parse": parse, "meaning": meaning, **extra}
+    return field(default=default, metadata=metadata)
+
+
+# -- parsers: each returns the value, or raises ValueError with a phrase that says what is allowed
+
+
+def _port(value: Any) -> int:
+    return _whole(1, 65535, "a port number from 1 to 65535")(value)
+
+
+def _whole(low: int, high: int, allowed: str) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        try:
+            number = int(str(value).strip())
+        except ValueError:
+            raise ValueError(allowed) from None
+        if isinstance(value, bool) or not low <= number <= high:
+            raise ValueError(allowed)
+        return number
+
+    return parse
+
+
+def _duration(low: float = 0.0) -> Callable[[Any], float]:
+    allowed = f"seconds ({low:g} or more), or a duration such as 90s, 30m, 2h"
+
+    def parse(value: Any) -> float:
+        try:
+            return seconds(value, low)
+        except ValueError:
+            raise ValueError(allowed) from None
+
+    return parse
+
+
+def seconds(value: Any, low: float = 0.0) -> float:
+    """Seconds from a number or from a text such as ``90``, ``90s``, ``30m``, ``2h``, ``1d``.
+
+    Raises:
+        ValueError: not a finite duration of at least `low` seconds.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value).lower())
+    if isinstance(value, bool) or not match:
+        raise ValueError("not a duration")
+    result = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    if not low <= result <= 10 * 365 * 86400:
+        raise ValueError("out of range")
+    return result
+
+
+def _size(value: Any) -> int:
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", str(value).upper())
+    if isinstance(value, bool) or not match or not int(match[1]):
+        raise ValueError("a size in bytes, or with a unit such as 512K, 32M, 1G")
+    return int(match[1]) * units[match[2]]
+
+
+def _boolean(value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words |= {"false": False, "no": False, "off": False, "0": False}
+    try:
+        return words[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def _choice(*names: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        for name in names:
+            if str(value).strip().lower() == name.lower():
+                return name
+        raise ValueError(" or ".join(names))
+
+    return parse
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a text that is not empty")
+    return value.strip()
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None or str(value).strip() in ("", "none", "None") else _text(value)
+
+
+def _host(value: Any) -> str:
+    text = _text(value)
+    try:
+        if not re.fullmatch(r"[\w.:%-]+", text):
+            raise OSError
+        socket.getaddrinfo(text, None, type=socket.SOCK_STREAM)
+    except OSError:
+        raise ValueError("an address of this machine, such as 127.0.0.1 or 0.0.0.0") from None
+    return text
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError("a path")
+    try:
+        path = Path(os.fspath(value)).expanduser()
+    except RuntimeError:
+        raise ValueError("a path (the home folder in it is not known)") from None
+    return Path(os.path.abspath(path))
+
+
+def _optional_path(value: Any) -> Path | None:
+    return None if value is None else _path(value)
+
+
+def _items(value: Any, separator: str, allowed: str) -> Iterator[Any]:
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield from (part.strip() for part in value.split(separator) if part.strip())
+    elif isinstance(value, (list, tuple, set)):
+        yield from value
+    else:
+        raise ValueError(allowed)
+
+
+def _paths(value: Any) -> tuple[Path, ...]:
+    allowed = "a folder, or several (a list, or with ':' between them)"
+    if isinstance(value, os.PathLike):
+        value = [value]
+    return tuple(_path(item) for item in _items(value, ":", allowed))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    allowed = "one text or several (a list, or with ',' between them)"
+    items = tuple(_items(value, ",", allowed))
+    if not all(isinstance(item, str) and item and item.isprintable() for item in items):
+        raise ValueError(allowed)
+    return items
+
+
+def _default_instance() -> Path:
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "setup.cfg").is_file() and (checkout / "instance").is_dir():
+        return checkout / "instance"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "mlxproxy"
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "mlxproxy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one running proxy; ``NAME`` in the documentation is ``name`` here."""
+
+    models_root: tuple[Path, ...] = _setting(
+        (),
+        _paths,
+        "Folder of the models, or several with ':' between them (in config.py a list)",
+        shown="LM Studio's own models folder",
+    )
+    mlx_server_bin: Path | None = _setting(
+        None,
+        _optional_path,
+        "The mlx_lm.server program",
+        shown="the mlx_lm.server beside the running Python, else on PATH",
+    )
+    mlx_backend_port: int = _setting(18080, _port, "Port of the backend, on 127.0.0.1")
+    proxy_host: str = _setting(
+        "0.0.0.0", _host, "Address to listen on; 127.0.0.1 for this machine only"
+    )
+    proxy_port: int = _setting(8080, _port, "Port to listen on")
+    instance_path: Path = _setting(
+        Path(),
+        _path,
+        "Folder of the lock, the backend's record, logs and config.py",
+        shown="instance/ of the checkout, else the user's state folder",
+    )
+    enable_thinking: bool = _setting(False, _boolean, "Thinking, for loads that do not say")
+    model_selection: str = _setting(
+        "loaded",
+        _choice("loaded", "requested"),
+        "loaded: the loaded model answers whatever a request names; "
+        "requested: a request that names another known model swaps to it",
+    )
+    preload: str | None = _setting(
+        None, _optional_text, "A model to load at start, or last", shown="none"
+    )
+    idle_ttl: float = _setting(
+        0.0, _duration(), "Seconds without a request until the model is unloaded; 0: never"
+    )
+    load_timeout: float = _setting(600.0, _duration(1), "Seconds until a load has failed")
+    drain_timeout: float = _setting(
+        120.0, _duration(), "Seconds that a swap or unload waits for answers in flight"
+    )
+    stop_timeout: float = _setting(
+        10.0, _duration(), "Seconds between SIGTERM and SIGKILL for the backend"
+    )
+    stall_timeout: float = _setting(
+        300.0, _duration(1), "Seconds without a byte until the backend is taken for dead"
+    )
+    shutdown_timeout: float = _setting(
+        30.0, _duration(), "Seconds that a stop of the proxy lets answers finish"
+    )
+    max_concurrent: int = _setting(
+        32, _whole(1, 1024, "a whole number from 1 to 1024"), "Answers in flight"
+    )
+    max_queue: int = _setting(
+        64,
+        _whole(0, 1024, "a whole number from 0 to 1024"),
+        "Requests waiting for a model or a place; past it 429",
+    )
+    max_body: int = _setting(32 << 20, _size, "Largest request body", shown="32M")
+    api_key: tuple[str, ...] = _setting(
+        (), _texts, "One key or several; every path but /health needs one", shown="none"
+    )
+    api_key_file: Path | None = _setting(
+        None,
+        _optional_path,
+        "File with one key a line, readable by its owner only",
+        shown="none",
+    )
+    allowed_origins: tuple[str, ...] = _setting(
+        (),
+        _texts,
+        "Browser origins that may call, * for any",
+        shown="pages of this machine",
+    )
+    trusted_hosts: tuple[str, ...] = _setting(
+        (),
+        _texts,
+        "Further names that a Host header may carry, * for any",
+        shown="addresses, localhost, *.local, this machine's names",
+    )
+    template_kwargs: tuple[str, ...] = _setting(
+        ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "preserve_thinking"),
+        _texts,
+        "Names a request may set in chat_template_kwargs",
+    )
+    log_level: str = _setting(
+        "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much the proxy logs"
+    )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All accepted API keys, those of the file included.
+
+        Raises:
+            SettingError: the file cannot be read, is empty, or others may read it.
+        """
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            mode = self.api_key_file.stat().st_mode
+            lines = self.api_key_file.read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"API_KEY_FILE = {self.api_key_file}: {error}") from None
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SettingError(
+                f"API_KEY_FILE = {self.api_key_file}: others may read it; run "
+                f"`chmod 600 {self.api_key_file}`."
+            )
+        if not lines:
+            raise SettingError(f"API_KEY_FILE = {self.api_key_file}: no key in it.")
+        return (*self.api_key, *lines)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(NAME, default as shown, meaning) of every setting, in order: what the documentation says."""
+    rows = []
+    for item in fields(Settings):
+        shown = item.metadata.get("shown")
+        if shown is None:
+            shown = _shown(item.default)
+        rows.append((item.name.upper(), shown, item.metadata["meaning"]))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def load(
+    flags: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings from all sources.
+
+    Args:
+        flags: NAME to text, as the command line gave them.
+        environ: the environment; the process's own by default.
+
+    Raises:
+        SettingError: a value that is not allowed, or a name that does not exist.
+    """
+    environ = os.environ if environ is None else environ
+    flags = flags or {}
+    environment = {
+        name.removeprefix(ENV_PREFIX): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and name not in CLIENT_VARIABLES
+    }
+    early = {**environment, **flags}
+    instance = (
+        _parse("INSTANCE_PATH", early["INSTANCE_PATH"], "the environment or a flag")
+        if "INSTANCE_PATH" in early
+        else _default_instance()
+    )
+    values: dict[str, Any] = {"instance_path": instance}
+    config = instance / "config.py"
+    sources: Sequence[tuple[str, Mapping[str, Any]]] = (
+        (str(config), _read_config(config)),
+        ("the environment", environment),
+        ("the command line", flags),
+    )
+    for source, given in sources:
+        for name, value in given.items():
+            values[name.lower()] = _parse(name, value, source)
+    return Settings(**values)
+
+
+def _parse(name: str, value: Any, source: str) -> Any:
+    known = {item.name.upper(): item for item in fields(Settings)}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise SettingError(f"{name} (from {source}) is not a setting of mlxproxy.{hint}")
+    try:
+        return known[name].metadata["parse"](value)
+    except ValueError as allowed:
+        shown = "…" if "API_KEY" in name else repr(value)
+        raise SettingError(f"{name} = {shown} (from {source}): must be {allowed}.") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The upper-case names that ``config.py`` assigns; `Path` is there, as in the original tool."""
+    try:
+        source = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} cannot be read: {error}.") from None
+    namespace: dict[str, Any] = {"__file__": str(path), "Path": Path}
+    try:
+        exec(compile(source, str(path), "exec"), namespace)
+    except Exception as error:
+        raise SettingError(f"{path} does not run: {type(error).__name__}: {error}.") from None
+    found = {name: value for name, value in namespace.items() if name.isupper()}
+    if "INSTANCE_PATH" in found:
+        raise SettingError(
+            f"INSTANCE_PATH cannot be set in {path}, which is found through it: set "
+            f"{ENV_PREFIX}INSTANCE_PATH in the environment."
+        )
+    return found
