@@ -1,0 +1,203 @@
+"""What a model can do, decided as ``mlx_lm.tokenizer_utils`` decides it when it loads the model.
+
+The tables below follow that module; a test compares them with the one that is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlxproxy.reading import MB, Unreadable, open_regular, read_object, read_text
+from mlxproxy.template import SWITCH, thinking_switch
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+# Any one of these makes a tokenizer; without one the first chat ends the backend's thread.
+_VOCABULARY = re.compile(
+    r"tokenizer\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|spiece\.model|"
+    r"sentencepiece.*\.model|.*\.tiktoken|tiktoken\.model|qwen\.tiktoken"
+)
+
+# What a template has to contain, all of it, for the backend to read tool calls from an answer.
+_TOOL_CALLS = (
+    ("<minimax:tool_call>",),
+    ("<|tool_call>", "<tool_call|>"),
+    ("<start_function_call>",),
+    ("<longcat_tool_call>",),
+    ("<arg_key>",),
+    ("<|tool_list_start|>",),
+    ("<|tool_call_start|>",),
+    ("<tool_call>\\n<function=",),
+    ("<tool_call>\n<function=",),
+    ("<|tool_calls_section_begin|>",),
+    ('<function name="', '<param name="'),
+    ("[TOOL_CALLS]",),
+    ("<atem:function_calls>",),
+    ("<tool_call>", "tool_call.name"),
+)
+_MESSAGE_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
+# Where no template says so: all of one line in the vocabulary.
+_TOOL_TOKENS = (_MESSAGE_TOKENS, ("<|tool_call_start|>", "<|tool_call_end|>"))
+_THINK_TOKENS = (
+    ("<think>", "</think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|think:start|>", "<|think:end|>"),
+    ("<|channel>", "<channel|>"),
+    _MESSAGE_TOKENS,
+)
+_TOKENS = frozenset(token for group in (*_TOOL_TOKENS, *_THINK_TOKENS) for token in group)
+_QUOTED = re.compile(b"|".join(re.escape(json.dumps(it).encode()) for it in sorted(_TOKENS)))
+_OTHER_SWITCH = re.compile(r"\bthinking\b")  # of templates that the backend cannot switch
+_CHUNK = 1 << 20
+_LONGEST = max(map(len, _TOKENS)) + 2
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a client can ask of a model.
+
+    Attributes:
+        tools: the backend tells tool calls apart from text.
+        vision: the backend gives the model images.
+        thinking: the model thinks, or can.
+        thinking_default: whether its template has it think when nothing is said; None if that
+            cannot be told, or it never thinks.
+        thinking_switch: `enable_thinking` changes that.
+    """
+
+    tools: bool = False
+    vision: bool = False
+    thinking: bool = False
+    thinking_default: bool | None = None
+    thinking_switch: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of a model's listing."""
+        return vars(self).copy()
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a model's tokenizer files say, as far as it matters here."""
+
+    folder: str
+    files: Collection[str]
+    config: Mapping[str, Any]
+    template: str | None
+    templates: Mapping[Any, Any] | None  # where the model has several, by name
+
+    @classmethod
+    def read(cls, folder: str, files: Collection[str]) -> TokenizerFiles:
+        """Reads them.
+
+        Raises:
+            Unreadable: the backend would fail over one of them, or hang.
+        """
+        config: dict[str, Any] = {}
+        if TOKENIZER_CONFIG in files:
+            config = read_object(f"{folder}/{TOKENIZER_CONFIG}", 16 * MB)
+        if not any(map(_VOCABULARY.fullmatch, files)):
+            raise Unreadable("the tokenizer is missing")
+        if TOKENIZER in files:
+            _check_whole(f"{folder}/{TOKENIZER}")
+        template: Any = config.get("chat_template")
+        if TEMPLATE in files:
+            template = read_text(f"{folder}/{TEMPLATE}", 1 * MB)
+        templates = None
+        if isinstance(template, list):
+            templates = {it.get("name"): it.get("template") for it in map(_dict, template)}
+        elif isinstance(template, dict):
+            templates = template
+        if templates is not None:
+            template = templates.get("default")
+        return cls(
+            folder, files, config, template if isinstance(template, str) else None, templates
+        )
+
+    def vocabulary(self) -> set[str]:
+        """Those of the tokens above that the vocabulary has."""
+        found = set()
+        for token in _dict(self.config.get("added_tokens_decoder")).values():
+            found.add(_dict(token).get("content"))
+        for file in (TOKENIZER, "added_tokens.json"):
+            if file in self.files:
+                found |= _tokens_in(f"{self.folder}/{file}")
+        return {token for token in found if token in _TOKENS}
+
+
+def capabilities(
+    tokenizer: TokenizerFiles, defaults: Mapping[str, Any], *, vision: bool
+) -> Capabilities:
+    """What a model can do.
+
+    Args:
+        tokenizer: its tokenizer files.
+        defaults: what its architecture says of tokenizers that say nothing themselves.
+        vision: the backend gives it images.
+    """
+    template = tokenizer.template
+    parser = tokenizer.config.get("tool_parser_type") or defaults.get("tool_parser_type")
+    renderer = tokenizer.config.get("chat_template_type") or (
+        defaults.get("chat_template_type") if template is None else None
+    )
+    # mlx-lm looks into a template only where it is the only one.
+    searched = template if tokenizer.templates is None else None
+    tools = parser is not None or _any_in(_TOOL_CALLS, searched or "")
+    may_think = renderer is not None or "think" in (template or "") or "channel" in (template or "")
+    vocabulary = tokenizer.vocabulary() if may_think or not tools else set()
+    tools = tools or _any_in(_TOOL_TOKENS, vocabulary)
+    tokens = next((it for it in _THINK_TOKENS if vocabulary.issuperset(it)), None)
+    if tokens is None or not may_think:
+        return Capabilities(tools=tools, vision=vision)
+    if renderer is not None or template is None:  # a function of mlx-lm's renders it
+        return Capabilities(tools=tools, vision=vision, thinking=True, thinking_switch=True)
+    if SWITCH not in template:
+        # Many vocabularies have these tokens for relatives of the model that do think.
+        thinks = any(token in template for token in tokens)
+        told = thinks and not _OTHER_SWITCH.search(template)
+        return Capabilities(
+            tools=tools, vision=vision, thinking=thinks, thinking_default=True if told else None
+        )
+    switch, default = thinking_switch(template)
+    return Capabilities(
+        tools=tools, vision=vision, thinking=True, thinking_default=default, thinking_switch=switch
+    )
+
+
+def _any_in(groups: Collection[Collection[str]], place: Collection[str]) -> bool:
+    return any(all(marker in place for marker in group) for group in groups)
+
+
+def _dict(value: object) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _check_whole(path: str) -> None:
+    """Raises Unreadable where the file does not begin and end as a JSON object does.
+
+    The largest tokenizers take the parser most of a second, and a cut file shows at its end.
+    """
+    with open_regular(path) as (file, size):
+        start, end = os.pread(file, 64, 0), os.pread(file, 64, max(0, size - 64))
+        if not start.lstrip().startswith(b"{") or not end.rstrip().endswith(b"}"):
+            raise Unreadable("tokenizer.json is cut short or no JSON")
+
+
+def _tokens_in(path: str) -> set[str]:
+    """The tokens above that stand, quoted, in a JSON file of any size."""
+    found: set[bytes] = set()
+    try:
+        with open_regular(path) as (file, _):
+            rest = b""
+            while chunk := os.read(file, _CHUNK):
+                found.update(_QUOTED.findall(rest + chunk))
+                rest = chunk[-_LONGEST:]
+    except Unreadable:
+        return set()
+    return {json.loads(token) for token in found}

@@ -1,0 +1,290 @@
+"""What is on disk: every model of the models folders, always as they are now."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import threading
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlxproxy import __version__
+from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable
+from mlxproxy.files import read_json, write_json
+from mlxproxy.inspection import Inspector
+from mlxproxy.mlxlm import MlxLm
+from mlxproxy.model import Model
+from mlxproxy.scanning import Entry, Identity, Snapshot, scan
+from mlxproxy.shelf import Shelf
+
+__all__ = ["Catalog", "Model"]
+
+log = logging.getLogger("mlxproxy.catalog")
+
+PATIENCE = 1.0  # seconds that a caller waits for a disk
+_GLANCE = 0.1  # the same, where the answer is needed more than its truth
+_FORMAT = 1  # of the cache file
+_SUGGESTIONS = 3
+_LONGEST_NAME = 300  # characters of a name that are looked at and repeated
+
+
+class Catalog:
+    """The models of some folders. May be used by many threads at once.
+
+    Args:
+        roots: folders, in order of precedence; they need not exist yet.
+        cache_file: keeps what was read, so that the next start need not read it again.
+        mlx_lm: the package folder of the mlx-lm that the backend runs; None for the one that
+            this Python would import.
+        patience: seconds that a call waits for the disks before it answers with what was known.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        *,
+        cache_file: Path | None = None,
+        mlx_lm: Path | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        tables = MlxLm(mlx_lm)
+        inspect = Inspector(tables)
+        self._patience = patience
+        self._cache_file = cache_file
+        self._fingerprint = f"{__version__}:{_FORMAT}:{tables.fingerprint}"
+        self._saving = threading.Lock()
+        self._listing = _Listing()
+        self._shelves = [
+            Shelf(
+                root,
+                self._remembered,
+                lambda root, previous: scan(root, previous, inspect),
+                self._write_cache,
+            )
+            for root in dict.fromkeys(os.path.abspath(root) for root in roots)
+        ]
+
+    def models(self) -> list[Model]:
+        """All models, usable or not, sorted by id. Those of a silent disk are marked stale."""
+        return list(self._fresh().models)
+
+    def find(self, name: str, *, fresh: bool = True) -> Model:
+        """The model of that name: an id, a folder's absolute path, or the end of an id.
+
+        Capitals do not matter where one name only fits without them. A model that cannot be
+        loaded is found too; of several that a short name fits, the only loadable one is meant.
+
+        Args:
+            name: as a client sent it.
+            fresh: look at the disk first; otherwise only if the name is not known.
+
+        Raises:
+            ModelNotFound: there is none; up to three similar names stand in the message.
+            AmbiguousModel: a short name fits several.
+            ModelsRootUnavailable: no models folder is there, or has answered yet.
+        """
+        if not fresh and (known := self._listing.named(name)):
+            return _single(name, known)
+        listing = self._fresh()
+        found = listing.named(name)
+        if found:
+            return _single(name, found)
+        self._require_disk()
+        raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
+
+    @property
+    def roots(self) -> list[Path]:
+        """The models folders, in order of precedence."""
+        return [Path(shelf.root) for shelf in self._shelves]
+
+    def missing_roots(self) -> list[Path]:
+        """The models folders that are not there, or cannot be read; answers almost at once."""
+        self._look(min(_GLANCE, self._patience))
+        return [Path(shelf.root) for shelf in self._shelves if shelf.snapshot.missing]
+
+    def _look(self, patience: float) -> list[bool]:
+        """Has all roots scanned; returns for each whether its disk answered in time."""
+        numbers = [shelf.request() for shelf in self._shelves]
+        until = time.monotonic() + patience
+        return [
+            shelf.wait(number, self._patience, until)
+            for shelf, number in zip(self._shelves, numbers, strict=True)
+        ]
+
+    def _fresh(self) -> _Listing:
+        """The listing of now, or of the last answer of a disk that keeps silent."""
+        answered = self._look(self._patience)
+        shelves = [
+            (shelf.root, shelf.snapshot, not fresh)
+            for shelf, fresh in zip(self._shelves, answered, strict=True)
+        ]
+        listing = self._listing
+        if not listing.is_of(shelves):
+            listing = _Listing.of(shelves)
+            for problem in sorted(listing.problems - self._listing.problems):
+                log.warning("%s", problem)
+            self._listing = listing
+        return listing
+
+    def _require_disk(self) -> None:
+        silent = [shelf.root for shelf in self._shelves if not shelf.known]
+        if silent:
+            raise ModelsRootUnavailable(
+                f"The models folder '{silent[0]}' is still being read. Try again in a moment.",
+                retry_after=5,
+            )
+        missing = [shelf.root for shelf in self._shelves if shelf.snapshot.missing]
+        if len(missing) == len(self._shelves):
+            places = "' and '".join(missing)
+            raise ModelsRootUnavailable(
+                f"The models folder '{places}' is not there. Connect its disk, or set MODELS_ROOT."
+            )
+
+    def _not_found(self, name: str, similar: Sequence[str]) -> str:
+        message = f"There is no model {_quoted(name)}."
+        if similar:
+            choice = " or ".join([", ".join(similar[:-1]), similar[-1]] if similar[1:] else similar)
+            return f"{message} Did you mean {choice}?"
+        return f"{message} GET /v1/models lists those there are."
+
+    def _remembered(self, root: str) -> Snapshot:
+        """What an earlier run knew of a root."""
+        kept = read_json(self._cache_file) if self._cache_file else {}
+        if kept.get("fingerprint") != self._fingerprint:
+            return Snapshot()
+        try:
+            entries = kept["roots"].get(root, {})
+            return Snapshot(entries={it: Entry.from_json(entries[it]) for it in entries})
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return Snapshot()
+
+    def _write_cache(self) -> None:
+        if self._cache_file is None:
+            return
+        with self._saving:
+            roots: dict[str, Any] = {
+                shelf.root: {path: it.to_json() for path, it in shelf.snapshot.entries.items()}
+                for shelf in self._shelves
+            }
+            write_json(self._cache_file, {"fingerprint": self._fingerprint, "roots": roots})
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The models of all roots together, and the ways to name them."""
+
+    shelves: Sequence[tuple[str, Snapshot, bool]] = ()  # root, snapshot, stale
+    models: Sequence[Model] = ()
+    problems: frozenset[str] = frozenset()
+    names: Mapping[str, Model] = field(default_factory=dict)  # ids and paths as they are
+
+    @classmethod
+    def of(cls, shelves: Sequence[tuple[str, Snapshot, bool]]) -> _Listing:
+        models: dict[str, Model] = {}
+        problems = set()
+        for root, model in _without_doubles(shelves):
+            if first := models.get(model.id):
+                other = _told_apart(model.id, root, models)
+                problems.add(
+                    f"'{first.path}' and '{model.path}' have the same id; the second is '{other}'."
+                )
+                model = replace(model, id=other)
+            models[model.id] = model
+        return cls(
+            shelves,
+            [models[id_] for id_ in sorted(models)],
+            frozenset(problems),
+            {**{str(model.path): model for model in models.values()}, **models},
+        )
+
+    def is_of(self, shelves: Sequence[tuple[str, Snapshot, bool]]) -> bool:
+        """Whether it was made of these, and nothing in them changed since."""
+        return len(shelves) == len(self.shelves) and all(
+            root == old_root
+            and stale == old_stale
+            and snapshot.missing == old.missing
+            and (snapshot.entries is old.entries or snapshot.entries == old.entries)
+            for (root, snapshot, stale), (old_root, old, old_stale) in zip(
+                shelves, self.shelves, strict=True
+            )
+        )
+
+    def named(self, name: str) -> list[Model]:
+        """The models that a name fits best."""
+        name = name.rstrip("/") if len(name) > 1 else name
+        if exact := self.names.get(name):
+            return [exact]
+        if not name or name.startswith("/"):
+            wanted = _folded(name)
+            return [it for it in self.models if wanted and _folded(str(it.path)) == wanted]
+        wanted = _folded(name)
+        ids = [(model, _folded(model.id)) for model in self.models]
+        return [model for model, id_ in ids if id_ == wanted] or [
+            model for model, id_ in ids if id_.endswith("/" + wanted)
+        ]
+
+    def similar(self, name: str) -> list[str]:
+        """Up to three ids of loadable models that are written much like the name."""
+        wanted = _folded(name[:_LONGEST_NAME]).rpartition("/")[2]
+        ids: dict[str, str] = {}
+        for model in self.models:
+            if model.loadable:
+                ids.setdefault(_folded(model.id).rpartition("/")[2], model.id)
+        near = [short for short in ids if wanted and wanted in short]
+        near += difflib.get_close_matches(wanted, ids, n=_SUGGESTIONS, cutoff=0.5)
+        return [ids[short] for short in dict.fromkeys(near)][:_SUGGESTIONS]
+
+
+def _without_doubles(
+    shelves: Iterable[tuple[str, Snapshot, bool]],
+) -> Iterable[tuple[str, Model]]:
+    """Each root's models; a folder that stands in two roots counts for the first."""
+    seen: set[Identity] = set()
+    for root, snapshot, stale in shelves:
+        missing = Path(root) if snapshot.missing else None
+        for path in sorted(snapshot.entries):
+            identity = snapshot.identities.get(path)
+            if identity is not None and identity[1] and identity in seen:
+                continue
+            if identity is not None:
+                seen.add(identity)
+            model = snapshot.entries[path].model
+            if stale or missing:
+                model = replace(model, stale=True, missing_root=missing)
+            yield root, model
+
+
+def _told_apart(id_: str, root: str, taken: Mapping[str, Model]) -> str:
+    """Another id for the second model of one: with its root's name, else with a number."""
+    other, number = f"{id_}@{os.path.basename(root)}", 2
+    while other in taken:
+        other, number = f"{id_}@{number}", number + 1
+    return other
+
+
+def _single(name: str, found: Sequence[Model]) -> Model:
+    loadable = [model for model in found if model.loadable]
+    candidates = loadable or found
+    if len(candidates) == 1:
+        return candidates[0]
+    ids = [model.id for model in candidates]
+    shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+    raise AmbiguousModel(
+        f"{_quoted(name)} fits {len(ids)} models: {shown}. Name one of them in full.",
+        param="model",
+        candidates=ids,
+    )
+
+
+def _folded(name: str) -> str:
+    """For comparing names: macOS writes some letters as two, and nobody remembers capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…")

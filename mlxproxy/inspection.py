@@ -1,0 +1,319 @@
+"""One model folder: what its files say, and whether the backend can load it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlxproxy.capabilities import Capabilities, TokenizerFiles, capabilities
+from mlxproxy.kvcache import kv_cache, number
+from mlxproxy.mlxlm import Architecture, MlxLm
+from mlxproxy.model import Model
+from mlxproxy.reading import MB, Unreadable, read_object
+from mlxproxy.weights import INDEX, Packing, survey
+
+log = logging.getLogger("mlxproxy.catalog")
+
+CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"
+DIFFUSERS = "model_index.json"
+
+_EMBEDDING = re.compile(r"(^|[^a-z])embed(ding|dings|der)?([^a-z]|$)", re.IGNORECASE)
+_RERANKER = re.compile(r"rerank", re.IGNORECASE)
+_ENCODER = re.compile(r"ForMaskedLM|(?<!Head)Model\b")
+_POOLING = frozenset({"modules.json", "config_sentence_transformers.json"})
+_OTHER_TYPES = {
+    "embedding": "It is an embedding model",
+    "reranker": "It is a reranker or classifier",
+    "image": "It makes images",
+    "adapter": "It is an adapter for another model",
+}
+_PYTORCH = (".bin", ".pt", ".pth")
+_CONTEXT = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_positions",
+    "n_ctx",
+    "model_max_length",
+)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model folder as the scan found it.
+
+    Attributes:
+        path: without a trailing slash.
+        id: the id that the model gets.
+        sizes: bytes of each of its relevant files, by name; None where the size is unknown.
+        changed: when its config or the folder last changed, in nanoseconds.
+    """
+
+    path: str
+    id: str
+    sizes: Mapping[str, int | None]
+    changed: int
+
+    def named(self, *endings: str) -> list[str]:
+        """The files whose names end so."""
+        return sorted(name for name in self.sizes if name.endswith(endings))
+
+
+class Inspector:
+    """Reads model folders for one mlx-lm."""
+
+    def __init__(self, mlx_lm: MlxLm) -> None:
+        self._mlx_lm = mlx_lm
+
+    def __call__(self, folder: Folder) -> Model:
+        """The model in a folder. Whatever is wrong with it stands in its `reason`."""
+        publisher, slash, _ = folder.id.partition("/")
+        weights = folder.named(".safetensors", ".gguf", *_PYTORCH)
+        model = Model(
+            id=folder.id,
+            path=Path(folder.path),
+            publisher=publisher if slash else "",
+            created=folder.changed // 1_000_000_000,
+            size_bytes=sum(folder.sizes[name] or 0 for name in weights),
+        )
+        try:
+            return self._inspect(model, folder)
+        except Exception:  # a folder nobody thought of must not hide all others
+            log.exception("%s cannot be understood", folder.path)
+            return replace(model, reason="Its files cannot be understood; the log says more.")
+
+    def _inspect(self, model: Model, folder: Folder) -> Model:
+        if not folder.named(".safetensors") and folder.named(".gguf"):
+            return replace(
+                model,
+                type="embedding" if _EMBEDDING.search(folder.id) else "llm",
+                compatibility_type="gguf",
+                reason="GGUF is for llama.cpp; mlx-lm needs this model's MLX version.",
+            )
+        if folder.named(".safetensors"):
+            model = replace(model, compatibility_type="mlx")
+        if CONFIG not in folder.sizes and (kind := _type_without_config(folder)):
+            return replace(model, type=kind, reason=f"{_OTHER_TYPES[kind]}; mlx-lm makes text.")
+        try:
+            config = read_object(f"{folder.path}/{CONFIG}", 4 * MB)
+        except Unreadable as error:
+            return replace(model, reason=_sentence(str(error)))
+        return _Reading(model, folder, config, self._mlx_lm).model()
+
+
+class _Reading:
+    """A model with a config, read part by part."""
+
+    def __init__(self, model: Model, folder: Folder, config: dict[str, Any], mlx_lm: MlxLm) -> None:
+        self._model = model
+        self._folder = folder
+        self._config = config
+        self._text = _text_part(config)
+        self._mlx_lm = mlx_lm
+        self._known = mlx_lm.architecture(config)
+        self._architecture = self._known or Architecture(str(config.get("model_type")))
+        self._vision = mlx_lm.sees_images(config, self._architecture)
+
+    def model(self) -> Model:
+        kind = self._type()
+        packing, quantization, bad_packing = quantization_of(self._quantized_config())
+        capable, bad_tokenizer = self._capabilities()
+        weights = survey(
+            self._folder.path,
+            self._shards(),
+            packing,
+            leaves_out=not self._vision and self._has_more_than_text(),
+            indexed=INDEX in self._folder.sizes,
+        )
+        foreign = packing.method in ("awq", "gptq") and any(
+            name.endswith(".g_idx") for name in weights.tensors
+        )
+        faults = [
+            f"{_OTHER_TYPES[kind]}; mlx-lm makes text" if kind in _OTHER_TYPES else None,
+            *self._unsupported(),
+            *self._missing(),
+            *weights.faults,
+            bad_packing or ("its GPTQ weights are reordered (g_idx)" if foreign else None),
+            bad_tokenizer,
+        ]
+        reason = next(filter(None, faults), None)
+        text = self._mlx_lm.text_architecture(self._architecture, self._text)
+        values = {**self._architecture.defaults, **text.defaults, **self._text}
+        windowed = self._architecture.makes_cache and (self._architecture.windowed or text.windowed)
+        architecture = self._config.get("model_type")
+        return replace(
+            self._model,
+            type=kind,
+            loadable=reason is None,
+            reason=_sentence(reason) if reason else None,
+            architecture=architecture if isinstance(architecture, str) else None,
+            quantization=quantization,
+            parameters=weights.parameters or None,
+            weights_bytes=weights.memory,
+            kv_cache=kv_cache(values, text.name, windowed=windowed),
+            max_context_length=number(self._text, *_CONTEXT),
+            vocab_size=number(values, "vocab_size"),
+            capabilities=capable,
+        )
+
+    def _type(self) -> str:
+        architectures = str(self._config.get("architectures"))
+        if "ForSequenceClassification" in architectures or _RERANKER.search(self._folder.id):
+            return "reranker"
+        if (
+            _EMBEDDING.search(self._folder.id.rpartition("/")[2])
+            or not _POOLING.isdisjoint(self._folder.sizes)
+            or (self._known is None and _ENCODER.search(architectures))
+        ):
+            return "embedding"
+        if self._config.get("vision_config") or self._config.get("vision_tower"):
+            return "vlm"
+        generates = self._known or "ForCausalLM" in architectures
+        return "llm" if generates else "unknown"
+
+    def _has_more_than_text(self) -> bool:
+        parts = ("text_config", "vision_config", "audio_config")
+        ahead = number(self._text, "num_nextn_predict_layers", "mtp_num_hidden_layers")
+        return ahead is not None or any(self._config.get(part) for part in parts)
+
+    def _shards(self) -> list[str]:
+        return [name for name in self._folder.named(".safetensors") if name.startswith("model")]
+
+    def _missing(self) -> Iterator[str]:
+        if self._shards():
+            return
+        if self._folder.named(".safetensors"):
+            yield "its weights are not named model*.safetensors, the only name mlx-lm reads"
+        elif self._folder.named(*_PYTORCH):
+            yield "its weights are PyTorch's; mlx_lm.convert makes safetensors of them"
+        else:
+            yield "it has no weights (model*.safetensors): its download is not complete"
+
+    def _unsupported(self) -> Iterator[str]:
+        kind = self._config.get("model_type")
+        if not isinstance(kind, str):
+            yield "config.json names no model_type"
+        elif self._config.get("model_file") is not None:
+            yield "its architecture is a program of its own, which is not run"
+        elif self._known is None:
+            yield f"the architecture {kind[:80]!r} is unknown to the installed mlx-lm"
+
+    def _capabilities(self) -> tuple[Capabilities, str | None]:
+        try:
+            tokenizer = TokenizerFiles.read(self._folder.path, self._folder.sizes)
+        except Unreadable as error:
+            return Capabilities(vision=self._vision), str(error)
+        return capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision), None
+
+    def _quantized_config(self) -> Mapping[str, Any]:
+        """The config with its quantization where mlx-lm looks for it."""
+        if "quantization" in self._config or "quantization_config" in self._config:
+            return self._config
+        if "quantization_config" in self._text:
+            return {"quantization_config": self._text["quantization_config"]}
+        if MODELOPT in self._folder.sizes:
+            try:
+                path = f"{self._folder.path}/{MODELOPT}"
+                return {"quantization_config": read_object(path, 4 * MB)}
+            except Unreadable:
+                return {}
+        return {}
+
+
+def quantization_of(
+    config: Mapping[str, Any],
+) -> tuple[Packing, dict[str, Any] | None, str | None]:
+    """How a config says that the weights are packed.
+
+    Returns:
+        For counting; for the listing; and why mlx-lm would refuse it, if it would.
+    """
+    own = config.get("quantization")
+    if own is not None:
+        bits = number(own, "bits") if isinstance(own, dict) else None
+        group = number(own, "group_size") if isinstance(own, dict) else None
+        if bits is None or group is None:
+            return Packing(), None, "config.json has a broken quantization"
+        return _own_quantization(own, bits, group)
+    other = config.get("quantization_config")
+    if not other:
+        return Packing(), None, None
+    method = other.get("quant_method") if isinstance(other, dict) else None
+    if not isinstance(method, str):
+        return Packing(), None, "config.json has a broken quantization"
+    return _other_quantization(other, method)
+
+
+def _own_quantization(
+    own: Mapping[str, Any], bits: int, group: int
+) -> tuple[Packing, dict[str, Any], None]:
+    single = {path: value for path, value in own.items() if isinstance(value, dict)}
+    groups = {path: size for path, it in single.items() if (size := number(it, "group_size"))}
+    occurring = {bits} | {size for it in single.values() if (size := number(it, "bits"))}
+    mode = own.get("mode", "affine")
+    listing: dict[str, Any] = {
+        "name": f"{bits}-bit" if mode == "affine" else str(mode),
+        "bits": bits,
+        "group_size": group,
+    }
+    if len(occurring) > 1:
+        listing["mixed"] = sorted(occurring)
+        listing["name"] = f"mixed {'/'.join(map(str, sorted(occurring)))}-bit"
+    return Packing("mlx", bits, group, groups), listing, None
+
+
+def _other_quantization(
+    other: Mapping[str, Any], method: str
+) -> tuple[Packing, dict[str, Any], str | None]:
+    nested = other.get("quantization")
+    settings = nested if isinstance(nested, dict) else other
+    form, algorithm = other.get("format"), settings.get("quant_algo")
+    bits, group, fault = number(settings, "bits") or 0, number(settings, "group_size") or 0, None
+    if method in ("mxfp4", "mxfp8", "fp8"):
+        bits, group = (4 if method == "mxfp4" else 8), group or 32
+    elif method == "bitnet":
+        bits = 2
+    elif method == "compressed-tensors":
+        bits = 4
+        group = 16 if form == "nvfp4-pack-quantized" else 32
+        if form not in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "pack-quantized"):
+            fault = f"mlx-lm does not read the quantization {str(form)[:80]!r}"
+    elif method == "modelopt":
+        bits, group = 4, group or 16
+        if algorithm != "NVFP4":
+            fault = f"mlx-lm does not read the quantization {str(algorithm)[:80]!r}"
+    elif method in ("awq", "gptq"):
+        bits, group = bits or 4, group or 128
+        if bits != 4:
+            fault = f"mlx-lm reads {method.upper()} weights of 4 bits, not of {bits}"
+    else:
+        fault = f"mlx-lm does not read the quantization {method[:80]!r}"
+    listing = {"name": method[:80], "bits": bits or None, "group_size": group or None}
+    return Packing(method, bits, group), listing, fault
+
+
+def _type_without_config(folder: Folder) -> str | None:
+    if DIFFUSERS in folder.sizes:
+        return "image"
+    return "adapter" if "adapter_config.json" in folder.sizes else None
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model, with what the whole config says besides."""
+    for name in ("text_config", "llm_config", "language_config"):
+        part = config.get(name)
+        if isinstance(part, dict):
+            return {**config, **part}
+    return config
+
+
+def _sentence(phrase: str) -> str:
+    first, rest = phrase[:1], phrase[1:]
+    named = first.islower() and "." in phrase.partition(" ")[0]  # a file's name keeps its letters
+    return f"{first if named else first.upper()}{rest}."

@@ -1,0 +1,211 @@
+"""What the installed mlx-lm can load, read from its source: importing it would cost the proxy
+two seconds and hundreds of megabytes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the source of one module of ``mlx_lm.models`` tells.
+
+    Attributes:
+        name: the module's name.
+        windowed: it knows caches that keep no more than the window of a sliding layer.
+        makes_cache: it says itself what its layers keep; without that each keeps everything.
+        defaults: what it takes for entries that a config.json leaves out.
+        tokenizer: its settings for tokenizers that bring none of their own.
+    """
+
+    name: str
+    windowed: bool = False
+    makes_cache: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+class MlxLm:
+    """The tables of one installed mlx-lm.
+
+    Args:
+        folder: its package folder; None for the one this Python would import.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or _installed()
+        self._architectures: dict[str, Architecture | None] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs when the tables may differ; costs a few `stat` calls and no reading."""
+        parts = [str(self._folder)]
+        for name in ("utils.py", "models", "processors", "_version.py"):
+            try:
+                status = os.stat(os.path.join(self._folder or "", name))
+            except OSError:
+                parts.append("-")
+            else:
+                parts.append(f"{status.st_mtime_ns}.{status.st_size}")
+        return ":".join(parts)
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture | None:
+        """The module that mlx-lm would load a config with; None where it has none.
+
+        Without tables (no mlx-lm is found) every architecture counts as known: the backend knows.
+        """
+        kind = config.get("model_type")
+        if not isinstance(kind, str):
+            return None
+        name = self._module(kind, config.get("architectures"))
+        if self._modules is None:
+            return Architecture(name)
+        if name not in self._modules:
+            return None
+        if name not in self._architectures:
+            self._architectures[name] = self._read(name)
+        return self._architectures[name]
+
+    def text_architecture(
+        self, architecture: Architecture, text: Mapping[str, Any]
+    ) -> Architecture:
+        """The module of the text part of a model with several parts, else the model's own.
+
+        Args:
+            text: the part of the config that describes the text model.
+        """
+        return (
+            self.architecture(text)
+            or self.architecture({"model_type": architecture.name + "_text"})
+            or architecture
+        )
+
+    def sees_images(self, config: Mapping[str, Any], architecture: Architecture) -> bool:
+        """Whether the backend gives images to a model of this config."""
+        name = config.get("processor_type", architecture.name)
+        return bool(config.get("vision_config")) and name in self._processors
+
+    def _module(self, kind: str, architectures: object) -> str:
+        names = [architectures] if isinstance(architectures, str) else architectures
+        for name in names if isinstance(names, list) else []:
+            if isinstance(name, str) and (kind, name) in self._pairs:
+                return str(self._pairs[kind, name])
+        return str(self._aliases.get(kind, kind))
+
+    @cached_property
+    def _modules(self) -> frozenset[str] | None:
+        if self._folder is None:
+            return None
+        try:
+            names = os.listdir(self._folder / "models")
+        except OSError:
+            return None
+        return frozenset(name[:-3] for name in names if name.endswith(".py"))
+
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        return _constants(self._tree("utils.py"))
+
+    @property
+    def _aliases(self) -> Mapping[str, Any]:
+        return _mapping(self._constants.get("MODEL_REMAPPING"))
+
+    @property
+    def _pairs(self) -> Mapping[Any, Any]:
+        return _mapping(self._constants.get("MODEL_ARCHITECTURE_REMAPPING"))
+
+    @cached_property
+    def _processors(self) -> frozenset[str]:
+        for name, value in _assignments(self._tree("processors/__init__.py")):
+            if name == "PROCESSORS" and isinstance(value, ast.Dict):
+                keys = (key.value for key in value.keys if isinstance(key, ast.Constant))
+                return frozenset(str(key) for key in keys)
+        return frozenset()
+
+    def _tree(self, file: str) -> ast.Module:
+        try:
+            return ast.parse((self._folder or Path()).joinpath(file).read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return ast.Module(body=[], type_ignores=[])
+
+    def _read(self, name: str) -> Architecture | None:
+        tree = self._tree(f"models/{name}.py")
+        names = _defined(tree)
+        if "Model" not in names:  # a helper, such as cache.py
+            return None
+        methods = getattr(names["Model"], "body", None)
+        return Architecture(
+            name,
+            windowed=not names.keys().isdisjoint({"RotatingKVCache", "ChunkedKVCache"}),
+            makes_cache=methods is None
+            or any(isinstance(it, ast.FunctionDef) and it.name == "make_cache" for it in methods),
+            defaults=_defaults(tree),
+            tokenizer=_mapping(_constants(tree).get("TOKENIZER_DEFAULTS")),
+        )
+
+
+def _installed() -> Path | None:
+    spec = importlib.util.find_spec("mlx_lm")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
+
+
+def _mapping(value: object) -> Mapping[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _defined(tree: ast.Module) -> dict[str, ast.stmt]:
+    """A module's classes, and the imports of what it imports by name."""
+    names: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            names |= dict.fromkeys((alias.asname or alias.name for alias in node.names), node)
+    return names
+
+
+def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            yield node.targets[0].id, node.value
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """The module's values that are written as literals."""
+    constants = {}
+    for name, value in _assignments(tree):
+        try:
+            constants[name] = ast.literal_eval(value)
+        except (ValueError, TypeError):
+            continue
+    return constants
+
+
+def _defaults(tree: ast.Module) -> dict[str, Any]:
+    """The defaults of the classes that take the config; those of the text part win."""
+    classes = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        and node.name.endswith(("Args", "Config"))
+        and not node.name.startswith(("Vision", "Audio"))
+    ]
+    classes.sort(key=lambda node: node.name.startswith("Text"))
+    defaults = {}
+    for statement in (statement for node in classes for statement in node.body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(statement.value, ast.Constant)
+            and statement.value.value is not None
+        ):
+            defaults[statement.target.id] = statement.value.value
+    return defaults

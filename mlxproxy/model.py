@@ -1,0 +1,124 @@
+"""One model on disk: what the catalogue knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlxproxy.capabilities import Capabilities
+from mlxproxy.errors import ModelsRootUnavailable, ModelUnusable
+from mlxproxy.kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder.
+
+    Attributes:
+        id: the path relative to its root, or ``org/name`` in a Hugging Face cache.
+        path: the folder, as the backend is given it.
+        publisher: the first part of the id; empty where it has one part only.
+        type: ``llm``, ``vlm``, ``embedding``, ``reranker``, ``image``, ``adapter`` or ``unknown``.
+        compatibility_type: ``mlx``, ``gguf`` or ``unknown``.
+        created: when its config last changed, in Unix seconds.
+        loadable: the backend can load it, as far as its files tell.
+        reason: if it cannot, why, as a sentence.
+        architecture: the config's ``model_type``.
+        quantization: ``name``, ``bits`` and ``group_size``; with ``mixed`` the bits that occur.
+        parameters: counted from the weights' headers.
+        size_bytes: the weights on disk.
+        weights_bytes: the weights in memory.
+        kv_cache: what the context takes in memory.
+        max_context_length: in tokens.
+        vocab_size: token ids that exist.
+        stale: its disk has not answered; this is what was known before.
+        missing_root: the models folder it stands in, if that is not there now.
+    """
+
+    id: str
+    path: Path
+    publisher: str = ""
+    type: str = "unknown"
+    compatibility_type: str = "unknown"
+    created: int = 0
+    loadable: bool = False
+    reason: str | None = None
+    architecture: str | None = None
+    quantization: dict[str, Any] | None = None
+    parameters: int | None = None
+    size_bytes: int = 0
+    weights_bytes: int = 0
+    kv_cache: KVCache | None = None
+    max_context_length: int | None = None
+    vocab_size: int | None = None
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    stale: bool = False
+    missing_root: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item of ``/v1/models``, but for what depends on the loaded model."""
+        return dict(self._item)
+
+    @cached_property
+    def _item(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "model",
+            "path": str(self.path),
+            "created": self.created,
+            "owned_by": self.publisher or "unknown",
+            "publisher": self.publisher,
+            "type": self.type,
+            "compatibility_type": self.compatibility_type,
+            "loadable": self.loadable,
+            "reason": self.reason,
+            "architecture": self.architecture,
+            "quantization": self.quantization,
+            "parameters": self.parameters,
+            "size_bytes": self.size_bytes,
+            "max_context_length": self.max_context_length,
+            "vocab_size": self.vocab_size,
+            "capabilities": self.capabilities.to_dict(),
+            "stale": self.stale,
+        }
+
+    def require_loadable(self) -> None:
+        """Returns if the backend can be asked to load it.
+
+        Raises:
+            ModelUnusable: it is on disk, but cannot be loaded.
+            ModelsRootUnavailable: the disk it was on is not there.
+        """
+        if self.missing_root is not None:
+            raise ModelsRootUnavailable(
+                f"The model '{self.id}' is in '{self.missing_root}', which is not there now. "
+                "Connect its disk and try again."
+            )
+        if not self.loadable:
+            raise ModelUnusable(f"The model '{self.id}' cannot be loaded: {self.reason}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that is kept across starts, in JSON's types."""
+        values = asdict(self)
+        del values["stale"], values["missing_root"]
+        return {**values, "path": str(self.path)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Model:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError: it was written by something else.
+        """
+        kv_cache = values["kv_cache"]
+        return cls(
+            **{
+                **values,
+                "path": Path(values["path"]),
+                "capabilities": Capabilities(**values["capabilities"]),
+                "kv_cache": KVCache(**kv_cache) if kv_cache else None,
+            }
+        )

@@ -1,0 +1,349 @@
+"""One walk through a models folder, cheap where nothing changed since the walk before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from mlxproxy.capabilities import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from mlxproxy.inspection import CONFIG, DIFFUSERS, MODELOPT, Folder
+from mlxproxy.model import Model
+from mlxproxy.reading import Unreadable, read_text
+from mlxproxy.weights import INDEX
+
+# A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
+_GRAIN = 2_000_000_000
+# Besides each folder and its config, so many files are looked at each time: all of them in a
+# library of some hundred models, a part of them, in turns, in one of thousands.
+_LOOKS = 1_500
+# What a disk answers that is going away. Everything else concerns one folder only.
+_GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
+_GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH}
+
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, or no UTF-8
+_WEIGHTS = (".safetensors", ".gguf")
+_RELEVANT = re.compile(
+    "|".join(map(re.escape, (CONFIG, TOKENIZER_CONFIG, TOKENIZER, TEMPLATE, INDEX, MODELOPT)))
+    + r"|model_index\.json|adapter_config\.json|added_tokens\.json|modules\.json"
+    + r"|config_sentence_transformers\.json|vocab\.(json|txt)|tekken\.json"
+    + r"|.*\.(safetensors|gguf|bin|pt|pth|model|tiktoken)"
+)
+_HUB = re.compile(r"models--(.+)")  # a Hugging Face cache: models--org--name/snapshots/revision
+_NO_MODELS = ("datasets--", "spaces--", "__pycache__")
+_REVISION = re.compile(r"\w+")
+
+Signature = tuple[int, int, int]  # modified and changed, in nanoseconds; size in bytes
+Identity = tuple[int, int]  # device and inode
+Inspect = Callable[[Folder], Model]
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a directory held when it had this signature; `files` are a model's, if it is one."""
+
+    signature: Signature
+    settled: bool
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+    links: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model, and the signatures of its files when it was read; the config's comes first."""
+
+    model: Model
+    files: tuple[tuple[str, Signature | None], ...]
+    settled: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For the next start of the program."""
+        return {"model": self.model.to_json(), "files": self.files, "settled": self.settled}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Entry:
+        """Raises KeyError, TypeError or ValueError where the values are not an entry's."""
+        files = tuple((name, tuple(found) if found else None) for name, found in values["files"])
+        return cls(Model.from_json(values["model"]), files, values["settled"] is True)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one walk found.
+
+    Attributes:
+        missing: the root is not there; the rest is what was known of it before.
+        directories: what they held, by path.
+        entries: the models, by the path of their folder.
+        identities: the models' folders, for telling that two paths lead to one.
+        problems: sentences about folders that could not be read.
+        watched: the places whose signatures show whether another walk is needed; the files of
+            models, but for their configs, come last.
+        first_file: where those begin.
+        settled: a change after the walk shows in the signatures.
+        turn: counts the looks since the walk.
+    """
+
+    missing: bool = False
+    directories: Mapping[str, Directory] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    identities: Mapping[str, Identity] = field(default_factory=dict)
+    problems: frozenset[str] = frozenset()
+    watched: Sequence[tuple[str, Signature | None]] = ()
+    first_file: int = 0
+    settled: bool = False
+    turn: int = 0
+
+    def holds(self) -> bool:
+        """Whether nothing has changed, as far as a look at a part of the files can show it."""
+        turns = 1 + (len(self.watched) - self.first_file) // _LOOKS
+        return (
+            self.settled
+            and not self.missing
+            and _all_hold(self.watched[: self.first_file])
+            and _all_hold(self.watched[self.first_file + self.turn % turns :: turns])
+        )
+
+
+def scan(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
+    """Brings a snapshot up to date.
+
+    Args:
+        root: an absolute path without a trailing slash.
+        previous: the last snapshot; what did not change since is not read again.
+        inspect: reads one model folder.
+    """
+    try:
+        if previous.holds():
+            return replace(previous, turn=previous.turn + 1)
+        before = os.stat(root)
+        snapshot = _Walk(root, previous, inspect).run()
+        if os.path.samestat(before, os.stat(root)):
+            return snapshot
+        problem = "is not there"  # unmounted during the walk
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "is not there"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    problems = frozenset([f"The models folder {root!r} {problem}."])
+    return replace(previous, missing=True, problems=problems)
+
+
+class _Place(NamedTuple):
+    """A directory to visit.
+
+    Attributes:
+        territory: the folder out of which no link leads.
+        linked: it was reached through a link, so it may have been visited already.
+    """
+
+    path: str
+    id: str
+    territory: str
+    linked: bool
+
+
+class _Walk:
+    def __init__(self, root: str, previous: Snapshot, inspect: Inspect) -> None:
+        self._root = root
+        self._previous = previous
+        self._inspect = inspect
+        self._directories: dict[str, Directory] = {}
+        self._entries: dict[str, Entry] = {}
+        self._identities: dict[str, Identity] = {}
+        self._problems: list[str] = []
+        self._watched: dict[str, Signature | None] = {}
+        self._files: dict[str, Signature | None] = {}
+        self._visited: set[Identity] = set()
+        self._folders: list[_Place] = [_Place(root, "", root, linked=False)]
+        self._links: list[_Place] = []
+
+    def run(self) -> Snapshot:
+        # Links last: a folder that is reached both ways gets the id of its true place.
+        while self._folders or self._links:
+            place = self._folders.pop() if self._folders else self._links.pop(0)
+            try:
+                self._visit(place)
+            except OSError as error:
+                if error.errno in _GONE or place.path == self._root:
+                    raise
+                if error.errno != errno.ENOENT:  # removed since, or a link to nowhere
+                    self._problems.append(f"{place.path!r} cannot be read ({error.strerror}).")
+        settled = all(it.settled for it in self._directories.values())
+        settled = settled and all(it.settled for it in self._entries.values())
+        return Snapshot(
+            directories=self._directories,
+            entries=self._entries,
+            identities=self._identities,
+            problems=frozenset(self._problems),
+            watched=(*self._watched.items(), *self._files.items()),
+            first_file=len(self._watched),
+            settled=settled,
+        )
+
+    def _visit(self, place: _Place) -> None:
+        path = place.path
+        self._watched[path] = None
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        if place.linked and status.st_ino and identity in self._visited:
+            return
+        self._visited.add(identity)
+        signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        self._watched[path] = signature
+        directory = self._previous.directories.get(path)
+        if directory is None or not directory.settled or directory.signature != signature:
+            directory = self._list(path, signature)
+        self._directories[path] = directory
+        self._problems += directory.problems
+        if directory.files:
+            self._identities[path] = identity
+            self._model(path, place.id or os.path.basename(path), directory)
+        for name in directory.folders:
+            self._descend(place, name)
+        for name in directory.links:
+            self._follow(place, name)
+
+    def _descend(self, place: _Place, name: str) -> None:
+        path, id_ = f"{place.path}/{name}", f"{place.id}/{name}" if place.id else name
+        if hub := _HUB.fullmatch(name):
+            for moved in (f"{path}/snapshots", f"{path}/refs/main"):
+                self._watched[moved] = _signature(moved)
+            path, id_ = _hub_snapshot(path), hub[1].replace("--", "/")
+        self._folders.append(_Place(path, id_, place.territory, place.linked))
+
+    def _follow(self, place: _Place, name: str) -> None:
+        path, id_ = f"{place.path}/{name}", f"{place.id}/{name}" if place.id else name
+        territory = place.territory
+        if place.path == self._root:
+            territory = path  # who puts a link into the root itself wants what it leads to
+        elif not _inside(os.path.realpath(path), os.path.realpath(territory)):
+            self._problems.append(f"{path!r} leads out of the models folder and is not followed.")
+            return
+        self._links.append(_Place(path, id_, territory, linked=True))
+
+    def _list(self, path: str, signature: Signature) -> Directory:
+        now = time.time_ns()
+        files: list[str] = []
+        folders: list[str] = []
+        links: list[str] = []
+        problems: list[str] = []
+        with os.scandir(path) as listing:
+            for item in listing:
+                name = item.name
+                if name.startswith("."):
+                    continue
+                if item.is_dir(follow_symlinks=False):
+                    kind = folders
+                elif item.is_symlink() and _leads_to_folder(item):
+                    kind = links
+                else:
+                    files.append(name)
+                    continue
+                if _UNFIT.search(name):
+                    problems.append(f"{item.path!r} has a name that is no text; it is left out.")
+                elif not name.startswith(_NO_MODELS):
+                    kind.append(name)
+        relevant = _relevant(files, alone=not folders and not links, root=path == self._root)
+        if relevant and path != self._root:
+            folders, links = [], []
+        return Directory(
+            signature,
+            _settled([signature], now),
+            relevant,
+            tuple(folders),
+            tuple(sorted(links)),
+            tuple(problems),
+        )
+
+    def _model(self, path: str, id_: str, directory: Directory) -> None:
+        now = time.time_ns()
+        files = tuple((name, _signature(f"{path}/{name}")) for name in directory.files)
+        entry = self._previous.entries.get(path)
+        if entry is None or not entry.settled or entry.files != files or entry.model.id != id_:
+            sizes = {name: found[2] if found else None for name, found in files}
+            changed = next((found[0] for _, found in files if found), directory.signature[0])
+            settled = _settled((found for _, found in files if found), now)
+            entry = Entry(self._inspect(Folder(path, id_, sizes, changed)), files, settled)
+        self._entries[path] = entry
+        for name, found in files:
+            (self._watched if name == CONFIG else self._files)[f"{path}/{name}"] = found
+
+
+def _relevant(files: Iterable[str], *, alone: bool, root: bool) -> tuple[str, ...]:
+    """The files that a model is judged by; none where the directory is no model's.
+
+    A folder is a model's if it has weights, or a config and no folder in it: what publishers and
+    roots have lying about hides no model. A root is one only if it has both.
+    """
+    relevant = sorted(filter(_RELEVANT.fullmatch, files), key=lambda name: (name != CONFIG, name))
+    weights = any(name.endswith(_WEIGHTS) for name in relevant)
+    config = CONFIG in relevant or DIFFUSERS in relevant
+    is_model = weights and config if root else weights or (config and alone)
+    is_model = is_model or (DIFFUSERS in relevant and not root)
+    return tuple(relevant) if is_model else ()
+
+
+def _all_hold(watched: Iterable[tuple[str, Signature | None]]) -> bool:
+    """Whether all these places still have their signatures; this is most of a listing's time."""
+    stat = os.stat
+    for path, signature in watched:
+        try:
+            status = stat(path)
+            found = (status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+        except OSError as error:
+            if signature is not None or error.errno in _GONE:
+                return False
+        else:
+            if found != signature:
+                return False
+    return True
+
+
+def _leads_to_folder(link: os.DirEntry[str]) -> bool:
+    """Whether a link is one to a folder, or may become one when its disk is there."""
+    if os.path.isdir(link.path):
+        return True
+    return not os.path.exists(link.path) and not _RELEVANT.fullmatch(link.name)
+
+
+def _signature(path: str) -> Signature | None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in _GONE:
+            raise
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _settled(signatures: Iterable[Signature], now: int) -> bool:
+    """Whether the times are old enough that the next change will show in them."""
+    return all(abs(now - time_) > _GRAIN for found in signatures for time_ in found[:2])
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _hub_snapshot(repository: str) -> str:
+    """The folder of the revision that a Hugging Face cache has last fetched."""
+    snapshots = f"{repository}/snapshots"
+    try:
+        revision = read_text(f"{repository}/refs/main", 1_000_000).strip()
+    except Unreadable:
+        revision = ""
+    if _REVISION.fullmatch(revision) and os.path.isdir(f"{snapshots}/{revision}"):
+        return f"{snapshots}/{revision}"
+    try:
+        with os.scandir(snapshots) as listing:
+            folders = [item for item in listing if item.is_dir(follow_symlinks=False)]
+            return max(folders, key=lambda item: item.stat().st_mtime_ns).path
+    except (OSError, ValueError):  # no cache, or nothing in it: a folder like any other
+        return repository

@@ -1,0 +1,263 @@
+"""What the headers of a model's safetensors files tell: parameters, bytes, and what is damaged.
+
+Only headers are read, never a tensor. safetensors' own reader maps the whole file into memory,
+and a mapped file that is cut short or whose disk goes away ends the process with a bus error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxproxy.reading import MB, Unreadable, open_regular, read_object
+
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 16 * MB  # fifty times that of the largest models
+MAX_INDEX = 32 * MB
+
+# A set is complete when all its numbers are there; mlx-lm itself does not look at the index.
+_NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8)
+_BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
+_BITS |= dict.fromkeys(("U32", "I32", "F32"), 32)
+_BITS |= dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+
+# Tensors that describe how others are packed, in the formats that mlx-lm reads.
+_ABOUT_PACKING = frozenset(
+    [
+        "biases",
+        "g_idx",
+        "global_scale",
+        "input_global_scale",
+        "input_scale",
+        "qzeros",
+        "weight_global_scale",
+        "weight_scale",
+        "weight_scale_2",
+        "weight_scale_inv",
+        "weight_shape",
+        "weight_zero_point",
+    ]
+)
+# Parts of multi-modal and multi-token models that mlx-lm drops before it loads a tensor.
+_LEFT_OUT = (
+    "vision_tower.",
+    "vision_model.",
+    "vision_embedder.",
+    "visual.",
+    "multi_modal_projector.",
+    "mm_projector.",
+    "patch_merge_mlp.",
+    "audio_tower.",
+    "embed_audio.",
+    "embed_vision.",
+    "mtp.",
+)
+Header = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a config says that weights are packed.
+
+    Attributes:
+        method: ``mlx``, or the name of another program's method; None for plain weights.
+        bits, group_size: of a weight, and of the weights that share a scale.
+        groups: the group size of single layers that differ, by their path.
+    """
+
+    method: str | None = None
+    bits: int = 0
+    group_size: int = 0
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Weights:
+    """What the headers of all files of a model say together.
+
+    Attributes:
+        parameters: counted as if nothing were packed; None where the packing is not understood.
+        memory: bytes that the loaded tensors take.
+        tensors: their names.
+        faults: a phrase for each file that is damaged.
+    """
+
+    parameters: int | None = 0
+    memory: int = 0
+    tensors: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+    def count(self, items: int, each: float | None) -> None:
+        """Adds that many items, each of which stands for so many parameters."""
+        if self.parameters is not None:
+            self.parameters = None if each is None else self.parameters + round(items * each)
+
+
+def survey(
+    folder: str, files: Sequence[str], packing: Packing, *, leaves_out: bool, indexed: bool
+) -> Weights:
+    """Reads the headers of a model's weight files.
+
+    Args:
+        folder: the model's folder.
+        files: the names of the files that mlx-lm would load.
+        packing: how the model's config says that they are packed.
+        leaves_out: the backend drops the parts that see, hear and guess ahead.
+        indexed: the folder has an index of its shards.
+    """
+    weights = Weights()
+    for file in files:
+        try:
+            _add(weights, f"{folder}/{file}", packing, leaves_out)
+        except Unreadable as error:
+            weights.faults.append(str(error))
+    missing = missing_shards(files)
+    if not missing and indexed and not all(map(_NUMBERED.fullmatch, files)):
+        missing = _missing_by_index(folder, files, weights)
+    if missing:
+        weights.faults.insert(0, f"{missing} missing")
+    return weights
+
+
+def _add(weights: Weights, path: str, packing: Packing, leaves_out: bool) -> None:
+    """Adds one file's tensors; raises Unreadable where the file is damaged or cut short."""
+    name = path.rpartition("/")[2]
+    content, room = _header(path)
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        end = _count(weights, header, packing, leaves_out)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise Unreadable(f"{name} has a damaged header") from None
+    if end > room:
+        there, whole = room / 1e9, end / 1e9
+        raise Unreadable(f"{name} is cut short ({there:.2f} of {whole:.2f} GB)")
+
+
+def _header(path: str) -> tuple[bytes, int]:
+    """The header of a safetensors file, unparsed, and the bytes that follow it."""
+    name = path.rpartition("/")[2]
+    with open_regular(path) as (file, size):
+        start = os.read(file, 8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise Unreadable(f"{name} is a Git LFS pointer, not the weights themselves")
+        if len(start) < 8:
+            raise Unreadable(f"{name} is {'cut short' if start else 'empty'}")
+        if length > MAX_HEADER:
+            raise Unreadable(f"{name} is no safetensors file, or is damaged")
+        if 8 + length > size:
+            raise Unreadable(f"{name} is cut short")
+        return os.read(file, length), size - 8 - length
+
+
+def _count(weights: Weights, header: Header, packing: Packing, leaves_out: bool) -> int:
+    """Adds the tensors of a header; returns where the last of them ends.
+
+    Raises:
+        ValueError, TypeError, KeyError: an entry is broken, or contradicts itself.
+    """
+    last = 0
+    sizes: dict[tuple[str, str], int] = defaultdict(int)  # bytes by last name and type
+    # A library of two thousand models has a million tensors: this loop is most of its first scan.
+    for name, tensor in header.items():
+        dtype = tensor["dtype"]
+        begin, end = tensor["data_offsets"]
+        if begin < 0 or math.prod(tensor["shape"]) * _BITS[dtype] != 8 * (end - begin):
+            raise ValueError
+        if end > last:
+            last = end
+        sizes[name[name.rfind(".") + 1 :], dtype] += end - begin
+    weights.tensors.update(header)
+    weights.memory += sum(sizes.values())
+    if leaves_out:
+        weights.memory -= sum(map(_size, _left_out(header)))
+    if packing.method == "fp8":  # unpacked to 16 bits when it is loaded
+        weights.memory += sum(size for (_, dtype), size in sizes.items() if dtype == "F8_E4M3")
+    for (kind, dtype), size in sizes.items():
+        weights.count(size * 8 // _BITS[dtype], _parameters(kind, dtype, packing))
+    for path, group in packing.groups.items():
+        if scales := header.get(f"{path}.scales"):
+            items = _size(scales) * 8 // _BITS[scales["dtype"]]
+            weights.count(items, group - packing.group_size)
+    return int(last)
+
+
+def missing_shards(files: Iterable[str]) -> str:
+    """The numbered files missing from sets of which some are there, in words; or ``""``."""
+    sets: dict[tuple[str, str], set[int]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, files)):
+        stem, number, total = match.groups()
+        sets.setdefault((stem, total), set()).add(int(number))
+    names: list[str] = []
+    count = 0
+    for (stem, total), there in sets.items():
+        count += max(0, int(total) - len(there))
+        # Three names are enough to tell, and a name can claim to be one of a million.
+        for number in range(1, min(int(total), len(there) + 3) + 1):
+            if number not in there and len(names) < min(count, 3):
+                names.append(f"{stem}-{number:0{len(total)}}-of-{total}.safetensors")
+    return _listed(names, count)
+
+
+def _missing_by_index(folder: str, files: Sequence[str], weights: Weights) -> str:
+    """Files that the index names, are not there, and hold tensors found in no other file.
+
+    The last condition matters: an index left from before a conversion harms nothing.
+    """
+    try:
+        places = read_object(f"{folder}/{INDEX}", MAX_INDEX).get("weight_map")
+    except Unreadable:
+        return ""
+    lost = {
+        str(file)
+        for tensor, file in (places.items() if isinstance(places, dict) else ())
+        if file not in files and tensor not in weights.tensors
+    }
+    return _listed(sorted(lost)[:3], len(lost))
+
+
+def _listed(names: Sequence[str], count: int) -> str:
+    if not names:
+        return ""
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return ", ".join(names) + more + (" are" if count > 1 else " is")
+
+
+def _left_out(header: Header) -> Iterator[dict[str, Any]]:
+    for name, tensor in header.items():
+        if name.removeprefix("model.").removeprefix("language_model.").startswith(_LEFT_OUT):
+            yield tensor
+
+
+def _size(tensor: Mapping[str, Any]) -> int:
+    begin, end = tensor["data_offsets"]
+    return int(end - begin)
+
+
+def _parameters(kind: str, dtype: str, packing: Packing) -> float | None:
+    """How many parameters an item of such a tensor stands for; None where it cannot be told.
+
+    Args:
+        kind: the last part of the tensor's name.
+    """
+    if kind in _ABOUT_PACKING or kind.endswith("_scales"):
+        return 0
+    if kind == "scales":  # each stands for one group of packed weights
+        return packing.group_size or None
+    if kind == "qweight" or (kind == "weight" and dtype == "U32"):
+        return 0  # counted by its scales
+    if kind.endswith("_blocks"):  # MXFP4 as OpenAI writes it
+        return 2
+    if kind == "weight_packed" or (kind == "weight" and dtype == "U8"):
+        return _BITS[dtype] / packing.bits if packing.bits else None
+    return 1
