@@ -1,0 +1,418 @@
+"""Shapes of a request's fields: what a value must look like, and what the backend gets for it.
+
+A shape is called with the field's name, its value as JSON gave it (never null) and the limits. It
+returns the value for the backend, or :data:`DROP` for a field that the backend must not see, and
+raises :class:`~mlxproxy.errors.InvalidRequest` naming the place. The reasons for each bound stand
+in the table of ``guard.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mlxproxy.errors import InvalidRequest
+
+MAX_MESSAGES = 2048  # OpenAI's own limit
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024  # all stop texts together
+MAX_NAME = 256  # characters of a name or of another short text
+MAX_TOP_LOGPROBS = 11  # the backend's; OpenAI's is 20, and fewer may be returned
+TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
+
+ROLES: Final = {
+    "system": "system",
+    "developer": "system",  # what OpenAI calls it now; templates know only the old name
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "function",
+}
+SPEAKERS: Final = frozenset({"system", "developer", "user"})  # roles that must say something
+EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+TEXT_KEYS: Final = {"text": "text", "refusal": "refusal"}  # content part's type -> its text
+IMAGE_TYPES: Final = frozenset({"image_url", "input_image", "image"})
+DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
+IMAGE_FORMATS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|RIFF....WEBP", re.DOTALL)
+
+DROP: Final = object()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the loaded model and the settings allow.
+
+    None stands for "not known yet": what depends on it is left unchecked, and the request must be
+    checked again, with it, before the backend gets it.
+    """
+
+    template_kwargs: frozenset[str]
+    """Names that `chat_template_kwargs` may set."""
+    adapters: frozenset[str] = frozenset()
+    draft_models: frozenset[str] = frozenset()
+    max_tokens: int = 131_072
+    """Tokens that one answer may have at most, whatever the model."""
+    max_image_bytes: int = 20 << 20
+    """Bytes of one image, decoded from its data URL."""
+    vocab_size: int | None = None
+    """Ids below it are known to the tokenizer and to the model: the smaller of the two counts."""
+    max_context: int | None = None
+    """Tokens of prompt and answer together."""
+    images: bool | None = None
+    """Whether the model reads images."""
+
+
+Shape = Callable[[str, Any, Limits], Any]
+
+
+def refusal(name: str, expected: str) -> InvalidRequest:
+    """The error for the field of that name, with what it must be instead."""
+    return InvalidRequest(f"{name} must be {expected}.", param=name)
+
+
+# -- plain values
+
+
+def boolean(name: str, value: Any, limits: Limits) -> bool:
+    """true or false."""
+    if not isinstance(value, bool):
+        raise refusal(name, "true or false")
+    return value
+
+
+def string(name: str, value: Any, limits: Limits) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise refusal(name, "a string")
+    return value
+
+
+def drop(name: str, value: Any, limits: Limits) -> Any:
+    """Nothing: the backend does not read it here."""
+    return DROP
+
+
+def number(low: float, high: float, digits: int) -> Shape:
+    """A finite number within the bounds, rounded to so many decimals, always a float."""
+
+    def shape(name: str, value: Any, limits: Limits) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise refusal(name, f"a number from {low:g} to {high:g}")
+        return round(float(value), digits)
+
+    return shape
+
+
+def integer(low: int, high: int) -> Shape:
+    """A whole number within the bounds; 5.0 is one too, true is none."""
+
+    def shape(name: str, value: Any, limits: Limits) -> int:
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise refusal(name, f"a whole number from {low} to {high}")
+        return value
+
+    return shape
+
+
+def only(allowed: int | bool | str, advice: str) -> Shape:
+    """One value alone: what OpenAI's API has and the backend silently leaves out."""
+
+    def shape(name: str, value: Any, limits: Limits) -> Any:
+        if type(value) is not type(allowed) or value != allowed:
+            raise InvalidRequest(f"{name}: {advice}", param=name)
+        return value
+
+    return shape
+
+
+def one_of(names: frozenset[str]) -> Shape:
+    """One of these words."""
+
+    def shape(name: str, value: Any, limits: Limits) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise refusal(name, f"one of {', '.join(sorted(names))}")
+        return value
+
+    return shape
+
+
+def allowed(choice: Callable[[Limits], frozenset[str]]) -> Shape:
+    """A name that the load allowed."""
+
+    def shape(name: str, value: Any, limits: Limits) -> str:
+        if not isinstance(value, str) or value not in choice(limits):
+            raise InvalidRequest(
+                f"{name}: a request cannot choose this one; leave the field out.", param=name
+            )
+        return value
+
+    return shape
+
+
+# -- sampling and length
+
+
+def top_p(name: str, value: Any, limits: Limits) -> float:
+    """Never 0, which stands for "off" with the backend and for "the likeliest only" elsewhere."""
+    share: float = number(0, 1, 3)(name, value, limits)
+    return max(share, 0.001)
+
+
+def top_k(name: str, value: Any, limits: Limits) -> int:
+    """0 (off) for all that cuts nothing off: -1, and what is not below the vocabulary."""
+    count: int = integer(-1, (1 << 63) - 1)(name, value, limits)
+    if count == -1 or (limits.vocab_size is not None and count >= limits.vocab_size):
+        return 0
+    return count
+
+
+def seed(name: str, value: Any, limits: Limits) -> Any:
+    """64 bits; -1 means "any" (as in llama.cpp), other negative numbers keep their bits."""
+    value = integer(-(1 << 63), (1 << 64) - 1)(name, value, limits)
+    return DROP if value == -1 else value % (1 << 64)
+
+
+def max_tokens(name: str, value: Any, limits: Limits) -> int:
+    """At least 1, or -1 for as many as possible (as in LM Studio); never more than possible."""
+    if value != -1:
+        value = integer(1, (1 << 63) - 1)(name, value, limits)
+    most = min(limits.max_tokens, limits.max_context or limits.max_tokens)
+    return most if value == -1 else min(value, most)
+
+
+def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
+    """An object from token ids of the vocabulary to numbers from -100 to 100."""
+    if not isinstance(value, dict):
+        raise refusal(name, "an object from token ids to numbers")
+    bias = number(-100, 100, 3)
+    checked = {}
+    for token, amount in value.items():
+        if not TOKEN_ID.fullmatch(token) or (
+            limits.vocab_size is not None and int(token) >= limits.vocab_size
+        ):
+            known = "" if limits.vocab_size is None else f" below {limits.vocab_size}"
+            raise InvalidRequest(f"{name}: its keys must be token ids{known}.", param=name)
+        checked[token] = bias(f"{name}.{token}", amount, limits)
+    return checked
+
+
+def top_logprobs(name: str, value: Any, limits: Limits) -> int:
+    """As many alternatives as the backend can give."""
+    count: int = integer(0, 20)(name, value, limits)
+    return min(count, MAX_TOP_LOGPROBS)
+
+
+def text_logprobs(name: str, value: Any, limits: Limits) -> bool | int:
+    """In text completions a number of alternatives; true and false are the backend's own."""
+    return value if isinstance(value, bool) else top_logprobs(name, value, limits)
+
+
+def stop(name: str, value: Any, limits: Limits) -> Any:
+    """A text or a list of texts; empty ones, which never match, are left out."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise refusal(name, "a string or a list of strings")
+    texts = [text for text in texts if text]
+    if len(texts) > MAX_STOPS or sum(map(len, texts)) > MAX_STOP_CHARACTERS:
+        raise refusal(
+            name, f"at most {MAX_STOPS} texts with {MAX_STOP_CHARACTERS} characters together"
+        )
+    return texts or DROP
+
+
+def stream_options(name: str, value: Any, limits: Limits) -> Any:
+    """`include_usage` alone, and only if it is wanted."""
+    if not isinstance(value, dict):
+        raise refusal(name, "an object")
+    wanted = value.get("include_usage")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise refusal(f"{name}.include_usage", "true or false")
+    return {"include_usage": True} if wanted else DROP
+
+
+def response_format(name: str, value: Any, limits: Limits) -> Any:
+    """Text is the default; the JSON formats pass, though the backend does not enforce them."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise refusal(name, "an object with a type")
+    return DROP if value["type"] == "text" else value
+
+
+# -- the prompt
+
+
+def prompt(name: str, value: Any, limits: Limits) -> str:
+    """One text that is not empty, or a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, list):
+        raise InvalidRequest(
+            f"{name} must be one text: send several one by one, and text instead of token ids.",
+            param=name,
+        )
+    if not isinstance(value, str) or not value:
+        raise refusal(name, "a string that is not empty")
+    return value
+
+
+def messages(name: str, value: Any, limits: Limits) -> list[dict[str, Any]]:
+    """A conversation, in the shape that chat templates read."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
+        raise refusal(name, f"a list of 1 to {MAX_MESSAGES} messages")
+    return [_message(f"{name}[{index}]", item, limits) for index, item in enumerate(value)]
+
+
+def _message(name: str, value: Any, limits: Limits) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise refusal(name, "an object with a role and a content")
+    role = value.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise refusal(f"{name}.role", f"one of {', '.join(ROLES)}")
+    checked = {key: item for key, item in value.items() if item is not None}
+    checked["role"] = ROLES[role]
+    content = checked.get("content")
+    if isinstance(content, list):
+        checked["content"] = _parts(f"{name}.content", content, limits)
+    elif content is None and role not in SPEAKERS:
+        checked["content"] = ""
+    elif not isinstance(content, str):
+        raise refusal(f"{name}.content", "a string or a list of content parts")
+    if "tool_calls" in checked:
+        calls = _tool_calls(f"{name}.tool_calls", checked.pop("tool_calls"))
+        if calls:  # templates take the mere presence of an empty list for a call
+            checked["tool_calls"] = calls
+    return checked
+
+
+def _parts(name: str, parts: list[Any], limits: Limits) -> str | list[dict[str, Any]]:
+    """The text of the parts, or, with images among them, parts in one shape each."""
+    checked = [_part(f"{name}[{index}]", part, limits) for index, part in enumerate(parts)]
+    if all(part["type"] == "text" for part in checked):
+        return "".join(part["text"] for part in checked)
+    return checked
+
+
+def _part(name: str, part: Any, limits: Limits) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise refusal(name, "an object with a type")
+    if kind in TEXT_KEYS:
+        return {"type": "text", "text": string(f"{name}.{kind}", part.get(TEXT_KEYS[kind]), limits)}
+    if kind in IMAGE_TYPES:
+        return {"type": "image_url", "image_url": {"url": _image(name, part, limits)}}
+    raise refusal(f"{name}.type", "text or image_url: the backend reads nothing else")
+
+
+def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
+    """The data URL of an image, wherever the backend would look for it."""
+    name = f"{name}.{'image_url' if 'image_url' in part else 'image'}"
+    url = part.get("image_url", part.get("image"))
+    if isinstance(url, dict):
+        name, url = f"{name}.url", url.get("url")
+    start = DATA_URL.match(url) if isinstance(url, str) else None
+    if not isinstance(url, str) or not start:
+        raise refusal(name, "a data URL (data:image/png;base64,…); images are not fetched")
+    if limits.images is False:
+        raise InvalidRequest("The loaded model reads no images.", param=name)
+    if (len(url) - start.end()) * 3 // 4 > limits.max_image_bytes + 2:  # 2: the padding
+        raise refusal(name, f"an image of at most {limits.max_image_bytes} bytes")
+    try:
+        image = base64.b64decode(url[start.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise refusal(name, "valid base64 after the comma") from None
+    if len(image) > limits.max_image_bytes:
+        raise refusal(name, f"an image of at most {limits.max_image_bytes} bytes")
+    if not IMAGE_FORMATS.match(image):
+        raise refusal(name, "a PNG, JPEG, GIF or WebP image")
+    return url
+
+
+def _tool_calls(name: str, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise refusal(name, "a list of tool calls")
+    return [_tool_call(f"{name}[{index}]", call) for index, call in enumerate(value)]
+
+
+def _tool_call(name: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise refusal(f"{name}.function", "an object with a name and arguments")
+    if not isinstance(function.get("name"), str):
+        raise refusal(f"{name}.function.name", "a string")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = ()
+    if arguments is not None and not isinstance(arguments, dict):
+        raise refusal(f"{name}.function.arguments", "the text of a JSON object")
+    # Already parsed, as the backend would do, so that what is in it is seen by all checks.
+    return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+# -- tools and templates
+
+
+def tools(name: str, value: Any, limits: Limits) -> Any:
+    """Functions in OpenAI's shape, with parameters that the backend's parsers can read."""
+    if not isinstance(value, list):
+        raise refusal(name, "a list of tools")
+    for index, tool in enumerate(value):
+        place = f"{name}[{index}].function"
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict):
+            raise refusal(place, "an object with a name and parameters")
+        if not isinstance(function.get("name"), str):
+            raise refusal(f"{place}.name", "a string")
+        parameters = function.get("parameters")
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict):
+            raise refusal(f"{place}.parameters", "a JSON schema (an object)")
+        properties = parameters.get("properties")
+        if properties is not None and not (
+            isinstance(properties, dict) and all(isinstance(it, dict) for it in properties.values())
+        ):
+            raise refusal(f"{place}.parameters.properties", "an object of JSON schemas (objects)")
+    return value or DROP
+
+
+def tool_choice(name: str, value: Any, limits: Limits) -> Any:
+    """A word or a function; the backend leaves every choice but "none" to the model."""
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        return value
+    return one_of(frozenset({"none", "auto", "required"}))(name, value, limits)
+
+
+def chat_template_kwargs(name: str, value: Any, limits: Limits) -> Any:
+    """Plain values under the names that the settings allow; null means the load's own value."""
+    if not isinstance(value, dict):
+        raise refusal(name, "an object")
+    checked = {key: item for key, item in value.items() if item is not None}
+    for key, item in checked.items():
+        if key not in limits.template_kwargs:
+            names = ", ".join(sorted(limits.template_kwargs))
+            raise InvalidRequest(f"{name} may only set {names}.", param=name)
+        if key.endswith("thinking") and not isinstance(item, bool):
+            raise refusal(f"{name}.{key}", "true or false")  # "false" would be true to a template
+        if not isinstance(item, (bool, int, float, str)):
+            raise refusal(f"{name}.{key}", "a plain value")
+        if isinstance(item, str) and len(item) > MAX_NAME:
+            raise refusal(f"{name}.{key}", f"at most {MAX_NAME} characters long")
+    return checked or DROP
+
+
+def role_mapping(name: str, value: Any, limits: Limits) -> dict[str, str]:
+    """Short texts by role, for models without a chat template."""
+    if not isinstance(value, dict) or not all(
+        isinstance(text, str) and len(text) <= MAX_NAME for text in value.values()
+    ):
+        raise refusal(name, f"an object from roles to texts of at most {MAX_NAME} characters")
+    return value
