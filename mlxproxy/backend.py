@@ -1,0 +1,466 @@
+"""One `mlx_lm.server` process: its command line, start, readiness, end."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from mlxproxy import ports
+from mlxproxy.backendlog import Drain, Listener, LogFile
+from mlxproxy.errors import (
+    BackendFailed,
+    LoadCancelled,
+    LoadFailed,
+    LoadTimeout,
+    PortInUse,
+    ProxyError,
+)
+from mlxproxy.model import Model
+from mlxproxy.upstream import Silence, Upstream
+
+log = logging.getLogger("mlxproxy.backend")
+
+LOG_LINES_IN_ERRORS = 12
+POLL = 0.05
+HEALTH_TIMEOUT = 2.0
+VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
+
+
+@dataclass(frozen=True)
+class Load:
+    """A model and the options it is loaded with; equal loads are the same process.
+
+    Attributes:
+        ttl: seconds without a request until it is unloaded; None: the setting's.
+        adapters: adapter folders that requests may name.
+        draft_models: draft models that requests may name.
+    """
+
+    model: Model = field(compare=False)
+    enable_thinking: bool = False
+    ttl: float | None = field(default=None, compare=False)
+    adapters: frozenset[str] = frozenset()
+    draft_models: frozenset[str] = frozenset()
+    path: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.model.path))
+
+    @property
+    def model_id(self) -> str:
+        return self.model.id
+
+    def options(self) -> dict[str, object]:
+        """What a client chose, as JSON."""
+        return {
+            "enable_thinking": self.enable_thinking,
+            "ttl": self.ttl,
+            "adapters": sorted(self.adapters),
+            "draft_models": sorted(self.draft_models),
+        }
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """What is the same for every backend of one proxy."""
+
+    server_bin: Path | None
+    port: int
+    load_timeout: float
+    stop_timeout: float
+    log_file: LogFile
+    on_log: Listener = field(default=lambda _: None)
+
+
+class Backend:
+    """One process that serves one load, from its start to its reaping.
+
+    Args:
+        on_end: called once, from any thread, when the process has ended or can no longer
+            generate, with the reason; not called for an end that :meth:`stop` brought about.
+    """
+
+    def __init__(self, load: Load, config: BackendConfig, on_end: Callable[[str], None]) -> None:
+        self.load = load
+        self.config = config
+        self.heard = time.monotonic()  # when the last byte of any answer came
+        self.hung = False  # taken for dead because it sent nothing
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._ended: str | None = None
+        self._end = threading.Event()
+        self._exited = threading.Event()
+        self._probe: Upstream | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._drain: Drain | None = None
+
+    # -- what others may ask
+
+    @property
+    def port(self) -> int:
+        return self.config.port
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def ended(self) -> str | None:
+        """Why the backend can no longer generate, or None while it can."""
+        return self._ended
+
+    def tail(self, lines: int = LOG_LINES_IN_ERRORS) -> list[str]:
+        """The last lines of the backend's log."""
+        return self._drain.tail(lines) if self._drain else []
+
+    def command(self) -> list[str]:
+        """The command line. Clients that stream from the backend's port rely on its options."""
+        return [
+            str(server_program(self.config.server_bin)),
+            *("--model", self.load.path),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self.config.port)),
+            "--chat-template-args",
+            json.dumps({"enable_thinking": self.load.enable_thinking}),
+        ]
+
+    def bytes_read(self) -> int | None:
+        """Bytes the process has read since its start, where the system tells (Linux)."""
+        if self._process is None or not sys.platform.startswith("linux"):
+            return None
+        try:
+            return int(psutil.Process(self._process.pid).io_counters().read_chars)
+        except (psutil.Error, OSError):
+            return None
+
+    def memory(self) -> int | None:
+        """Resident memory in bytes (on macOS without what Metal holds), None if it is gone."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss) if self.pid else None
+        except (psutil.Error, OSError):
+            return None
+
+    # -- its life
+
+    def start(self) -> None:
+        """Starts the process.
+
+        Raises:
+            LoadFailed: the program is missing or cannot be executed.
+            PortInUse: another process holds the port.
+        """
+        command = self.command()
+        if not ports.is_free(self.port):
+            holder = ports.describe(ports.listener(self.port))
+            raise PortInUse(
+                f"Port {self.port} on 127.0.0.1 is held by {holder}, which is not ours. "
+                "End it, or set MLX_BACKEND_PORT to a free port."
+            )
+        read_end, write_end = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                env=_environment(),
+                # A group of its own: Ctrl-C at the terminal is ours to handle, and a stop reaches
+                # whatever the backend has started (`mlx.launch` does).
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(read_end)
+            reason = error.strerror or str(error)
+            raise LoadFailed(
+                f"{command[0]} cannot be started: {reason}. Set MLX_SERVER_BIN to a working "
+                "mlx_lm.server (`pip install mlx-lm` provides one)."
+            ) from None
+        finally:
+            os.close(write_end)
+        log.info("backend started: pid %d, %s", self._process.pid, self.load.model_id)
+        self._drain = Drain(
+            read_end, self.config.log_file, self._generation_died, self.config.on_log
+        )
+        threading.Thread(target=self._wait, name="backend-wait", daemon=True).start()
+
+    def wait_ready(
+        self, cancelled: threading.Event, on_phase: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Returns when a chat of one token has been answered by our own process.
+
+        `/health` and the open port say nothing: both are there before the model is.
+
+        Args:
+            cancelled: set by others to end the wait.
+            on_phase: told ``starting``, ``loading`` and ``warming``.
+
+        Raises:
+            LoadFailed, LoadTimeout, LoadCancelled, PortInUse: why it will not be ready.
+        """
+        deadline = time.monotonic() + self.config.load_timeout
+        on_phase("starting")
+        while not ports.answers(self.port):
+            self._check(cancelled, deadline)
+            self._end.wait(POLL)
+        self._check_owner()
+        on_phase("loading")
+        # Queued behind the load and then refused: it tells the end of the load, not its success.
+        self._ask("/v1/completions", {"prompt": None, "max_tokens": 1}, cancelled, deadline)
+        on_phase("warming")
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        status, answer = self._ask("/v1/chat/completions", body, cancelled, deadline)
+        if status != 200:
+            raise self.failure(_error_text(answer) or f"it answers {status}")
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+            if json.loads(answer)["choices"][0]["message"]["role"] == "assistant":
+                return
+        raise self.failure("its answer to a first chat is not whole")
+
+    def stop(self) -> None:
+        """Ends the process and its group, and reaps it: SIGTERM, then SIGKILL."""
+        with self._lock:
+            self._stopping = True
+        self._abort_probe()
+        process = self._process
+        if process is None:
+            return
+        self._signal(signal.SIGTERM)
+        if not self._exited.wait(self.config.stop_timeout):
+            log.warning(
+                "backend pid %d did not end within %g s of SIGTERM: killed",
+                process.pid,
+                self.config.stop_timeout,
+            )
+        self._signal(signal.SIGKILL)  # the leader if it still lives, and whatever it left behind
+        self._exited.wait()
+        if self._drain:
+            self._drain.join(0.5)
+        log.info("backend stopped: pid %d", process.pid)
+
+    def check(self) -> str | None:
+        """Asks the backend's own health check; returns why it cannot generate, if it cannot.
+
+        For a connection that ended without a reason: the generation thread may be gone.
+        """
+        if self._ended is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HEALTH_TIMEOUT)
+            try:
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 503:
+                    self._ends("its generation thread has died")
+            except (OSError, http.client.HTTPException):
+                self._end.wait(VERDICT)  # going down: the thread that reaps it tells how
+            finally:
+                connection.close()
+        return self._ended
+
+    def give_up(self, reason: str) -> None:
+        """Takes the backend for dead, for a reason that only its users can see: it hangs."""
+        self.hung = True
+        self._ends(reason)
+
+    # -- inside
+
+    def _wait(self) -> None:
+        assert self._process is not None
+        code = self._process.wait()
+        self._exited.set()
+        if self._drain and not self._stopping:
+            self._drain.join(0.5)  # its last words
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
+        self._ends(f"it {how}")
+
+    def _generation_died(self, reason: str) -> None:
+        self._ends(reason)
+
+    def _ends(self, reason: str) -> None:
+        with self._lock:
+            first = self._ended is None
+            if first:
+                self._ended = reason
+            stopping = self._stopping
+        self._end.set()
+        self._abort_probe()
+        if first and not stopping:
+            self._on_end(reason)
+
+    def _signal(self, number: int) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+    def _check(self, cancelled: threading.Event, deadline: float) -> None:
+        if cancelled.is_set():
+            raise LoadCancelled(f"The load of {self.load.model_id} was cancelled.")
+        if self._ended is not None:
+            raise self.failure(self._ended)
+        if time.monotonic() > deadline:
+            raise LoadTimeout(
+                f"{self.load.model_id} did not answer within {self.config.load_timeout:g} s "
+                "(LOAD_TIMEOUT). Raise it if the model is large or the disk is slow.",
+                log=self.tail(),
+            )
+
+    def _check_owner(self) -> None:
+        """The process that answers on the port must be our child or one of its children."""
+        holder = ports.listener(self.port)
+        if holder is None or holder.pid == self.pid:
+            return
+        with contextlib.suppress(psutil.Error):
+            if any(parent.pid == self.pid for parent in holder.parents()):
+                return
+        raise PortInUse(
+            f"{ports.describe(holder)} took port {self.port} before the backend could. "
+            "End it, or set MLX_BACKEND_PORT to a free port."
+        )
+
+    def _ask(
+        self, path: str, body: dict[str, object], cancelled: threading.Event, deadline: float
+    ) -> tuple[int, bytes]:
+        """One request of the readiness check: its status and body."""
+        try:
+            probe = Upstream(self.port, interval=POLL * 4)
+        except BackendFailed as error:
+            self._check(cancelled, deadline)
+            raise self.failure(error.message) from None
+        with self._lock:
+            self._probe = probe
+        answer = b""
+        try:
+            probe.send(path, json.dumps({**body, "model": self.load.path}).encode())
+            read: Callable[[], bytes | None] = probe.read_head
+            while True:
+                self._check(cancelled, deadline)
+                try:
+                    data = read()
+                except Silence:
+                    continue
+                if read == probe.read_head:
+                    read = probe.read
+                elif data:
+                    answer += data
+                else:
+                    return probe.status, answer
+        except BackendFailed:
+            self._end.wait(1.0)  # it has just ended: its own words are on their way
+            self._check(cancelled, deadline)
+            raise self.failure("it closed the connection without an answer") from None
+        finally:
+            with self._lock:
+                self._probe = None
+            probe.close()
+
+    def _abort_probe(self) -> None:
+        with self._lock:
+            if self._probe is not None:
+                self._probe.abort()
+
+    def failure(self, reason: str) -> ProxyError:
+        """A failed load in words, with the last lines of the backend's log."""
+        tail = self.tail()
+        if any("Address already in use" in line for line in tail):
+            return PortInUse(
+                f"Another process took port {self.port} while the backend started. "
+                "End it, or set MLX_BACKEND_PORT to a free port."
+            )
+        reason = reason.replace(self.load.path, self.load.model_id)
+        lines = [_short(line, self.load) for line in tail]
+        return LoadFailed(f"{self.load.model_id}: {explain(reason, lines)}", log=lines)
+
+
+# What the backend says, and what a person can do about it (measured, mlx-lm 0.31.3 and 0.32.2).
+_REASONS: tuple[tuple[str, str], ...] = (
+    (r"Model type (\S+) not supported", "this mlx-lm does not know the architecture {0}. Update "
+     "mlx-lm, or choose another model."),
+    (r"Missing \d+ parameters", "weights are missing. A shard was not downloaded: download the "
+     "model again."),
+    (r"invalid data offsets|Unable to read|header length|InvalidHeader|Incomplete",
+     "a weights file is damaged or incomplete. Download the model again."),
+    (r"Expected shape|Received \d+ parameters not in model", "the weights do not fit the "
+     "configuration. Download the model again, or choose another conversion."),
+    (r"No safetensors found", "there are no weights in the folder. Download the model again."),
+    (r"tokenizer", "its tokenizer files are missing or damaged. Download the model again."),
+    (r"[Tt]emplate|jinja|raise_exception", "its chat template fails. Choose another conversion of "
+     "the model."),
+    (r"Insufficient Memory|[Oo]ut of memory|bad_alloc|Attempting to allocate|metal::malloc",
+     "there is not enough memory. Unload other programs, or choose a smaller quantization."),
+    (r"SIGKILL", "the system ended it, most often for want of memory. Choose a smaller "
+     "quantization."),
+    (r"config\.json", "config.json is missing or broken. Download the model again."),
+    (r"Repo id must be|does not exist|No such file", "its files are not there any more. Is the "
+     "disk mounted?"),
+)  # fmt: skip
+
+
+def explain(reason: str, lines: list[str]) -> str:
+    """The reason as a sentence, with advice where the failure is a known one."""
+    for text in (reason, "\n".join(lines)):
+        for pattern, advice in _REASONS:
+            if match := re.search(pattern, text):
+                return f"{advice.format(*match.groups())} (mlx_lm.server: {reason})"
+    return f"mlx_lm.server could not load it: {reason}"
+
+
+def server_program(configured: Path | None) -> Path:
+    """The `mlx_lm.server` to run.
+
+    Raises:
+        LoadFailed: there is none.
+    """
+    if configured is not None:
+        if configured.is_file() and os.access(configured, os.X_OK):
+            return configured
+        what = "is not executable" if configured.is_file() else "is not a file"
+        raise LoadFailed(
+            f"MLX_SERVER_BIN = {configured} {what}. Set it to the mlx_lm.server program, or leave "
+            "it out to use the one beside the running Python."
+        )
+    beside = Path(sys.executable).parent / "mlx_lm.server"
+    if beside.is_file():
+        return beside
+    found = shutil.which("mlx_lm.server")
+    if found is None:
+        raise LoadFailed(
+            "There is no mlx_lm.server beside the running Python or on PATH. "
+            "`pip install mlx-lm`, or set MLX_SERVER_BIN."
+        )
+    return Path(found)
+
+
+def _environment() -> dict[str, str]:
+    """The backend's environment: offline, unbuffered, and without our settings (the keys)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLXPROXY_")}
+    return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _error_text(answer: bytes) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(answer)["error"])
+    return answer[:200].decode("utf-8", "replace").strip()
+
+
+def _short(line: str, load: Load) -> str:
+    return line.replace(load.path, load.model_id)[:500]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
