@@ -1,0 +1,797 @@
+"""What is loaded: the state machine, the only lock, the leases.
+
+All that gates a change is read and changed under one lock. One thread, the conductor, carries the
+transitions out (drain, stop, start, wait until ready), always outside the lock, one after the
+other: that is why there is never more than one backend, and why two loads cannot race.
+
+States: ``empty → loading → ready → draining → stopping → empty``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxproxy.backend import Backend, Load
+from mlxproxy.errors import (
+    BackendFailed,
+    BackendTimeout,
+    InternalError,
+    LoadCancelled,
+    ModelSwapped,
+    ModelUnloaded,
+    NoModelLoaded,
+    ProxyError,
+    ShuttingDown,
+    TooManyRequests,
+)
+from mlxproxy.history import History
+from mlxproxy.ownership import Ownership
+from mlxproxy.presence import Presence
+from mlxproxy.upstream import Upstream
+
+log = logging.getLogger("mlxproxy.controller")
+
+DEATHS, DEATHS_WITHIN = 3, 300.0  # so many deaths in so many seconds, and it stays down
+RETRY_AFTER = 5
+# A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
+PATIENCE_OF_EXCLUSIVE = 10.0
+
+Launch = Callable[[Load, Callable[[str], None]], Backend]
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The settings the controller decides by (seconds, counts): see settings.py."""
+
+    drain_timeout: float = 120.0
+    shutdown_timeout: float = 30.0
+    stall_timeout: float = 300.0
+    idle_ttl: float = 0.0
+    max_concurrent: int = 32
+    max_queue: int = 64
+    swap_on_request: bool = False
+    ended_grace: float = 5.0  # for answers that were ended to notice it; no setting
+
+
+@dataclass(eq=False)
+class Transition:
+    """A load or an unload that was asked for, and how far it is.
+
+    Attributes:
+        load: what is to be loaded; None for an unload.
+        cause: ``asked``, ``request`` (a chat needs it), ``idle``, ``death`` or ``shutdown``.
+        changed: whether there was anything to do.
+        previous: the model that was stopped for it.
+    """
+
+    load: Load | None
+    cause: str = "asked"
+    phase: str = "waiting"
+    since: float = field(default_factory=time.monotonic)
+    last_seconds: float | None = None
+    changed: bool = True
+    previous: str | None = None
+    error: ProxyError | None = None
+    backend: Backend | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def finish(self, error: ProxyError | None = None) -> None:
+        self.error = error
+        self.phase = "failed" if error else "done"
+        self.backend = None
+        self.done.set()
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is: only what is known, never an invented percentage."""
+        backend, load = self.backend, self.load
+        read = backend.bytes_read() if backend else None
+        total = load.model.size_bytes if load else None
+        return {
+            "model_id": load.path if load else None,
+            "id": load.model_id if load else None,
+            "phase": self.phase,
+            "seconds": round(time.monotonic() - self.since, 1),
+            "bytes_read": min(read, total) if read is not None and total else None,
+            "bytes_total": total,
+            "last_seconds": self.last_seconds,
+        }
+
+
+class Lease:
+    """A request's place: first in the queue, then on the loaded model, until it is released."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        target: Load | None,
+        client: str,
+        presence: Presence,
+        exclusive: bool,
+    ) -> None:
+        self.target = target
+        self.client = client
+        self.presence = presence
+        self.exclusive = exclusive
+        self.since = time.monotonic()
+        self.granted = 0.0
+        self.backend: Backend | None = None
+        self.error: ProxyError | None = None
+        self.upstream: Upstream | None = None
+        self._controller = controller
+        self._decided = threading.Event()
+
+    @property
+    def load(self) -> Load:
+        """What answers this request; there once :meth:`wait` has returned True."""
+        assert self.backend is not None
+        return self.backend.load
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the place, at most `timeout` seconds; whether it has been granted.
+
+        Raises:
+            ProxyError: it will not be granted (the load failed, shutdown, nothing loaded).
+        """
+        if not self._decided.wait(timeout):
+            return False
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def connect(self, interval: float) -> Upstream:
+        """Opens the connection to the backend; whoever ends the lease ends it too.
+
+        Raises:
+            ProxyError: the lease has been ended, or the backend does not accept.
+        """
+        assert self.backend is not None
+        try:
+            upstream = Upstream(self.backend.port, interval)
+        except BackendFailed as error:
+            raise self.fault(error) from None
+        self._controller.attach(self, upstream)
+        return upstream
+
+    def fault(self, seen: ProxyError) -> ProxyError:
+        """Why an answer ended early: the reason the lease was ended for, else what was seen."""
+        return self._controller.fault(self, seen)
+
+    def stalled(self) -> ProxyError | None:
+        """Called after a silence; the error if the backend is now taken for dead."""
+        return self._controller.stalled(self)
+
+    def comment(self) -> bytes:
+        """What a waiting stream tells its client, as an SSE comment."""
+        return self._controller.comment(self)
+
+    def release(self) -> None:
+        """Gives the place back, or leaves the queue. Called any number of times."""
+        self.presence.on_leave(None)
+        self._controller.release(self)
+
+    # -- by the controller, under its lock
+
+    def grant(self, backend: Backend) -> None:
+        self.backend = backend
+        self.granted = time.monotonic()
+        self._decided.set()
+
+    def end(self, error: ProxyError) -> None:
+        if self.error is None:
+            self.error = error
+        self._decided.set()
+        if self.upstream is not None:
+            self.upstream.abort()
+
+
+class Controller:
+    """Loads, unloads, and leases of the one backend on the port.
+
+    Args:
+        limits: how long and how many.
+        launch: makes the (not yet started) backend for a load; told whom to call at its end.
+        ownership: records the child for the case that we are killed.
+        history: remembers what was loaded and how long it took.
+        emit: told of every change, for events and metrics; must not block.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        launch: Launch,
+        ownership: Ownership,
+        history: History,
+        emit: Emit = lambda kind, data: None,
+    ) -> None:
+        self.limits = limits
+        self._launch = launch
+        self._ownership = ownership
+        self._history = history
+        self._emit = emit
+
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # what the conductor waits on
+        self._state = "empty"
+        self._state_since = time.time()
+        self._backend: Backend | None = None
+        self._loaded_at = 0.0
+        self._ttl: float | None = None  # of the last load that was asked for, equal ones included
+        self._mourned: Backend | None = None  # whose death has been told and counted
+        self._transitions: deque[Transition] = deque()  # the first is under way
+        self._leases: set[Lease] = set()
+        self._queue: deque[Lease] = deque()
+        self._last_use = time.monotonic()
+        self._failure: dict[str, Any] | None = None
+        self._deaths: list[float] = []
+        self._resume: Load | None = None  # what the next request brings back
+        self._down = False  # died too often: stays down until a load is asked for
+        self._asked = False
+        self._closing = False
+        self._hurry = False
+        self._conductor = threading.Thread(target=self._conduct, name="conductor", daemon=True)
+        self._conductor.start()
+
+    # -- loads and unloads
+
+    def load(self, load: Load, cause: str = "asked") -> Transition:
+        """Asks for a load; joins an equal one. The answer's `done` tells when it has ended.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+        """
+        with self._lock:
+            self._refuse_if_closing()
+            if cause == "asked":
+                self._asked = True
+                self._down = False
+                self._deaths.clear()
+            last = self._transitions[-1] if self._transitions else None
+            if last is not None and last.load == load and not last.cancelled.is_set():
+                if cause == "asked":
+                    last.cause = cause  # somebody waits for it who does not leave
+                return last
+            if last is None and self._state == "ready" and self._backend is not None:
+                backend = self._backend
+                if backend.load == load and backend.ended is None:
+                    self._ttl = load.ttl
+                    self._changed.notify_all()
+                    joined = Transition(load, cause, changed=False)
+                    joined.finish()
+                    return joined
+            return self._add(Transition(load, cause, last_seconds=self._history.seconds(load)))
+
+    def unload(self, cause: str = "asked") -> Transition:
+        """Asks for the unload of what is loaded; cancels a load in progress.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+        """
+        with self._lock:
+            self._refuse_if_closing()
+            self._asked = True
+            self._resume = None
+            self._down = False
+            pending = [item for item in self._transitions if item.load is not None]
+            if not pending and self._transitions:
+                self._transitions[-1].cause = cause
+                return self._transitions[-1]
+            if not pending and self._backend is None:
+                nothing = Transition(None, cause, changed=False)
+                nothing.finish()
+                return nothing
+            error = LoadCancelled("The load was cancelled: an unload was asked for meanwhile.")
+            for item in pending:
+                item.cancelled.set()
+                self._fail_waiting(item.load, error)
+            return self._add(Transition(None, cause))
+
+    def _add(self, transition: Transition) -> Transition:
+        self._transitions.append(transition)
+        self._changed.notify_all()
+        return transition
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise ShuttingDown("mlxproxy is stopping. Try again when it has been started anew.")
+
+    # -- leases
+
+    def lease(
+        self,
+        client: str,
+        presence: Presence,
+        target: Callable[[], Load | None] = lambda: None,
+        exclusive: bool = False,
+    ) -> Lease:
+        """A place for one request: granted at once if the model is there and a place is free.
+
+        Args:
+            client: who asks, for a fair share.
+            presence: the client's; when it leaves, the place is given up.
+            target: finds the load for the model that the request names (None: whatever is
+                loaded). Called without the lock, and only where it matters.
+            exclusive: whether the request must have the backend to itself.
+
+        Raises:
+            ShuttingDown, TooManyRequests.
+        """
+        wanted = target() if self._needs_target() else None
+        lease = Lease(self, wanted, client, presence, exclusive)
+        with self._lock:
+            self._refuse_if_closing()
+            self._queue.append(lease)
+            self._settle()
+            if lease in self._queue and len(self._queue) > self.limits.max_queue:
+                self._queue.remove(lease)
+                raise TooManyRequests(
+                    f"{len(self._leases)} answers are in flight and {len(self._queue)} requests "
+                    "wait already. Try again in a few seconds.",
+                    retry_after=RETRY_AFTER,
+                )
+        presence.on_leave(lambda: self._left(lease))
+        return lease
+
+    def _needs_target(self) -> bool:
+        with self._lock:
+            settled = self._state == "ready" and not self._transitions
+        return self.limits.swap_on_request or not settled
+
+    def _settle(self) -> None:
+        """Grants what can be granted; decides a load where the first in the queue needs one."""
+        if self._transitions or self._closing:
+            return
+        backend = self._backend
+        if self._state == "ready" and backend is not None and backend.ended is None:
+            self._grant(backend)
+            first = next((it for it in self._queue if not self._suits(it, backend.load)), None)
+            if first is not None:
+                self._add(Transition(first.target, "request"))
+        elif self._state == "empty":
+            while self._queue and not self._transitions:
+                wanted = None if self._down else self._wanted(self._queue[0])
+                if wanted is not None:
+                    seconds = self._history.seconds(wanted)
+                    self._add(Transition(wanted, "request", last_seconds=seconds))
+                else:
+                    self._queue.popleft().end(self._nothing_loaded())
+
+    def _wanted(self, lease: Lease) -> Load | None:
+        """What to load for a request while nothing is loaded."""
+        if self.limits.swap_on_request:
+            return lease.target or self._resume
+        return self._resume or lease.target
+
+    def _suits(self, lease: Lease, load: Load) -> bool:
+        """Whether what is loaded may answer the request."""
+        named = lease.target if self.limits.swap_on_request else None
+        return named is None or named.path == load.path
+
+    def _grant(self, backend: Backend) -> None:
+        """Grants places in the queue's order, to those first who hold the fewest."""
+        held = Counter(lease.client for lease in self._leases)
+        waiting = deque(lease for lease in self._queue if self._suits(lease, backend.load))
+        now = time.monotonic()
+        while waiting and len(self._leases) < self.limits.max_concurrent:
+            if any(lease.exclusive for lease in self._leases):
+                return
+            # min() keeps the order among equals. A client alone is served in its own order.
+            lease = min(waiting, key=lambda item: held[item.client])
+            waiting.remove(lease)
+            if lease.exclusive and self._leases:
+                if now - lease.since > PATIENCE_OF_EXCLUSIVE:
+                    return
+                continue
+            self._queue.remove(lease)
+            self._leases.add(lease)
+            held[lease.client] += 1
+            lease.grant(backend)
+
+    def _nothing_loaded(self) -> ProxyError:
+        failure = self._failure
+        if failure is not None:
+            return NoModelLoaded(
+                f"No model is loaded: {failure['reason']} POST /v1/models/load loads one; "
+                "GET /v1/models lists them."
+            )
+        return NoModelLoaded(
+            "No model is loaded. POST /v1/models/load with a model_id from GET /v1/models first, "
+            "or name one of them as the model."
+        )
+
+    def release(self, lease: Lease) -> None:
+        """See Lease.release."""
+        with self._lock:
+            upstream, lease.upstream = lease.upstream, None
+            if lease in self._leases:
+                self._leases.remove(lease)
+                self._last_use = time.monotonic()
+                self._settle()
+                if self._transitions or not self._leases:
+                    self._changed.notify_all()  # a drain, or the idle time, waits for this
+            elif lease in self._queue:
+                self._queue.remove(lease)
+                self._last_use = time.monotonic()
+                self._settle()
+        if upstream is not None:
+            upstream.close()
+
+    def _left(self, lease: Lease) -> None:
+        """The client is gone: out of the queue, or the backend's connection ended."""
+        with self._lock:
+            if lease in self._queue:
+                self._queue.remove(lease)
+                self._settle()
+            lease.end(BackendFailed("The client has left."))
+
+    def attach(self, lease: Lease, upstream: Upstream) -> None:
+        """See Lease.connect."""
+        with self._lock:
+            if lease.error is None:
+                lease.upstream = upstream
+                return
+        upstream.close()
+        raise lease.error
+
+    def fault(self, lease: Lease, seen: ProxyError) -> ProxyError:
+        """See Lease.fault."""
+        if lease.error is None and lease.backend is not None and lease.backend.check():
+            self._ended(lease.backend.ended or "")  # not told yet by the thread that saw it
+        return lease.error or seen
+
+    def stalled(self, lease: Lease) -> ProxyError | None:
+        """See Lease.stalled. One silent answer is no hang while the backend feeds others."""
+        backend = lease.backend
+        silence = self.limits.stall_timeout
+        if lease.error is not None or backend is None:
+            return lease.error
+        if time.monotonic() - max(backend.heard, lease.granted) < silence:
+            return None
+        backend.give_up(f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
+        return lease.error or BackendTimeout(
+            f"The backend sent nothing for {silence:g} s (STALL_TIMEOUT) and was taken for dead."
+        )
+
+    def comment(self, lease: Lease) -> bytes:
+        """See Lease.comment."""
+        seconds = int(time.monotonic() - lease.since)
+        with self._lock:
+            current = self._transitions[0] if self._transitions else None
+            place = self._queue.index(lease) + 1 if lease in self._queue else 0
+        if current is not None and current.load is not None:
+            what = f"{'draining for' if current.phase == 'draining' else 'loading'} "
+            what += current.load.model_id
+        else:
+            what = f"waiting for a place, number {place} in the queue"
+        return f": {what} {seconds}s\n\n".encode()
+
+    # -- what the conductor does
+
+    def _conduct(self) -> None:
+        while True:
+            with self._lock:
+                while (transition := self._next()) is None:
+                    self._changed.wait(self._idle_left())
+            try:
+                error = self._perform(transition)
+            except Exception:
+                log.exception("a transition failed in a way that is not foreseen")
+                error = InternalError("The load failed for an internal reason; see the log.")
+                self._abandon()
+            with self._lock:
+                self._transitions.remove(transition)
+                if transition.load is not None and error is not None:
+                    self._fail_waiting(transition.load, error)
+                transition.finish(error)
+                self._settle()
+                self._emit("state", self._describe())
+                if self._closing and transition.cause == "shutdown":
+                    return
+
+    def _next(self) -> Transition | None:
+        backend = self._backend
+        if not self._transitions and backend is not None:
+            if backend.ended is not None:
+                self._add(Transition(None, "death"))
+            elif self._idle_left() == 0:
+                log.info("%s has been idle: unloading it", backend.load.model_id)
+                self._resume = backend.load
+                self._add(Transition(None, "idle"))
+        while self._transitions:
+            first = self._transitions[0]
+            if first.cause == "request" and not self._waiting_for(first.load):
+                self._transitions.popleft()  # all who needed it have left: it starts nothing
+                first.finish(LoadCancelled("Nobody waits for this load any more."))
+                self._settle()
+                continue
+            return first
+        return None
+
+    def _idle_left(self) -> float | None:
+        """Seconds until the idle unload, or None while there is nothing to count."""
+        backend = self._backend
+        if self._state != "ready" or backend is None or self._leases or self._queue:
+            return None
+        ttl = self.limits.idle_ttl if self._ttl is None else self._ttl
+        return max(0.0, self._last_use + ttl - time.monotonic()) if ttl else None
+
+    def _perform(self, transition: Transition) -> ProxyError | None:
+        if self._in_vain(transition):
+            return self._cancelled(transition)
+        if self._backend is not None and not self._drain(transition):
+            return self._cancelled(transition)
+        self._stop_backend(transition)
+        if transition.load is None:
+            if transition.cause == "asked":
+                self._history.unloaded()
+            self._become("empty")
+            return None
+        return self._start_backend(transition, transition.load)
+
+    def _drain(self, transition: Transition) -> bool:
+        """Waits for the answers in flight, then ends the rest; False if cancelled meanwhile."""
+        backend = self._backend
+        assert backend is not None
+        limit = self.limits.drain_timeout
+        if transition.cause == "shutdown":
+            limit = self.limits.shutdown_timeout
+        transition.phase = "draining"
+        deadline = time.monotonic() + limit
+        with self._lock:
+            if self._leases:
+                self._enter("draining")
+            while self._leases and not (backend.ended or self._hurry or self._in_vain(transition)):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            if self._in_vain(transition):
+                self._enter("ready")
+                return False
+            if self._leases:
+                error = self._ending_for(transition, limit)
+                log.warning("%d answers in flight ended: %s", len(self._leases), error.message)
+                for lease in list(self._leases):
+                    lease.end(error)
+                grace = time.monotonic() + self.limits.ended_grace
+                while self._leases and (left := grace - time.monotonic()) > 0:
+                    self._changed.wait(left)
+        return True
+
+    @staticmethod
+    def _in_vain(transition: Transition) -> bool:
+        return transition.load is not None and transition.cancelled.is_set()
+
+    def _ending_for(self, transition: Transition, limit: float) -> ProxyError:
+        if self._closing:
+            return ShuttingDown("The answer was ended: mlxproxy is stopping.")
+        if transition.load is None:
+            return ModelUnloaded(
+                f"The answer was ended: the model is being unloaded, and {limit:g} s "
+                "(DRAIN_TIMEOUT) were not enough for it."
+            )
+        return ModelSwapped(
+            f"The answer was ended: {transition.load.model_id} is being loaded, and {limit:g} s "
+            "(DRAIN_TIMEOUT) were not enough for it. Ask again."
+        )
+
+    def _stop_backend(self, transition: Transition) -> None:
+        backend = self._backend
+        if backend is None:
+            return
+        transition.phase = "stopping"
+        transition.previous = backend.load.model_id
+        self._become("stopping")
+        backend.stop()
+        self._ownership.stopped()
+        with self._lock:
+            self._backend = None
+            self._leases.clear()  # whoever still writes to a slow client has no backend any more
+
+    def _start_backend(self, transition: Transition, load: Load) -> ProxyError | None:
+        """Starts the backend for the load and waits until it has answered."""
+        with self._lock:
+            self._resume = None
+        self._become("loading")
+        started = time.monotonic()
+        backend: Backend | None = None
+        try:
+            backend = self._launch(load, lambda reason: self._ended(reason))
+            transition.backend = backend
+            command = backend.command()
+            self._ownership.starting(command)
+            backend.start()
+            self._ownership.started(command, backend.pid or 0)
+            backend.wait_ready(transition.cancelled, lambda it: self._phase(transition, it))
+        except ProxyError as error:
+            self._give_back(backend)
+            return self._load_failed(transition, load, error)
+        seconds = time.monotonic() - started
+        self._history.loaded(load, seconds)
+        with self._lock:
+            self._backend = backend
+            self._loaded_at = time.time()
+            self._last_use = time.monotonic()
+            self._ttl = load.ttl
+            self._failure = None
+            self._enter("ready")
+        if backend.ended is not None:  # between its first answer and now
+            self._ended(backend.ended)
+        log.info("%s loaded in %.1f s", load.model_id, seconds)
+        self._emit("loaded", {"id": load.model_id, "seconds": round(seconds, 2)})
+        return None
+
+    def _give_back(self, backend: Backend | None) -> None:
+        if backend is not None:
+            backend.stop()
+        self._ownership.stopped()
+
+    def _abandon(self) -> None:
+        """After an unforeseen error: no backend is left that we do not know of."""
+        backend = self._backend or self._transitions[0].backend
+        self._give_back(backend)
+        with self._lock:
+            self._backend = None
+            self._enter("empty")
+
+    def _load_failed(self, transition: Transition, load: Load, error: ProxyError) -> ProxyError:
+        if transition.cancelled.is_set():
+            error = self._cancelled(transition)
+        else:
+            log.error("%s was not loaded: %s", load.model_id, error.message)
+            self._fail(load, error.message, error.code, error.details.get("log", []), transition)
+        self._become("empty")
+        return error
+
+    def _cancelled(self, transition: Transition) -> ProxyError:
+        name = transition.load.model_id if transition.load else "the model"
+        if self._closing:
+            return ShuttingDown("mlxproxy is stopping: the load was given up.")
+        return LoadCancelled(f"The load of {name} was cancelled by an unload.")
+
+    def _phase(self, transition: Transition, phase: str) -> None:
+        transition.phase = phase
+        self._emit("load", transition.progress())
+
+    def _ended(self, reason: str) -> None:
+        """The backend's own end, told by the thread that saw it."""
+        with self._lock:
+            backend = self._backend
+            if backend is None or backend.ended is None or backend is self._mourned:
+                return  # a load in progress sees it by itself
+            self._mourned = backend
+            load = backend.load
+            now = time.monotonic()
+            self._deaths = [it for it in self._deaths if now - it < DEATHS_WITHIN] + [now]
+            self._down = len(self._deaths) >= DEATHS
+            self._resume = None if self._down else load
+            sentence = f"The backend with {load.model_id} has ended: {reason}."
+            if self._down:
+                sentence += (
+                    f" That was {DEATHS} times in {DEATHS_WITHIN / 60:g} minutes, so it stays down "
+                    "until a load is asked for."
+                )
+            log.error("%s", sentence)
+            self._emit("death", {"id": load.model_id, "reason": reason})
+            error: ProxyError = (BackendTimeout if backend.hung else BackendFailed)(
+                f"The backend has ended in the middle of the answer: {reason}. Ask again."
+            )
+            for lease in list(self._leases):
+                lease.end(error)
+            self._changed.notify_all()  # the conductor reaps it
+        self._fail(load, sentence, "backend_failed", backend.tail())
+
+    def _fail(
+        self, load: Load, reason: str, code: str, lines: list[str], during: Transition | None = None
+    ) -> None:
+        with self._lock:
+            self._failure = {
+                "model_id": load.path,
+                "id": load.model_id,
+                "code": code,
+                "reason": reason,
+                "at": time.time(),
+                "previous": during.previous if during else None,
+                "log": lines,
+            }
+
+    def _fail_waiting(self, load: Load | None, error: ProxyError) -> None:
+        for lease in self._waiting_for(load):
+            self._queue.remove(lease)
+            lease.end(error)
+
+    def _waiting_for(self, load: Load | None) -> list[Lease]:
+        return [lease for lease in self._queue if load is not None and self._suits(lease, load)]
+
+    def _become(self, state: str) -> None:
+        with self._lock:
+            self._enter(state)
+
+    def _enter(self, state: str) -> None:
+        if state != self._state:
+            self._state, self._state_since = state, time.time()
+            self._emit("state", self._describe())
+
+    # -- the end
+
+    def shutdown(self) -> None:
+        """Refuses new work, lets answers finish (`shutdown_timeout`), stops the child, returns."""
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                error = ShuttingDown("mlxproxy is stopping. Try again when it has been started.")
+                for lease in list(self._queue):
+                    lease.end(error)
+                self._queue.clear()
+                for transition in self._transitions:
+                    transition.cancelled.set()
+                self._add(Transition(None, "shutdown"))
+        self._conductor.join()
+
+    def hurry(self) -> None:
+        """Ends the wait for answers in flight: somebody asked twice for the stop."""
+        with self._lock:
+            self._hurry = True
+            self._changed.notify_all()
+
+    # -- what others may know
+
+    def current(self) -> Load | None:
+        """What is loaded and answers."""
+        backend = self._backend
+        return (
+            backend.load if backend is not None and self._state in ("ready", "draining") else None
+        )
+
+    def untouched(self) -> bool:
+        """Whether nobody has asked for a load or unload yet, and nothing is loaded."""
+        with self._lock:
+            return not (self._asked or self._closing or self._transitions or self._backend)
+
+    def memory(self) -> int:
+        """Bytes that an end of the present backend would give back."""
+        backend = self._backend
+        return (backend.memory() or 0) if backend is not None else 0
+
+    def describe(self) -> dict[str, Any]:
+        """The whole state as JSON: what `/health` and `/v1/models/loaded` are made of."""
+        with self._lock:
+            return self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        backend = self._backend
+        transition = self._transitions[0] if self._transitions else None
+        shown = backend if self._state in ("ready", "draining") else None
+        left = self._idle_left()
+        return {
+            "state": self._state,
+            "state_since": self._state_since,
+            "model_id": shown.load.path if shown else None,
+            "id": shown.load.model_id if shown else None,
+            "enable_thinking": shown.load.enable_thinking if shown else None,
+            "options": shown.load.options() if shown else None,
+            "loaded_at": self._loaded_at if shown else None,
+            "pid": backend.pid if backend else None,
+            "port": backend.port if backend else None,
+            "in_flight": len(self._leases),
+            "waiting": len(self._queue),
+            "idle_unload_in": None if left is None else round(left, 1),
+            "transition": None
+            if transition is None
+            else {
+                "kind": "load" if transition.load else "unload",
+                "cause": transition.cause,
+                "model_id": transition.load.path if transition.load else None,
+                "id": transition.load.model_id if transition.load else None,
+                "phase": transition.phase,
+                "seconds": round(time.monotonic() - transition.since, 1),
+            },
+            "last_failure": self._failure,
+        }

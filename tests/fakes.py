@@ -1,0 +1,121 @@
+"""A backend without a process, for tests of the controller alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlxproxy.backend import Load
+from mlxproxy.controller import Controller, Lease, Limits
+from mlxproxy.errors import LoadCancelled, LoadFailed, ProxyError
+from mlxproxy.history import History
+from mlxproxy.ownership import Ownership
+from mlxproxy.presence import Presence
+
+
+def model_load(name: str, **options: Any) -> Load:
+    """A load of a model that is nowhere on disk."""
+    model: Any = SimpleNamespace(path=Path("/models") / name, id=name, size_bytes=1000)
+    return Load(model, **options)
+
+
+class FakeBackend:
+    """Behaves as the world tells: loads at once, or when let; fails; dies."""
+
+    def __init__(self, world: World, load: Load, on_end: Callable[[str], None]) -> None:
+        self.world, self.load, self._on_end = world, load, on_end
+        self.ended: str | None = None
+        self.hung = False
+        self.heard = time.monotonic()
+        self.port = 1
+        self.pid = 1
+        self.running = False
+
+    def command(self) -> list[str]:
+        return ["fake", self.load.path]
+
+    def start(self) -> None:
+        with self.world.lock:
+            self.running = True
+            self.world.running.append(self)
+            self.world.most = max(self.world.most, len(self.world.running))
+            self.world.starts.append(self.load.model_id)
+
+    def wait_ready(self, cancelled: threading.Event, on_phase: Callable[[str], None]) -> None:
+        on_phase("loading")
+        while not self.world.may_load.wait(0.005):
+            if cancelled.is_set():
+                raise LoadCancelled("cancelled")
+            if self.ended:
+                raise LoadFailed(self.ended)
+        if self.load.model_id in self.world.broken:
+            raise LoadFailed(f"{self.load.model_id} is broken")
+        if self.ended:
+            raise LoadFailed(self.ended)
+
+    def stop(self) -> None:
+        with self.world.lock:
+            if self.running:
+                self.running = False
+                self.world.running.remove(self)
+
+    def die(self, reason: str = "killed") -> None:
+        self.ended = reason
+        self._on_end(reason)
+
+    def check(self) -> str | None:
+        return self.ended
+
+    def give_up(self, reason: str) -> None:
+        self.hung = True
+        self.die(reason)
+
+    def tail(self) -> list[str]:
+        return ["the last line"]
+
+    def bytes_read(self) -> None:
+        return None
+
+    def memory(self) -> int:
+        return 0
+
+
+class World:
+    """A controller over fake backends, and what they have seen."""
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        self.lock = threading.Lock()
+        self.running: list[FakeBackend] = []
+        self.starts: list[str] = []
+        self.most = 0
+        self.broken: set[str] = set()
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.controller = Controller(
+            Limits(**{"ended_grace": 0.05, **limits}),
+            lambda load, on_end: FakeBackend(self, load, on_end),  # type: ignore[arg-type, return-value]
+            Ownership(folder, 1),
+            History(folder / "history.json"),
+            lambda kind, data: self.events.append((kind, data)),
+        )
+
+    def load(self, name: str, seconds: float = 5.0, **options: Any) -> ProxyError | None:
+        """A load, waited for: its error, if it failed."""
+        transition = self.controller.load(model_load(name, **options))
+        assert transition.done.wait(seconds)
+        return transition.error
+
+    def lease(self, name: str | None = None, client: str = "someone", **options: Any) -> Lease:
+        wanted = model_load(name) if name else None
+        presence = options.pop("presence", None) or Presence()
+        return self.controller.lease(client, presence, lambda: wanted, **options)
+
+    def close(self) -> None:
+        self.may_load.set()
+        self.controller.hurry()
+        self.controller.shutdown()

@@ -1,0 +1,493 @@
+"""Loads, swaps and waiting, as their clients see them; no processes, no luck."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxproxy.errors import (
+    BackendFailed,
+    BackendTimeout,
+    LoadCancelled,
+    LoadFailed,
+    ModelSwapped,
+    ModelUnloaded,
+    NoModelLoaded,
+    ShuttingDown,
+    TooManyRequests,
+)
+from mlxproxy.presence import Presence
+from tests.conftest import until
+from tests.fakes import World, model_load
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(**limits: Any) -> World:
+        made.append(World(tmp_path, **limits))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+        assert not each.running
+        assert not any(thread is each.controller._conductor for thread in threading.enumerate())
+
+
+def state(world: World) -> str:
+    return str(world.controller.describe()["state"])
+
+
+# -- loads
+
+
+def test_a_load_is_ready_when_it_says_so(world: Callable[..., World]) -> None:
+    it = world()
+    assert it.load("a") is None
+    assert it.lease().wait(0)
+    assert state(it) == "ready"
+
+
+def test_twenty_equal_loads_at_once_start_one_process(world: Callable[..., World]) -> None:
+    it = world()
+    it.may_load.clear()
+    asked = [it.controller.load(model_load("a")) for _ in range(20)]
+    it.may_load.set()
+    assert all(transition.done.wait(5) for transition in asked)
+    assert it.starts == ["a"]
+    assert it.load("a") is None
+    assert it.starts == ["a"]
+
+
+def test_another_value_of_thinking_is_another_load(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    it.load("a", enable_thinking=True)
+    assert it.starts == ["a", "a"]
+    assert it.most == 1
+
+
+def test_different_loads_go_one_after_the_other_in_order(world: Callable[..., World]) -> None:
+    it = world()
+    it.may_load.clear()
+    asked = [it.controller.load(model_load(name)) for name in "abc"]
+    it.may_load.set()
+    assert all(transition.done.wait(5) for transition in asked)
+    assert it.starts == ["a", "b", "c"]
+    assert it.most == 1
+    assert it.controller.describe()["id"] == "c"
+
+
+def test_a_failed_load_tells_why_and_what_was_loaded_before(world: Callable[..., World]) -> None:
+    it = world()
+    it.broken.add("b")
+    it.load("a")
+    assert isinstance(it.load("b"), LoadFailed)
+    told = it.controller.describe()
+    assert told["state"] == "empty"
+    assert told["last_failure"]["reason"] == "b is broken"
+    assert told["last_failure"]["previous"] == "a"
+    assert not it.running
+    with pytest.raises(NoModelLoaded, match="b is broken"):
+        it.lease().wait(1)
+
+
+def test_the_failure_is_forgotten_with_the_next_success(world: Callable[..., World]) -> None:
+    it = world()
+    it.broken.add("b")
+    it.load("b")
+    it.load("a")
+    assert it.controller.describe()["last_failure"] is None
+
+
+def test_an_unload_cancels_a_load_in_progress_and_those_behind_it(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.may_load.clear()
+    first, second = it.controller.load(model_load("a")), it.controller.load(model_load("b"))
+    waiting = it.lease()
+    until(lambda: it.running, what="the start")
+    unload = it.controller.unload()
+    assert unload.done.wait(5)
+    assert isinstance(first.error, LoadCancelled)
+    assert isinstance(second.error, LoadCancelled)
+    assert it.starts == ["a"]
+    with pytest.raises(LoadCancelled):
+        waiting.wait(1)
+    assert state(it) == "empty"
+
+
+def test_an_unload_of_nothing_says_so(world: Callable[..., World]) -> None:
+    it = world()
+    assert not it.controller.unload().changed
+    it.load("a")
+    assert it.controller.unload().changed
+
+
+# -- swaps
+
+
+def test_a_swap_waits_for_answers_in_flight_and_lets_no_new_one_in(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    swap = it.controller.load(model_load("b"))
+    later = it.lease()
+    assert not later.wait(0.05)
+    assert not swap.done.is_set()
+    assert on_a.error is None
+    on_a.release()
+    assert later.wait(5)
+    assert later.load.model_id == "b"
+    assert it.most == 1
+
+
+def test_requests_that_came_during_a_swap_are_answered_in_their_order(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_concurrent=1)
+    it.load("a")
+    on_a = it.lease()
+    it.controller.load(model_load("b"))
+    later = [it.lease() for _ in range(4)]
+    on_a.release()
+    for lease in later:
+        assert lease.wait(5)
+        assert not any(other.backend for other in later[later.index(lease) + 1 :])
+        lease.release()
+
+
+def test_past_the_drain_limit_the_rest_end_with_the_reason(world: Callable[..., World]) -> None:
+    it = world(drain_timeout=0.05)
+    it.load("a")
+    lease = it.lease()
+    swap = it.controller.load(model_load("b"))
+    until(lambda: lease.error, what="the end of the answer")
+    assert isinstance(lease.error, ModelSwapped)
+    lease.release()
+    assert swap.done.wait(5)
+    lease = it.lease()
+    unload = it.controller.unload()
+    until(lambda: lease.error, what="the end of the answer")
+    assert isinstance(lease.error, ModelUnloaded)
+    lease.release()
+    assert unload.done.wait(5)
+
+
+def test_a_client_that_keeps_asking_does_not_starve_the_swap(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    asking = True
+
+    def ask() -> None:
+        while asking:
+            lease = it.lease()
+            lease.wait(5)
+            lease.release()
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert it.load("b") is None
+    finally:
+        asking = False
+        for thread in threads:
+            thread.join(5)
+
+
+def test_a_request_for_another_model_swaps_only_where_that_is_set(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    loaded, requested = world(), World(tmp_path / "other", swap_on_request=True)
+    try:
+        for it in (loaded, requested):
+            it.load("a")
+            assert (lease := it.lease("b")).wait(5)
+            assert lease.load.model_id == ("b" if it is requested else "a")
+            lease.release()
+    finally:
+        requested.close()
+
+
+def test_two_clients_that_want_two_models_take_turns_without_a_swap_for_each_request(
+    world: Callable[..., World],
+) -> None:
+    it = world(swap_on_request=True)
+    it.load("a")
+    first = it.lease("a")
+    mixed = [it.lease(name) for name in "babababa"]
+    first.release()
+    for lease in sorted(mixed, key=lambda lease: lease.target.model_id != "b"):  # type: ignore[union-attr]
+        assert lease.wait(5)
+        lease.release()
+    assert it.starts == ["a", "b", "a"]
+
+
+def test_with_nothing_loaded_a_request_that_names_a_model_loads_it(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    with pytest.raises(NoModelLoaded, match="POST /v1/models/load"):
+        it.lease().wait(1)
+    lease = it.lease("a")
+    assert lease.wait(5)
+    assert lease.load.model_id == "a"
+
+
+# -- places and the queue
+
+
+def test_so_many_are_served_at_once_so_many_wait_and_the_rest_is_refused(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_concurrent=2, max_queue=1)
+    it.load("a")
+    served, waiting = [it.lease(), it.lease()], it.lease()
+    assert not waiting.wait(0.02)
+    with pytest.raises(TooManyRequests) as caught:
+        it.lease()
+    assert caught.value.retry_after
+    served[0].release()
+    assert waiting.wait(1)
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place_at_once(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_concurrent=1, max_queue=1)
+    it.load("a")
+    it.lease()
+    presence = Presence()
+    left = it.lease(presence=presence)
+    presence.leave()
+    assert it.controller.describe()["waiting"] == 0
+    with pytest.raises(BackendFailed):
+        left.wait(0)
+    it.lease()  # takes the place in the queue
+
+
+def test_a_waiting_client_that_left_starts_no_load(world: Callable[..., World]) -> None:
+    it = world(swap_on_request=True)
+    it.load("a")
+    on_a = it.lease("a")
+    presence = Presence()
+    it.lease("b", presence=presence)
+    presence.leave()
+    on_a.release()
+    assert it.lease("a").wait(5)
+    assert it.starts == ["a"]
+
+
+def test_a_place_that_becomes_free_goes_to_who_holds_the_fewest(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_concurrent=2)
+    it.load("a")
+    greedy = [it.lease(client="greedy") for _ in range(5)]
+    modest = it.lease(client="modest")
+    greedy[0].release()
+    assert modest.wait(1)
+    assert not greedy[2].wait(0)
+
+
+def test_a_request_that_must_be_alone_waits_for_the_others_and_is_alone(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    other, alone = it.lease(), it.lease(exclusive=True)
+    assert not alone.wait(0.02)
+    overtaking = it.lease()
+    assert overtaking.wait(0)
+    other.release()
+    overtaking.release()
+    assert alone.wait(1)
+    behind = it.lease()
+    assert not behind.wait(0.02)
+    alone.release()
+    assert behind.wait(1)
+
+
+# -- death
+
+
+def test_a_death_ends_each_answer_and_the_next_request_brings_the_model_back(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a", enable_thinking=True)
+    leases = [it.lease(), it.lease()]
+    it.running[0].die("it was ended by SIGKILL")
+    for lease in leases:
+        assert isinstance(lease.error, BackendFailed)
+        lease.release()
+    until(lambda: state(it) == "empty", what="the reaping")
+    assert "SIGKILL" in it.controller.describe()["last_failure"]["reason"]
+    again = it.lease()
+    assert again.wait(5)
+    assert again.load == model_load("a", enable_thinking=True)
+
+
+def test_after_three_deaths_it_stays_down_until_a_load_is_asked_for(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    for _ in range(3):
+        assert (lease := it.lease()).wait(5)
+        it.running[0].die()
+        lease.release()
+        until(lambda: state(it) == "empty", what="the reaping")
+    with pytest.raises(NoModelLoaded, match="3 times"):
+        it.lease("a").wait(1)
+    assert it.load("a") is None
+    assert it.lease().wait(1)
+
+
+def test_a_hang_is_told_as_a_timeout_and_only_when_nobody_is_fed(
+    world: Callable[..., World],
+) -> None:
+    it = world(stall_timeout=0.2)
+    it.load("a")
+    lease = it.lease()
+    backend = it.running[0]
+    assert lease.stalled() is None
+    until(lambda: lease.stalled(), what="the stall")
+    assert isinstance(lease.error, BackendTimeout)
+    lease.release()
+    until(lambda: backend not in it.running, what="the stop")
+
+
+def test_a_backend_that_dies_while_it_drains_does_not_stop_the_swap(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    lease = it.lease()
+    swap = it.controller.load(model_load("b"))
+    it.running[0].die()
+    lease.release()
+    assert swap.done.wait(5)
+    assert it.controller.describe()["id"] == "b"
+
+
+def test_a_failed_return_is_not_tried_again_by_itself(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    it.broken.add("a")
+    it.running[0].die()
+    with pytest.raises(LoadFailed):
+        it.lease().wait(5)
+    with pytest.raises(NoModelLoaded):
+        it.lease().wait(5)
+    assert it.starts == ["a", "a"]
+
+
+# -- idle
+
+
+def test_an_idle_model_is_unloaded_and_comes_back_with_the_next_request(
+    world: Callable[..., World],
+) -> None:
+    it = world(idle_ttl=0.1)
+    it.load("a")
+    until(lambda: state(it) == "empty", what="the idle unload")
+    assert it.lease().wait(5)
+
+
+def test_a_busy_model_is_not_idle(world: Callable[..., World]) -> None:
+    it = world(idle_ttl=0.1)
+    it.load("a")
+    lease = it.lease()
+    assert it.controller.describe()["idle_unload_in"] is None
+    with pytest.raises(pytest.fail.Exception):
+        until(lambda: state(it) != "ready", 0.4)
+    lease.release()
+    until(lambda: state(it) == "empty", what="the idle unload")
+
+
+def test_a_loads_own_ttl_beats_the_setting_and_a_joined_load_renews_it(
+    world: Callable[..., World],
+) -> None:
+    it = world(idle_ttl=0.05)
+    it.load("a", ttl=0.0)
+    with pytest.raises(pytest.fail.Exception):
+        until(lambda: state(it) != "ready", 0.3)
+    it.load("a", ttl=0.05)
+    until(lambda: state(it) == "empty", what="the idle unload")
+    assert it.starts == ["a"]
+
+
+# -- the end
+
+
+@pytest.mark.parametrize("when", ["empty", "loading", "ready", "in flight", "draining"])
+def test_a_stop_in_any_state_leaves_nothing(world: Callable[..., World], when: str) -> None:
+    it = world(shutdown_timeout=0.1)
+    asked, lease = None, None
+    if when != "empty":
+        it.load("a")
+    if when == "loading":
+        it.may_load.clear()
+        asked = it.controller.load(model_load("b"))
+        until(lambda: it.starts == ["a", "b"], what="the start of b")
+    if when in ("in flight", "draining"):
+        lease = it.lease()
+    if when == "draining":
+        asked = it.controller.load(model_load("b"))
+    waiting = it.lease() if when in ("loading", "draining") else None
+    stop = threading.Thread(target=it.controller.shutdown)
+    stop.start()
+    if lease is not None:
+        until(lambda: lease.error, what="the end of the answer")
+        assert isinstance(lease.error, ShuttingDown)
+        lease.release()
+    stop.join(5)
+    assert not stop.is_alive()
+    assert not it.running
+    if asked is not None:
+        assert isinstance(asked.error, ShuttingDown)
+    if waiting is not None:
+        with pytest.raises(ShuttingDown):
+            waiting.wait(0)
+    with pytest.raises(ShuttingDown):
+        it.lease()
+    with pytest.raises(ShuttingDown):
+        it.controller.load(model_load("a"))
+
+
+def test_a_stop_lets_answers_finish(world: Callable[..., World]) -> None:
+    it = world(shutdown_timeout=10)
+    it.load("a")
+    lease = it.lease()
+    stop = threading.Thread(target=it.controller.shutdown)
+    stop.start()
+    until(lambda: state(it) == "draining", what="the drain")
+    assert lease.error is None
+    lease.release()
+    stop.join(5)
+    assert not stop.is_alive()
+
+
+def test_a_second_signal_ends_the_wait(world: Callable[..., World]) -> None:
+    it = world(shutdown_timeout=60)
+    it.load("a")
+    lease = it.lease()
+    stop = threading.Thread(target=it.controller.shutdown)
+    stop.start()
+    until(lambda: state(it) == "draining", what="the drain")
+    it.controller.hurry()
+    until(lambda: lease.error, what="the end of the answer")
+    lease.release()
+    stop.join(5)
+    assert not stop.is_alive()
