@@ -1,0 +1,6 @@
+"""`python -m mlxproxy`."""
+
+from mlxproxy.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Who may call: API keys, and what protects a household's machine from web pages.
+
+A page in any browser of the network can send requests to this proxy. It cannot hide where it comes
+from (`Origin`), nor, when it lets its own name point at this machine (DNS rebinding), that name
+(`Host`). Clients that are no browsers send no Origin and an address or a known name.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed
+
+# Names that always mean this machine or its virtual machines' host, whoever asks.
+LOCAL_NAMES = ("localhost", "host.docker.internal", "host.containers.internal")
+LOCAL_SUFFIXES = (".local", ".localhost")
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one proxy.
+
+    Attributes:
+        keys: accepted API keys; none: everybody may call.
+        origins: browser origins that may call, ``*`` for any; this machine's pages always may.
+        hosts: further names for the Host header, ``*`` for any.
+        names: this machine's own names.
+    """
+
+    keys: tuple[str, ...] = ()
+    origins: frozenset[str] = frozenset()
+    hosts: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def check_host(self, host: str) -> None:
+        """Raises HostNotAllowed unless the Host header's name is one of ours."""
+        name = _name_of(host)
+        if not ("*" in self.hosts or _is_local(name) or name in self.hosts | self.names):
+            raise HostNotAllowed(
+                f"This proxy does not answer to the name {name[:100]!r}. Use its address, or add "
+                "the name to TRUSTED_HOSTS."
+            )
+
+    def check_origin(self, origin: str | None, host: str) -> None:
+        """Raises OriginNotAllowed if a browser page from elsewhere asks."""
+        if origin is not None and not self.allows(origin, host):
+            raise OriginNotAllowed(
+                f"Pages from {origin[:100]!r} may not call this proxy. Add the origin to "
+                "ALLOWED_ORIGINS if they should."
+            )
+
+    def allows(self, origin: str, host: str) -> bool:
+        """Whether pages of this origin may call: this machine's, this proxy's own, those set."""
+        if "*" in self.origins or origin.lower().rstrip("/") in self.origins:
+            return True
+        try:
+            parts = urlsplit(origin)
+            name = parts.hostname or ""
+        except ValueError:
+            return False
+        if parts.scheme not in ("http", "https") or not name:
+            return False
+        return _is_loopback(name) or name in self.names or parts.netloc.lower() == host.lower()
+
+    def check_key(self, authorization: str | None, x_api_key: str | None) -> None:
+        """Raises InvalidApiKey unless a key is right, or none is set."""
+        if not self.keys:
+            return
+        scheme, _, value = (authorization or "").partition(" ")
+        given = value.strip() if scheme.lower() == "bearer" else x_api_key or ""
+        # Every key is compared, so that the time tells nothing.
+        right = [hmac.compare_digest(given.encode(), key.encode()) for key in self.keys]
+        if not any(right):
+            raise InvalidApiKey(
+                "This API key is not accepted."
+                if given
+                else "An API key is needed: send `Authorization: Bearer <key>`."
+            )
+
+
+def own_names() -> frozenset[str]:
+    """This machine's names, in lower case, with and without their domain."""
+    full = socket.gethostname().lower()
+    return frozenset({full, full.split(".")[0]} - {""})
+
+
+def _name_of(host: str) -> str:
+    if host.startswith("["):
+        return host.partition("]")[0][1:].lower()
+    return host.rsplit(":", 1)[0].lower().rstrip(".") if host.count(":") < 2 else host.lower()
+
+
+def _is_local(name: str) -> bool:
+    return _is_address(name) or name in LOCAL_NAMES or name.endswith(LOCAL_SUFFIXES)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(name: str) -> bool:
+    if _is_address(name):
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    return name == "localhost" or name.endswith(".localhost")

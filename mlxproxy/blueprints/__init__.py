@@ -1,0 +1,1 @@
+"""HTTP in, domain call, HTTP out: one blueprint per concern."""

@@ -1,0 +1,210 @@
+"""Model management: list, tell what is loaded, load, unload."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import BoundedSemaphore
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from mlxproxy.backend import Load
+from mlxproxy.blueprints.web import json_body, presence, services
+from mlxproxy.controller import Transition
+from mlxproxy.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelsRootUnavailable,
+    ProxyError,
+    TooManyRequests,
+)
+from mlxproxy.model import Model
+from mlxproxy.presence import Presence
+from mlxproxy.settings import seconds
+
+blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
+
+PROGRESS_INTERVAL = 0.5  # seconds between two progress events
+POLL = 0.5
+
+
+@blueprint.get("")
+def listing() -> dict[str, Any]:
+    """All models that can be loaded; with `?all=true` the others too, with reasons."""
+    everything = request.args.get("all", "").lower() in ("1", "true", "yes")
+    models = services().catalog.models()
+    shown = [item(model) for model in models if everything or model.loadable]
+    return {"object": "list", "data": shown}
+
+
+def item(model: Model) -> dict[str, Any]:
+    """One model as the listing shows it."""
+    state = services().controller.describe()
+    loaded = state["model_id"] == str(model.path)
+    loading = not loaded and state["transition"] is not None
+    loading = loading and state["transition"]["model_id"] == str(model.path)
+    return {
+        **model.to_dict(),
+        "loaded": loaded,
+        "state": "loaded" if loaded else "loading" if loading else "not-loaded",
+    }
+
+
+@blueprint.get("/loaded")
+def loaded() -> dict[str, Any]:
+    """What is loaded, since when, with which options; or why nothing is."""
+    state = services().controller.describe()
+    if state["model_id"] is None:
+        kept = ("state", "state_since", "in_flight", "waiting", "transition", "last_failure")
+        return {"loaded": False, **{name: state[name] for name in kept}}
+    return {"loaded": True, **state}
+
+
+@blueprint.get("/<path:name>")
+def one(name: str) -> dict[str, Any]:
+    """One model, by the same names as a load takes."""
+    if name in ("load", "unload"):
+        raise MethodNotAllowed(f"/v1/models/{name} takes POST, not GET.")
+    return item(services().catalog.find(name))
+
+
+@blueprint.post("/load")
+def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
+    """Loads a model; answers when it has really answered a first chat."""
+    body = json_body()
+    wanted = _wanted(body)
+    stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
+    parts = services()
+    if not wait:
+        parts.controller.load(wanted)
+        return {"status": "loading", **_told(wanted)}, 202
+    with _waiting_room(parts.waiters) as room:
+        transition = parts.controller.load(wanted)
+        if stream:
+            events = _progress(transition, wanted, presence(), room.pop_all())
+            return Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
+        _wait(transition, presence())
+    return {"status": "loaded", **_told(wanted), "changed": transition.changed}
+
+
+@blueprint.post("/unload")
+def unload() -> dict[str, Any]:
+    """Unloads what is loaded; cancels a load in progress."""
+    json_body(required=False)
+    with _waiting_room(services().waiters):
+        transition = services().controller.unload()
+        _wait(transition, presence())
+    return {"status": "unloaded" if transition.changed else "already_unloaded"}
+
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def _wanted(body: dict[str, Any]) -> Load:
+    """The load that the body asks for.
+
+    Raises:
+        ProxyError: a wrong field, an unknown or unusable model.
+    """
+    name = body.get("model_id", body.get("model"))
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidRequest(
+            "model_id must be a text: the id or the absolute path of a model from GET /v1/models.",
+            param="model_id",
+        )
+    parts = services()
+    ttl = body.get("ttl")
+    try:
+        ttl = None if ttl is None else seconds(ttl)
+    except ValueError:
+        raise InvalidRequest(
+            'ttl must be seconds or a duration such as "30m"; 0 means never.', param="ttl"
+        ) from None
+    missing = parts.catalog.missing_roots()
+    try:
+        wanted = parts.load_for(
+            name,
+            enable_thinking=_flag(body, "enable_thinking", parts.settings.enable_thinking),
+            ttl=ttl,
+            adapters=_names(body, "adapters"),
+            draft_models=_names(body, "draft_models"),
+        )
+    except ProxyError as error:
+        if missing and error.code == "model_not_found":
+            raise ModelsRootUnavailable(
+                f"The models folder {missing[0]} is not there. Is the disk mounted?"
+            ) from None
+        raise
+    if not _flag(body, "force", False):
+        parts.require_memory(wanted)
+    return wanted
+
+
+def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false.", param=name)
+    return value
+
+
+def _names(body: dict[str, Any], name: str) -> frozenset[str]:
+    value = body.get(name)
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or not all(isinstance(it, str) and it for it in value):
+        raise InvalidRequest(f"{name} must be a list of paths.", param=name)
+    return frozenset(value)
+
+
+def _told(wanted: Load) -> dict[str, Any]:
+    return {"model_id": wanted.path, "id": wanted.model_id, **wanted.options()}
+
+
+@contextmanager
+def _waiting_room(waiters: BoundedSemaphore) -> Iterator[ExitStack]:
+    """A place for one more thread that waits; `pop_all()` takes it along.
+
+    Raises:
+        TooManyRequests: so many wait that more would leave no thread for others.
+    """
+    if not waiters.acquire(blocking=False):
+        raise TooManyRequests("Too many requests wait for loads already.", retry_after=5)
+    with ExitStack() as room:
+        room.callback(waiters.release)
+        yield room
+
+
+def _wait(transition: Transition, client: Presence) -> None:
+    """Waits for the transition's end; gives the thread back when the client has left.
+
+    Raises:
+        ProxyError: why the load failed.
+    """
+    while not transition.done.wait(POLL):
+        if client.gone:
+            return
+    if transition.error is not None:
+        raise transition.error
+
+
+def _progress(
+    transition: Transition, wanted: Load, client: Presence, room: ExitStack
+) -> Iterator[bytes]:
+    """The load as server-sent events: progress, then `loaded` or the error."""
+    with room:
+        while not transition.done.wait(PROGRESS_INTERVAL):
+            if client.gone:
+                return
+            yield _event({"status": "loading", **transition.progress()})
+        if transition.error is not None:
+            yield transition.error.event()
+        else:
+            yield _event({"status": "loaded", **_told(wanted), "changed": transition.changed})
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data).encode() + b"\n\n"

@@ -1,0 +1,206 @@
+"""What holds for every request: who may call, its id, its log line, the shape of errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, cast
+
+from flask import Flask, Response, current_app, g, jsonify, request
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    RequestEntityTooLarge,
+)
+from werkzeug.exceptions import (
+    MethodNotAllowed as WerkzeugMethodNotAllowed,
+)
+
+from mlxproxy.errors import (
+    InternalError,
+    InvalidJSON,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ProxyError,
+    RequestTooLarge,
+)
+from mlxproxy.presence import Presence
+from mlxproxy.relay import Trace
+from mlxproxy.services import Services
+
+log = logging.getLogger("mlxproxy.request")
+
+OPEN_PATHS = ("/health",)  # need no API key
+QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log lines are for DEBUG
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def services() -> Services:
+    """The parts of the proxy that serves this request."""
+    return cast(Services, current_app.extensions["mlxproxy"])
+
+
+def presence() -> Presence:
+    """The client's presence; one that never ends where the server does not tell (tests)."""
+    return cast(Presence, request.environ.get("mlxproxy.presence") or Presence())
+
+
+def client() -> str:
+    """Who asks, for a fair share of the places: the API key if there is one, else the address."""
+    return request.headers.get("Authorization") or request.remote_addr or "unknown"
+
+
+def json_body(required: bool = True) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        InvalidJSON, InvalidRequest: it is not JSON, or not an object.
+    """
+    raw = request.get_data(cache=False)
+    if not raw and not required:
+        return {}
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidJSON(f"The body is not valid JSON{where}.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object, such as {}.")
+    return body
+
+
+def install(app: Flask) -> None:
+    """Adds all of this to the application."""
+    app.before_request(_admit)
+    app.after_request(_finish)
+    app.register_error_handler(Exception, _render)
+
+
+def _admit() -> Response | None:
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.started = time.monotonic()
+    access = services().access
+    host = request.headers.get("Host", "")
+    origin = request.headers.get("Origin")
+    if host:  # HTTP/1.0 clients need not send one; every browser does
+        access.check_host(host)
+    access.check_origin(origin, host)
+    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+        return Response(status=204)
+    if request.path not in OPEN_PATHS:
+        access.check_key(request.headers.get("Authorization"), request.headers.get("x-api-key"))
+    if request.path not in QUIET_PATHS:
+        services().hub.publish("request_started", _who())
+    return None
+
+
+def _finish(response: Response) -> Response:
+    headers = response.headers
+    headers["X-Request-Id"] = g.request_id
+    for name, value in _SECURITY_HEADERS.items():
+        headers.setdefault(name, value)
+    origin = request.headers.get("Origin")
+    if origin is not None:
+        headers.add("Vary", "Origin")
+        if services().access.allows(origin, request.headers.get("Host", "")):
+            _share(response, origin)
+    if not response.is_streamed:
+        recorder()(response.status_code, g.get("trace"))
+    return response
+
+
+def _share(response: Response, origin: str) -> None:
+    """What lets a browser hand the answer to a page of an allowed origin."""
+    headers = response.headers
+    headers["Access-Control-Allow-Origin"] = origin
+    headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    if request.method == "OPTIONS":
+        headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        headers["Access-Control-Allow-Headers"] = request.headers.get(
+            "Access-Control-Request-Headers", "Authorization, Content-Type, X-Api-Key, X-Request-Id"
+        )
+        headers["Access-Control-Max-Age"] = "600"
+
+
+def recorder() -> Callable[[int, Trace | None], None]:
+    """What writes this request's one log line and event at its end, in whatever thread that is."""
+    parts, started, path, facts = services(), g.started, request.path, _who()
+    route = request.url_rule.rule if request.url_rule else "other"
+    if (live := g.get("trace")) is not None:
+        parts.metrics.stream_begun(live)
+
+    def record(status: int, trace: Trace | None) -> None:
+        facts.update(status=status, seconds=round(time.monotonic() - started, 3))
+        if trace is not None:
+            facts.update(trace.figures())
+        parts.metrics.request(route, status, trace)
+        if path not in QUIET_PATHS:
+            parts.hub.publish("request", facts)
+        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        if log.isEnabledFor(level):
+            shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
+            log.log(level, "%s", shown.encode("ascii", "backslashreplace").decode())
+
+    return record
+
+
+def _who() -> dict[str, Any]:
+    """The request in its events and its log line."""
+    return {
+        "id": g.request_id,
+        "client": request.remote_addr,
+        "method": request.method,
+        "path": request.path,
+    }
+
+
+def _render(error: Exception) -> Response:
+    """Any error as the contract's object; what nobody foresaw goes to the log alone."""
+    known = _known(error)
+    if known is None:
+        log.error("request %s failed", g.get("request_id"), exc_info=error)
+        known = InternalError(
+            f"Something went wrong inside mlxproxy; its log names the request {g.request_id}."
+        )
+    response = jsonify(known.body())
+    response.status_code = known.status
+    if known.retry_after is not None:
+        response.headers["Retry-After"] = str(known.retry_after)
+    if known.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="mlxproxy"'
+    if isinstance(error, WerkzeugMethodNotAllowed) and error.valid_methods:
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
+
+
+def _known(error: Exception) -> ProxyError | None:
+    if isinstance(error, ProxyError):
+        return error
+    if isinstance(error, RequestEntityTooLarge):
+        limit = services().settings.max_body
+        return RequestTooLarge(f"The body is larger than {limit:,} bytes (MAX_BODY).")
+    if isinstance(error, WerkzeugMethodNotAllowed):
+        allowed = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
+        return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}.")
+    if isinstance(error, BadRequest):
+        return InvalidRequest("The request could not be read.")
+    if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
+        return NotFound(
+            f"There is nothing at {request.path[:200]}. The endpoints are /v1/models, "
+            "/v1/models/loaded, /v1/models/load, /v1/models/unload, /v1/chat/completions, "
+            "/v1/completions, /v1/events, /v1/logs, /metrics and /health."
+        )
+    return None

@@ -1,0 +1,37 @@
+"""The proxy's own log: to the terminal, to a rotated file, and to those who follow it."""
+
+from __future__ import annotations
+
+import logging
+
+from mlxproxy.backendlog import LogFile
+from mlxproxy.hub import Hub
+
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _Follow(logging.Handler):
+    """Hands each line to the file's writer and to the hub; neither waits."""
+
+    def __init__(self, file: LogFile, hub: Hub) -> None:
+        super().__init__()
+        self._file = file
+        self._hub = hub
+        self.setFormatter(logging.Formatter(FORMAT))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        self._file.put(line)
+        self._hub.publish("proxy_log", {"text": line})
+
+
+def to_terminal(level: str) -> None:
+    """Logs to standard error from now on."""
+    logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S")
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    logging.getLogger("filelock").setLevel(logging.WARNING)
+
+
+def to_followers(file: LogFile, hub: Hub) -> None:
+    """Logs to the file and to the hub from now on, too."""
+    logging.getLogger().addHandler(_Follow(file, hub))

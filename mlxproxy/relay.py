@@ -1,0 +1,344 @@
+"""One request to the backend and its answer back, read until the backend closes.
+
+A stream is passed on byte for byte as the socket gives it; nothing is collected, no event is
+parsed. A whole answer is asked for as a stream too and put together here, so that a client that
+leaves ends the generation (the backend never notices it by itself), and a hang can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxproxy.controller import Lease
+from mlxproxy.errors import (
+    BackendFailed,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    ProxyError,
+    RequestTooLarge,
+)
+from mlxproxy.upstream import Silence, Upstream
+
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": waiting for the backend\n\n"
+OPENING = b":\n\n"
+INTERVAL = 5.0  # seconds of silence after which a stream's client gets a comment
+WAIT_SILENTLY = 2.0  # seconds for which a stream waits before it commits to a status of 200
+
+_PROMPT_TOKENS = re.compile(rb"^: keepalive \d+/(\d+)", re.M)
+
+Prepare = Callable[[Lease], bytes]
+
+
+@dataclass
+class Trace:
+    """What is known of one answer, for the log and the metrics (times are monotonic seconds)."""
+
+    started: float = field(default_factory=time.monotonic)
+    granted: float | None = None
+    first_byte: float | None = None
+    ended: float | None = None
+    model: str | None = None
+    tokens_in: int | None = None
+    tokens_out: int = 0
+    outcome: str = "pending"  # then: done, client_gone, or an error's code
+    on_end: Callable[[Trace], None] = lambda _: None
+
+    def end(self) -> None:
+        """The answer has ended, however it did."""
+        self.ended = time.monotonic()
+        self.on_end(self)
+
+    def figures(self) -> dict[str, Any]:
+        """Counts, and times in seconds, as far as they are known."""
+        first, ended = self.first_byte, self.ended or time.monotonic()
+        generating = ended - first if first is not None else 0.0
+        return {
+            "model": self.model,
+            "outcome": self.outcome,
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "waited": _rounded(self.granted, self.started),
+            "first_token": _rounded(first, self.started),
+            "tokens_per_second": round(self.tokens_out / generating, 1)
+            if generating > 0 and self.tokens_out
+            else None,
+        }
+
+    def usage(self, usage: object) -> None:
+        """Takes the backend's own count, which is better than counting events."""
+        if isinstance(usage, dict):
+            self.tokens_in = usage.get("prompt_tokens", self.tokens_in)
+            self.tokens_out = usage.get("completion_tokens", self.tokens_out)
+
+
+def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator[bytes, None, None]:
+    """The body of a streamed answer.
+
+    The first item is empty and means that the status is decided: 200. An error before it is
+    raised, an error after it is the stream's last event. Closing the generator ends everything.
+
+    Args:
+        lease: the request's place, perhaps still waiting.
+        path: the backend's path.
+        prepare: makes the request body for what the lease was granted on.
+
+    Raises:
+        ProxyError: before the first item.
+    """
+    committed = False
+    last = b"\n\n"
+    try:
+        try:
+            patience = WAIT_SILENTLY
+            while not lease.wait(patience):
+                if not committed:
+                    committed = True
+                    yield b""
+                yield lease.comment()
+                patience = INTERVAL
+            trace.granted = time.monotonic()
+            trace.model = lease.load.model_id
+            upstream = lease.connect(INTERVAL)
+            upstream.send(path, prepare(lease))
+            while not _head(upstream, lease):
+                if not committed:
+                    committed = True
+                    yield b""
+                yield HEARTBEAT
+            if upstream.status != 200:
+                raise _translated(upstream, lease)
+            if not committed:
+                committed = True
+                yield b""
+            yield OPENING  # carries the head now: the first token may be minutes away
+            backend = lease.backend
+            assert backend is not None
+            read, monotonic = upstream.read, time.monotonic
+            events = 0
+            while True:
+                try:
+                    data = read()
+                except Silence:
+                    if last.endswith(DONE):
+                        break
+                    if error := lease.stalled():
+                        raise error from None
+                    if last.endswith(b"\n\n"):
+                        yield HEARTBEAT
+                    continue
+                if not data:
+                    break
+                backend.heard = monotonic()
+                if not events:
+                    _opening(trace, data)
+                events += data.count(b"\ndata: ") + data.startswith(b"data: ")
+                trace.tokens_out = events
+                last = data if len(data) >= len(DONE) else (last + data)[-len(DONE) :]
+                yield data
+            if not last.endswith(DONE):
+                raise _cut_off(lease)
+            trace.tokens_out = max(0, events - 2)  # the finish chunk and [DONE]
+            trace.outcome = "done"
+        except ProxyError as error:
+            trace.outcome = "client_gone" if lease.presence.gone else error.code
+            if not committed:
+                raise
+            yield (b"" if last.endswith(b"\n\n") else b"\n\n") + error.event()
+    except GeneratorExit:
+        if trace.outcome == "pending":
+            trace.outcome = "client_gone"
+        raise
+    finally:
+        lease.release()
+        trace.end()
+
+
+def whole(lease: Lease, path: str, prepare: Prepare, trace: Trace, plain: bool) -> bytes:
+    """A whole answer, exactly as the backend would have sent it.
+
+    Args:
+        plain: ask the backend for the whole instead (its stream carries no log probabilities).
+        prepare: makes the request body; for a stream with usage unless `plain`.
+
+    Raises:
+        ProxyError: why there is none.
+    """
+    try:
+        lease.wait()
+        trace.granted = time.monotonic()
+        trace.model = lease.load.model_id
+        upstream = lease.connect(INTERVAL)
+        upstream.send(path, prepare(lease))
+        while not _head(upstream, lease):
+            pass
+        if upstream.status != 200:
+            raise _translated(upstream, lease)
+        body = _collect(upstream, lease, trace)
+        answer = _checked(body, upstream, lease) if plain else _assembled(body, lease)
+        trace.usage(answer.get("usage"))
+        trace.outcome = "done"
+        return body if plain else json.dumps(answer).encode()
+    except ProxyError as error:
+        trace.outcome = "client_gone" if lease.presence.gone else error.code
+        raise
+    finally:
+        lease.release()
+        trace.end()
+
+
+def _rounded(moment: float | None, start: float) -> float | None:
+    return None if moment is None else round(moment - start, 3)
+
+
+def _head(upstream: Upstream, lease: Lease) -> bool:
+    """Waits for the backend's head for one interval; whether it has come.
+
+    Raises:
+        ProxyError: the connection ended, or the backend is taken for dead.
+    """
+    try:
+        upstream.read_head()
+    except Silence:
+        if error := lease.stalled():
+            raise error from None
+        return False
+    except BackendFailed as error:
+        raise lease.fault(error) from None
+    return True
+
+
+def _opening(trace: Trace, data: bytes) -> None:
+    """The prompt's length from the keepalives, and when the first token came."""
+    if match := _PROMPT_TOKENS.search(data):
+        trace.tokens_in = int(match[1])
+    if trace.first_byte is None and b"data: " in data:
+        trace.first_byte = time.monotonic()
+
+
+def _cut_off(lease: Lease) -> ProxyError:
+    return lease.fault(
+        BackendFailed(
+            "The backend closed the connection before the answer was complete. Ask again; if it "
+            "happens with the same request, the backend's log says more."
+        )
+    )
+
+
+def _collect(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
+    """All bytes of the body."""
+    backend = lease.backend
+    assert backend is not None
+    parts: list[bytes] = []
+    while True:
+        try:
+            data = upstream.read()
+        except Silence:
+            if error := lease.stalled():
+                raise error from None
+            continue
+        if not data:
+            return b"".join(parts)
+        backend.heard = time.monotonic()
+        if trace.first_byte is None:
+            _opening(trace, data)
+        parts.append(data)
+
+
+def _checked(body: bytes, upstream: Upstream, lease: Lease) -> dict[str, Any]:
+    """A whole answer of the backend's own: all of its bytes, and JSON."""
+    if len(body) == int(upstream.headers.get("content-length", -1)):
+        answer = json.loads(body)
+        if isinstance(answer, dict):
+            return answer
+    raise _cut_off(lease)
+
+
+def _assembled(body: bytes, lease: Lease) -> dict[str, Any]:
+    """The whole answer that the events of a stream amount to."""
+    if not body.endswith(DONE):
+        raise _cut_off(lease)
+    events = [
+        json.loads(line[6:])
+        for line in body[: -len(DONE)].split(b"\n")
+        if line.startswith(b"data: ")
+    ]
+    try:
+        return assemble(events)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise BackendFailed("The backend sent events of a shape that is not known.") from None
+
+
+def assemble(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer that `mlx_lm.server` sends for the same tokens when no stream is asked for.
+
+    Args:
+        events: the chunks in order, the last with the usage.
+    """
+    chunks = [event["choices"][0] for event in events if event["choices"]]
+    first, usage = events[0], events[-1]["usage"]
+    finish = chunks[-1]["finish_reason"]
+    answer = {key: first[key] for key in ("id", "system_fingerprint", "object", "model", "created")}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+    if first["object"] == "text_completion":
+        choice["text"] = "".join(chunk["text"] for chunk in chunks)
+    else:
+        answer["object"] = "chat.completion"
+        choice["message"] = _message([chunk["delta"] for chunk in chunks])
+    return {**answer, "choices": [choice], "usage": usage}
+
+
+def _message(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    content = "".join(delta.get("content") or "" for delta in deltas)
+    reasoning = "".join(delta.get("reasoning") or "" for delta in deltas)
+    calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
+    message: dict[str, Any] = {"role": "assistant", "content": content or None}
+    if reasoning:
+        message["reasoning"] = reasoning
+    if calls:  # a stream numbers its calls, a whole answer does not
+        message["tool_calls"] = [
+            {key: value for key, value in call.items() if key != "index"} for call in calls
+        ]
+    return message
+
+
+def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
+    """The backend's own error in the contract's shape, with a status that tells the truth.
+
+    It answers 404 for whatever goes wrong in a generation, with a text that may hold paths.
+    """
+    body = b""
+    while len(body) < 1 << 16:
+        try:
+            data = upstream.read()
+        except Silence:
+            break
+        if not data:
+            break
+        body += data
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        text = ""
+    if lease.error is not None:
+        return lease.error
+    if "generation thread died" in text:
+        return lease.fault(BackendFailed("The backend can no longer generate. Ask again."))
+    text = re.sub(r"(?:/[^\s/'\"]+){2,}/?", "…", text.replace(lease.load.path, "the model"))[:500]
+    if upstream.status == 400:
+        return InvalidRequest(text or "The backend does not take this request.")
+    if re.search(r"[Tt]emplate|roles must|jinja|Only '?text|tool|messages?\b", text):
+        return InvalidRequest(f"The model's chat template does not take these messages: {text}")
+    if upstream.status == 413:
+        return RequestTooLarge(text or "The request is too large for the backend.")
+    if upstream.status == 404 and not text:
+        return NotFound("The backend does not have this path.")
+    if upstream.status == 404:
+        return InternalError(f"The backend could not answer this request: {text}")
+    return BackendFailed(f"The backend answered {upstream.status}: {text or 'no reason given'}")

@@ -1,0 +1,251 @@
+"""waitress, set up for streams: sockets, threads, a client's leaving, a graceful stop."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import ClientDisconnected, HTTPChannel
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+
+from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
+from mlxproxy.presence import Presence
+from mlxproxy.settings import Settings
+
+log = logging.getLogger("mlxproxy.server")
+
+DESCRIPTORS = 8192
+# Threads beside those of answers and waiting requests, so that /health, loads, unloads and those
+# who follow a log always find one.
+RESERVE = 48
+# Bytes a slow reader may have waiting in memory before the backend is no longer read for it.
+WATERMARK = 256 << 10
+DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
+STOPPED = 10.0  # seconds for the last bytes to reach the clients
+
+
+class CannotListen(Exception):
+    """The address cannot be listened on; the message is the sentence for the user."""
+
+
+class Request(WSGITask):
+    """A request with its client's presence in the environment."""
+
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        presence = environ["mlxproxy.presence"] = Presence()
+        self.channel.presence = presence
+        if not self.channel.connected:
+            presence.leave()
+        return environ
+
+
+class BadRequest(ErrorTask):
+    """What waitress itself refuses (a broken head, a body too large), as the contract's error."""
+
+    def execute(self) -> None:
+        refusal = self.request.error
+        error: ProxyError
+        if refusal.code == 413:
+            error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
+        elif refusal.code >= 500:
+            error = InternalError("The request could not be answered; the proxy's log says why.")
+        else:
+            error = InvalidRequest(f"This is no HTTP request this server takes: {refusal.body}.")
+        body = json.dumps(error.body()).encode()
+        self.status = f"{refusal.code} {refusal.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):
+    """A client's connection: its end is told at once, a token goes straight to its socket.
+
+    waitress copies each piece into a buffer, flushes that with four more calls and reads none of
+    the connection while a request runs. Sending from the request's own thread while nothing is
+    buffered costs a third of that (`make bench`, CPU per event), and reading on
+    (`channel_request_lookahead`) is how a client's leaving is seen while no byte flows.
+    """
+
+    task_class = Request
+    error_task_class = BadRequest
+    presence: Presence | None = None
+
+    def write_soon(self, data: Any) -> int:
+        if isinstance(data, bytes) and data and not self.total_outbufs_len:
+            with self.outbuf_lock:
+                if not self.connected:
+                    raise ClientDisconnected
+                if not self.total_outbufs_len:
+                    try:
+                        sent = self.socket.send(data)
+                    except BlockingIOError:
+                        sent = 0
+                    except OSError:
+                        self.will_close = True
+                        self.server.pull_trigger()
+                        raise ClientDisconnected from None
+                    if sent == len(data):
+                        return sent
+                    self.last_activity = time.time()  # from here on the client is a slow one
+                    super().write_soon(data[sent:])
+                    return len(data)
+        written: int = super().write_soon(data)
+        return written
+
+    def handle_close(self) -> None:
+        presence = self.presence
+        super().handle_close()
+        if presence is not None:
+            presence.leave()
+
+
+class Server:
+    """The listening proxy.
+
+    Args:
+        app: the WSGI application.
+        settings: host, port, and the counts that decide how many threads there are.
+        stop: ends all work within its limits; called once, from a thread of its own.
+        hurry: shortens a stop under way; called at a second signal.
+
+    Raises:
+        CannotListen: the address is taken or not of this machine.
+    """
+
+    def __init__(
+        self, app: Any, settings: Settings, stop: Callable[[], None], hurry: Callable[[], None]
+    ) -> None:
+        self._stop = stop
+        self._hurry = hurry
+        self._stopping = False
+        self._finished = threading.Event()
+        listener = _listen(settings.proxy_host, settings.proxy_port)
+        self.address: tuple[str, int] = listener.getsockname()[:2]
+        adjustments = Adjustments(
+            sockets=[listener],
+            threads=settings.max_concurrent + 2 * settings.max_queue + RESERVE,
+            connection_limit=_raise_descriptor_limit() // 2,
+            asyncore_use_poll=True,
+            channel_request_lookahead=1,
+            channel_timeout=120,
+            max_request_body_size=settings.max_body,
+            max_request_header_size=64 << 10,
+            outbuf_high_watermark=WATERMARK,
+            outbuf_overflow=64 << 20,
+            backlog=1024,
+            ident=None,
+            clear_untrusted_proxy_headers=True,
+            log_socket_errors=False,
+        )
+        self._map: dict[int, Any] = {}
+        self._dispatcher = ThreadedTaskDispatcher()
+        self._dispatcher.set_thread_count(adjustments.threads)
+        self._server = TcpWSGIServer(
+            app,
+            self._map,
+            _sock=listener,
+            dispatcher=self._dispatcher,
+            adj=adjustments,
+            bind_socket=False,
+            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
+        )
+        self._server.channel_class = Channel
+
+    def run(self) -> None:
+        """Serves until a signal (SIGINT, SIGTERM) or :meth:`stop`, then stops as told."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop())
+        while not self._finished.is_set():
+            self._turn(1.0)
+            self._part_with_the_deaf()
+        self._drain_buffers()
+        wasyncore.close_all(self._map)
+
+    def stop(self) -> None:
+        """Begins the stop; a second call hurries it. May be called from a signal handler."""
+        if self._stopping:
+            threading.Thread(target=self._hurry, name="hurry", daemon=True).start()
+            return
+        self._stopping = True
+        threading.Thread(target=self._finish, name="stop", daemon=True).start()
+
+    def _finish(self) -> None:
+        try:
+            self._stop()
+        except Exception:
+            log.exception("the stop did not go as it should")
+        finally:
+            self._finished.set()
+            self._server.pull_trigger()
+
+    def _turn(self, timeout: float) -> None:
+        wasyncore.loop(timeout=timeout, use_poll=True, map=self._map, count=1)
+
+    def _part_with_the_deaf(self) -> None:
+        """Closes connections whose client takes nothing: each holds a thread and a place."""
+        now = time.time()
+        for channel in list(self._server.active_channels.values()):
+            if channel.total_outbufs_len and now - channel.last_activity > DEAF_AFTER:
+                channel.handle_close()
+
+    def _drain_buffers(self) -> None:
+        """Lets the last bytes, and the errors of those who were ended, reach their clients."""
+        self._server.accepting = False
+        waits = 0.0
+        while waits < STOPPED and any(
+            channel.requests or channel.total_outbufs_len
+            for channel in list(self._server.active_channels.values())
+        ):
+            self._turn(0.05)
+            waits += 0.05
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise CannotListen(
+                f"Port {port} on {host} is taken by another program. End it, or set PROXY_PORT "
+                f"to another port (`make run PROXY_PORT={port % 65535 + 1}`)."
+            ) from None
+        raise CannotListen(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Set PROXY_HOST to an address "
+            "of this machine and PROXY_PORT to a port above 1023."
+        ) from None
+    return listener
+
+
+def _raise_descriptor_limit() -> int:
+    """Raises this process's limit of open files (256 on macOS); returns what it is now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft == resource.RLIM_INFINITY:
+        return DESCRIPTORS
+    if soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):
+            log.warning("at most %d connections: the limit of open files is that low", soft // 2)
+    return min(soft, DESCRIPTORS)

@@ -1,0 +1,224 @@
+"""The parts of one proxy, put together: what the blueprints call and what a stop ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlxproxy import guard, memory
+from mlxproxy.access import Access, own_names
+from mlxproxy.backend import Backend, BackendConfig, Load, server_program
+from mlxproxy.backendlog import LogFile
+from mlxproxy.catalog import Catalog
+from mlxproxy.controller import Controller, Limits
+from mlxproxy.errors import (
+    InsufficientMemory,
+    LoadFailed,
+    ModelNotFound,
+    ModelsRootUnavailable,
+    ProxyError,
+)
+from mlxproxy.history import History
+from mlxproxy.hub import Hub
+from mlxproxy.lmstudio import models_folder
+from mlxproxy.metrics import Metrics
+from mlxproxy.model import Model
+from mlxproxy.ownership import Ownership
+from mlxproxy.settings import Settings
+
+log = logging.getLogger("mlxproxy")
+
+PRELOAD_RETRY = 2.0  # seconds between looks for a model whose disk is not there yet
+
+
+@dataclass
+class Services:
+    """One proxy's parts; made once, held by the application (``app.extensions``)."""
+
+    settings: Settings
+    roots: tuple[Path, ...]
+    catalog: Catalog
+    controller: Controller
+    history: History
+    access: Access
+    hub: Hub
+    metrics: Metrics
+    ownership: Ownership
+    log_file: LogFile
+    waiters: threading.BoundedSemaphore  # threads that may wait for a load or an unload
+
+    def close(self) -> None:
+        """Lets answers finish, stops the backend, gives the port up."""
+        self.hub.close()
+        self.controller.shutdown()
+        self.log_file.close()
+        self.ownership.release()
+
+    def load_for(self, name: str, **options: object) -> Load:
+        """The load of a model by its name, with the settings' defaults.
+
+        Raises:
+            ProxyError: no such model, several, or one that cannot be loaded.
+        """
+        model = self.catalog.find(name)
+        model.require_loadable()
+        load = Load(model, enable_thinking=self.settings.enable_thinking)
+        return replace(load, **options)  # type: ignore[arg-type]
+
+    def named_load(self, name: object) -> Load | None:
+        """What a chat request names, if it is a model we have; the name may be anything.
+
+        Raises:
+            ProxyError: the name fits several models, or one that cannot be loaded.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        current = self.controller.current()
+        if current is not None and name in (current.path, current.model_id):
+            return current
+        try:
+            return self.load_for(name)
+        except (ModelNotFound, ModelsRootUnavailable):
+            return None
+
+    def guard_limits(self, load: Load | None) -> guard.Limits:
+        """What a request may say to this load; None: to any, as far as it is known."""
+        names = frozenset(self.settings.template_kwargs)
+        if load is None:
+            return guard.Limits(template_kwargs=names)
+        return guard.Limits(
+            template_kwargs=names,
+            adapters=load.adapters,
+            draft_models=load.draft_models,
+            vocab_size=load.model.vocab_size,
+            max_context=load.model.max_context_length,
+            images=load.model.capabilities.vision,
+        )
+
+    def require_memory(self, load: Load) -> None:
+        """Raises InsufficientMemory, with the numbers, if the model cannot fit."""
+        fit = self.fit(load.model)
+        if not fit.fits:
+            raise InsufficientMemory(
+                f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads '
+                "it all the same.",
+                needed_bytes=fit.needed,
+                available_bytes=fit.available,
+            )
+
+    def fit(self, model: Model) -> memory.Fit:
+        """An estimate of the model against the memory there is once the loaded one is gone."""
+        return memory.fit(model, memory.available(self.controller.memory()))
+
+    def preload(self) -> None:
+        """Loads what PRELOAD says, in the background, waiting for a disk that is mounted late."""
+        name = self.settings.preload
+        options: dict[str, object] = {}
+        if name == "last":
+            last = self.history.last()
+            if last is None:
+                return
+            name = str(last.get("model_id"))
+            options = {
+                "enable_thinking": last.get("enable_thinking") is True,
+                "ttl": last.get("ttl"),
+            }
+        if name is not None:
+            threading.Thread(
+                target=self._preload, args=(name, options), name="preload", daemon=True
+            ).start()
+
+    def _preload(self, name: str, options: dict[str, object]) -> None:
+        waited = threading.Event()
+        told = False
+        while not self.hub.closed and self.controller.untouched():
+            try:
+                self.controller.load(self.load_for(name, **options))
+                return
+            except ModelNotFound as error:
+                if not told and not self.catalog.missing_roots():
+                    log.warning("PRELOAD: %s Waiting for it to appear.", error.message)
+                    told = True
+            except ProxyError as error:
+                if not told:
+                    log.warning("PRELOAD: %s", error.message)
+                    told = True
+            waited.wait(PRELOAD_RETRY)
+
+
+def build(settings: Settings) -> Services:
+    """All parts for these settings; takes the backend port.
+
+    Raises:
+        AlreadyRunning: another proxy has the port.
+        SettingError: the key file is not as it should be.
+    """
+    instance = settings.instance_path
+    access = Access(
+        keys=settings.keys,
+        origins=frozenset(it.lower().rstrip("/") for it in settings.allowed_origins),
+        hosts=frozenset(name.lower() for name in settings.trusted_hosts),
+        names=own_names(),
+    )
+    ownership = Ownership(instance, settings.mlx_backend_port, settings.stop_timeout)
+    ownership.acquire()
+    hub, metrics = Hub(), Metrics()
+    history = History(instance / "history.json")
+    log_file = LogFile(instance / "logs" / "backend.log")
+    config = BackendConfig(
+        server_bin=settings.mlx_server_bin,
+        port=settings.mlx_backend_port,
+        load_timeout=settings.load_timeout,
+        stop_timeout=settings.stop_timeout,
+        log_file=log_file,
+        on_log=lambda text: hub.publish("backend_log", {"text": text}),
+    )
+
+    def launch(load: Load, on_end: Callable[[str], None]) -> Backend:
+        return Backend(load, config, on_end)
+
+    def emit(kind: str, data: dict[str, Any]) -> None:
+        metrics.event(kind, data)
+        hub.publish(kind, data)
+
+    roots = settings.models_root or (models_folder(),)
+    limits = Limits(
+        drain_timeout=settings.drain_timeout,
+        shutdown_timeout=settings.shutdown_timeout,
+        stall_timeout=settings.stall_timeout,
+        idle_ttl=settings.idle_ttl,
+        max_concurrent=settings.max_concurrent,
+        max_queue=settings.max_queue,
+        swap_on_request=settings.model_selection == "requested",
+    )
+    return Services(
+        settings=settings,
+        roots=roots,
+        catalog=Catalog(
+            roots,
+            cache_file=instance / "catalog.json",
+            mlx_lm=mlx_lm_package(settings.mlx_server_bin),
+        ),
+        controller=Controller(limits, launch, ownership, history, emit),
+        history=history,
+        access=access,
+        hub=hub,
+        metrics=metrics,
+        ownership=ownership,
+        log_file=log_file,
+        waiters=threading.BoundedSemaphore(max(8, settings.max_queue)),
+    )
+
+
+def mlx_lm_package(server_bin: Path | None) -> Path | None:
+    """The mlx_lm package that belongs to the server program; None where it is not beside it."""
+    try:
+        program = server_program(server_bin)
+    except LoadFailed:
+        return None
+    found = sorted(program.resolve().parent.parent.glob("lib/python3*/site-packages/mlx_lm"))
+    return found[-1] if found else None

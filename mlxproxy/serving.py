@@ -1,0 +1,118 @@
+"""The main job: put the parts together, say what is there, serve until told to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mlxproxy import create_app, demo, logs
+from mlxproxy.backendlog import LogFile
+from mlxproxy.catalog import Catalog
+from mlxproxy.lmstudio import models_folder
+from mlxproxy.ownership import AlreadyRunning
+from mlxproxy.server import CannotListen, Server
+from mlxproxy.services import Services, build
+from mlxproxy.settings import Settings
+
+log = logging.getLogger("mlxproxy")
+
+
+class CannotServe(Exception):
+    """Why the proxy does not start, in a sentence for the user."""
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        CannotServe: the address or the backend port is taken, or the instance folder unusable.
+        SettingError: the key file is not as it should be.
+    """
+    logs.to_terminal(settings.log_level)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
+    settings = with_models(settings)
+    try:
+        parts = build(settings)
+    except AlreadyRunning as error:
+        raise CannotServe(str(error)) from None
+    except OSError as error:
+        raise CannotServe(
+            f"INSTANCE_PATH = {settings.instance_path} cannot be used: {error}."
+        ) from None
+    proxy_log = LogFile(settings.instance_path / "logs" / "proxy.log")
+    try:
+        server = Server(create_app(parts), settings, parts.close, parts.controller.hurry)
+    except CannotListen as error:
+        parts.close()
+        raise CannotServe(str(error)) from None
+    logs.to_followers(proxy_log, parts.hub)
+    try:
+        _announce(parts, server.address)
+        parts.preload()
+        server.run()
+    finally:
+        proxy_log.close()
+    log.info("stopped")
+
+
+def with_models(settings: Settings) -> Settings:
+    """The settings with a models folder that has a model: LM Studio's, or the demo's besides.
+
+    The demo model comes only where no folder is set and LM Studio has no MLX model here. A folder
+    of LM Studio's that is missing outside the home folder is a disk that is not mounted yet.
+    """
+    if settings.models_root:
+        return settings
+    folder = models_folder()
+    there = folder.is_dir()
+    elsewhere = not folder.is_relative_to(Path.home())
+    if (elsewhere and not there) or any(
+        model.compatibility_type == "mlx" for model in Catalog((folder,)).models()
+    ):
+        return replace(settings, models_root=(folder,))
+    own = settings.instance_path / "models"
+    try:
+        demo.ensure(own)
+    except demo.DemoUnavailable as error:
+        log.warning("%s", error)
+        return replace(settings, models_root=(folder,))
+    return replace(settings, models_root=(folder, own) if there else (own,))
+
+
+def _announce(parts: Services, address: tuple[str, int]) -> None:
+    """Where it listens, what it found, what to try next."""
+    host, port = address
+    local = f"http://localhost:{port}"
+    models = [model for model in parts.catalog.models() if model.loadable]
+    print(f"mlxproxy listens on http://{host}:{port}")
+    for root in parts.roots:
+        print(f"models folder: {root}")
+    for root in parts.catalog.missing_roots():
+        log.warning("%s is not there (yet): its models appear when it is mounted", root)
+    print(f"models found: {len(models)}")
+    if not parts.access.keys and not _is_loopback(host):
+        print(
+            "no API_KEY is set: every machine that reaches this one on the network can list, load "
+            "and use its models (PROXY_HOST=127.0.0.1 keeps it to this machine)"
+        )
+    name = models[0].id if models else "publisher/name"
+    key = ' -H "Authorization: Bearer $KEY"' if parts.access.keys else ""
+    print("try next:")
+    print(f"  curl {local}/v1/models{key}")
+    print(f'  curl {local}/v1/models/load{key} -d \'{{"model_id": "{name}"}}\'')
+    print(
+        f"  curl -N {local}/v1/chat/completions{key} -d "
+        '\'{"stream": true, "messages": [{"role": "user", "content": "Hello!"}]}\'',
+        flush=True,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
