@@ -417,9 +417,7 @@ class Controller:
                 if self._transitions or not self._leases:
                     self._changed.notify_all()  # a drain, or the idle time, waits for this
             elif lease in self._queue:
-                self._queue.remove(lease)
-                self._last_use = time.monotonic()
-                self._settle()
+                self._leave_queue(lease)
         if upstream is not None:
             upstream.close()
 
@@ -427,9 +425,22 @@ class Controller:
         """The client is gone: out of the queue, or the backend's connection ended."""
         with self._lock:
             if lease in self._queue:
-                self._queue.remove(lease)
-                self._settle()
+                self._leave_queue(lease)
             lease.end(BackendFailed("The client has left."))
+
+    def _leave_queue(self, lease: Lease) -> None:
+        self._queue.remove(lease)
+        self._last_use = time.monotonic()
+        for transition in self._transitions:
+            # Decided for those alone who have left, and nothing is stopped for it yet.
+            if transition.phase in ("waiting", "draining") and self._needless(transition):
+                transition.cancelled.set()
+                self._changed.notify_all()
+        self._settle()
+
+    def _needless(self, transition: Transition) -> bool:
+        """Whether it was decided for requests, and all of those have left."""
+        return transition.cause == "request" and not self._waiting_for(transition.load)
 
     def attach(self, lease: Lease, upstream: Upstream) -> None:
         """See Lease.connect."""
@@ -506,8 +517,8 @@ class Controller:
                 self._add(Transition(None, "idle"))
         while self._transitions:
             first = self._transitions[0]
-            if first.cause == "request" and not self._waiting_for(first.load):
-                self._transitions.popleft()  # all who needed it have left: it starts nothing
+            if self._needless(first):
+                self._transitions.popleft()
                 first.finish(LoadCancelled("Nobody waits for this load any more."))
                 self._settle()
                 continue

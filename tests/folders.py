@@ -1,0 +1,91 @@
+"""Minimal model folders: what the catalogue reads, and not a byte of weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+Tensors = Mapping[str, tuple[str, Sequence[int]]]
+
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+}
+TENSORS: Tensors = {"model.embed_tokens.weight": ("BF16", [100, 64])}
+BITS = {"U8": 8, "BF16": 16, "F16": 16, "F32": 32, "U32": 32, "I32": 32, "F8_E4M3": 8}
+
+
+def model(
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tensors: Tensors = TENSORS,
+    template: str | None = None,
+    tokens: Sequence[str] = (),
+    shards: int = 1,
+) -> Path:
+    """Writes a folder that looks loadable, and returns it.
+
+    Args:
+        config: entries besides the usual ones; None as a value removes one.
+        tensors: type and shape of each tensor, by name.
+        template: its chat template.
+        tokens: added to its vocabulary.
+        shards: files that all hold the same tensors, named apart.
+    """
+    folder.mkdir(parents=True)
+    values = {**CONFIG, **(config or {})}
+    write(folder / "config.json", {k: v for k, v in values.items() if v is not None})
+    write(folder / "tokenizer.json", {"added_tokens": [{"content": token} for token in tokens]})
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    for number in range(1, shards + 1):
+        shard = f"model-{number:05}-of-{shards:05}" if shards > 1 else "model"
+        weights(folder / f"{shard}.safetensors", tensors)
+    return folder
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def weights(path: Path, tensors: Tensors = TENSORS) -> Path:
+    """A safetensors file whose data is a hole."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    return raw_weights(path, json.dumps(header).encode(), data=end)
+
+
+def raw_weights(path: Path, header: bytes, *, data: int = 0, length: int | None = None) -> Path:
+    """A file with any header, which may lie about its length."""
+    start = (len(header) if length is None else length).to_bytes(8, "little") + header
+    path.write_bytes(start)
+    os.truncate(path, len(start) + data)
+    return path
+
+
+def hub_model(cache: Path, repository: str, revision: str = "abc123", **options: Any) -> Path:
+    """A model as huggingface_hub keeps it: links to blobs, under a revision."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = model(home / "snapshots" / revision, **options)
+    for file in list(snapshot.iterdir()):
+        blob = home / "blobs" / f"{revision}-{file.name}"
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, snapshot))
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text(revision)
+    return snapshot
