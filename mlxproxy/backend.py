@@ -37,6 +37,8 @@ log = logging.getLogger("mlxproxy.backend")
 
 LOG_LINES_IN_ERRORS = 12
 POLL = 0.05
+_FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
+_PATH = re.compile(r"(?:/[^\s/\"']+)+/([^\s/\"']+)")
 HEALTH_TIMEOUT = 2.0
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
 
@@ -125,9 +127,13 @@ class Backend:
         """Why the backend can no longer generate, or None while it can."""
         return self._ended
 
-    def tail(self, lines: int = LOG_LINES_IN_ERRORS) -> list[str]:
-        """The last lines of the backend's log."""
-        return self._drain.tail(lines) if self._drain else []
+    def last_words(self) -> list[str]:
+        """The last lines of the backend's log, fit for a client: no traceback, no paths."""
+        if self._drain is None:
+            return []
+        lines = (line.replace(self.load.path, self.load.model_id) for line in self._drain.tail())
+        told = [_PATH.sub(r"…/\1", line)[:500] for line in lines if not _FRAME.match(line)]
+        return told[-LOG_LINES_IN_ERRORS:]
 
     def command(self) -> list[str]:
         """The command line. Clients that stream from the backend's port rely on its options."""
@@ -226,7 +232,7 @@ class Backend:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
         status, answer = self._ask("/v1/chat/completions", body, cancelled, deadline)
         if status != 200:
-            raise self.failure(_error_text(answer) or f"it answers {status}")
+            raise self.failure(f"its first chat failed: {_error_text(answer) or status}")
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
             if json.loads(answer)["choices"][0]["message"]["role"] == "assistant":
                 return
@@ -314,7 +320,7 @@ class Backend:
             raise LoadTimeout(
                 f"{self.load.model_id} did not answer within {self.config.load_timeout:g} s "
                 "(LOAD_TIMEOUT). Raise it if the model is large or the disk is slow.",
-                log=self.tail(),
+                log=self.last_words(),
             )
 
     def _check_owner(self) -> None:
@@ -373,14 +379,13 @@ class Backend:
 
     def failure(self, reason: str) -> ProxyError:
         """A failed load in words, with the last lines of the backend's log."""
-        tail = self.tail()
-        if any("Address already in use" in line for line in tail):
+        lines = self.last_words()
+        if any("Address already in use" in line for line in lines):
             return PortInUse(
                 f"Another process took port {self.port} while the backend started. "
                 "End it, or set MLX_BACKEND_PORT to a free port."
             )
         reason = reason.replace(self.load.path, self.load.model_id)
-        lines = [_short(line, self.load) for line in tail]
         return LoadFailed(f"{self.load.model_id}: {explain(reason, lines)}", log=lines)
 
 
@@ -402,6 +407,8 @@ _REASONS: tuple[tuple[str, str], ...] = (
      "there is not enough memory. Unload other programs, or choose a smaller quantization."),
     (r"SIGKILL", "the system ended it, most often for want of memory. Choose a smaller "
      "quantization."),
+    (r"its first chat failed", "it loads, but cannot chat; most often its chat template is at "
+     "fault. Choose another conversion of the model."),
     (r"config\.json", "config.json is missing or broken. Download the model again."),
     (r"Repo id must be|does not exist|No such file", "its files are not there any more. Is the "
      "disk mounted?"),
@@ -453,10 +460,6 @@ def _error_text(answer: bytes) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(json.loads(answer)["error"])
     return answer[:200].decode("utf-8", "replace").strip()
-
-
-def _short(line: str, load: Load) -> str:
-    return line.replace(load.path, load.model_id)[:500]
 
 
 def _signal_name(number: int) -> str:

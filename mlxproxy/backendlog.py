@@ -117,10 +117,10 @@ class Drain:
         self._thread = threading.Thread(target=self._run, name="backend-output", daemon=True)
         self._thread.start()
 
-    def tail(self, lines: int) -> list[str]:
+    def tail(self) -> list[str]:
         """The last lines, oldest first."""
         with self._lock:
-            return list(self._tail)[-lines:]
+            return list(self._tail)
 
     def join(self, timeout: float) -> None:
         """Waits for the end of the output, in seconds at most."""

@@ -154,7 +154,8 @@ class Lease:
         """
         assert self.backend is not None
         try:
-            upstream = Upstream(self.backend.port, interval)
+            stall = self._controller.limits.stall_timeout
+            upstream = Upstream(self.backend.port, min(interval, stall / 4))
         except BackendFailed as error:
             raise self.fault(error) from None
         self._controller.attach(self, upstream)
@@ -697,7 +698,7 @@ class Controller:
             for lease in list(self._leases):
                 lease.end(error)
             self._changed.notify_all()  # the conductor reaps it
-        self._fail(load, sentence, "backend_failed", backend.tail())
+        self._fail(load, sentence, "backend_failed", backend.last_words())
 
     def _fail(
         self, load: Load, reason: str, code: str, lines: list[str], during: Transition | None = None

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mlxproxy import create_app, demo, logs
+from mlxproxy import create_app, logs
 from mlxproxy.backendlog import LogFile
 from mlxproxy.catalog import Catalog
 from mlxproxy.lmstudio import models_folder
@@ -74,6 +74,8 @@ def with_models(settings: Settings) -> Settings:
         model.compatibility_type == "mlx" for model in Catalog((folder,)).models()
     ):
         return replace(settings, models_root=(folder,))
+    from mlxproxy import demo  # rich and its bars, on the first start at most
+
     own = settings.instance_path / "models"
     try:
         demo.ensure(own)

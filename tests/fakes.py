@@ -74,7 +74,7 @@ class FakeBackend:
         self.hung = True
         self.die(reason)
 
-    def tail(self) -> list[str]:
+    def last_words(self) -> list[str]:
         return ["the last line"]
 
     def bytes_read(self) -> None:

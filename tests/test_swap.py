@@ -21,6 +21,7 @@ from mlxproxy.ports import is_free
 from tests import standin
 from tests.conftest import Proxy, until
 
+pytestmark = pytest.mark.standin
 Start = Callable[..., tuple[Proxy, Path]]
 
 
