@@ -26,7 +26,6 @@ from mlxproxy.history import History
 from mlxproxy.hub import Hub
 from mlxproxy.lmstudio import models_folder
 from mlxproxy.metrics import Metrics
-from mlxproxy.model import Model
 from mlxproxy.ownership import Ownership
 from mlxproxy.settings import Settings
 
@@ -101,7 +100,7 @@ class Services:
 
     def require_memory(self, load: Load) -> None:
         """Raises InsufficientMemory, with the numbers, if the model cannot fit."""
-        fit = self.fit(load.model)
+        fit = memory.fit(load.model, memory.available(self.controller.memory()))
         if not fit.fits:
             raise InsufficientMemory(
                 f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads '
@@ -109,10 +108,6 @@ class Services:
                 needed_bytes=fit.needed,
                 available_bytes=fit.available,
             )
-
-    def fit(self, model: Model) -> memory.Fit:
-        """An estimate of the model against the memory there is once the loaded one is gone."""
-        return memory.fit(model, memory.available(self.controller.memory()))
 
     def preload(self) -> None:
         """Loads what PRELOAD says, in the background, waiting for a disk that is mounted late."""

@@ -354,6 +354,16 @@ def test_after_three_deaths_it_stays_down_until_a_load_is_asked_for(
     assert it.lease().wait(1)
 
 
+def test_a_death_that_two_threads_see_counts_once(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    dead = it.running[0]
+    for _ in range(3):
+        dead.die()
+    until(lambda: state(it) == "empty", what="the reaping")
+    assert it.lease().wait(5)
+
+
 def test_a_hang_is_told_as_a_timeout_and_only_when_nobody_is_fed(
     world: Callable[..., World],
 ) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import BoundedSemaphore
 from typing import Any
 
 from flask import Blueprint, Response, request
 
+from mlxproxy import memory
 from mlxproxy.backend import Load
 from mlxproxy.blueprints.web import json_body, presence, services
 from mlxproxy.controller import Transition
@@ -35,21 +36,32 @@ def listing() -> dict[str, Any]:
     """All models that can be loaded; with `?all=true` the others too, with reasons."""
     everything = request.args.get("all", "").lower() in ("1", "true", "yes")
     models = services().catalog.models()
-    shown = [item(model) for model in models if everything or model.loadable]
-    return {"object": "list", "data": shown}
-
-
-def item(model: Model) -> dict[str, Any]:
-    """One model as the listing shows it."""
-    state = services().controller.describe()
-    loaded = state["model_id"] == str(model.path)
-    loading = not loaded and state["transition"] is not None
-    loading = loading and state["transition"]["model_id"] == str(model.path)
     return {
-        **model.to_dict(),
-        "loaded": loaded,
-        "state": "loaded" if loaded else "loading" if loading else "not-loaded",
+        "object": "list",
+        "data": _items([model for model in models if everything or model.loadable]),
     }
+
+
+def _items(models: Iterable[Model]) -> list[dict[str, Any]]:
+    """Models as the listing shows them: what their files tell, and what depends on the moment."""
+    controller = services().controller
+    state = controller.describe()
+    transition = state["transition"] or {}
+    available = memory.available(controller.memory())
+    items = []
+    for model in models:
+        item = model.to_dict()
+        path = item["path"]
+        item["loaded"] = path == state["model_id"]
+        item["state"] = "not-loaded"
+        if item["loaded"]:
+            item["state"] = "loaded"
+        elif path == transition.get("model_id"):
+            item["state"] = "loading"
+        item["memory_bytes"] = memory.estimate(model)
+        item["fits"] = item["memory_bytes"] <= available
+        items.append(item)
+    return items
 
 
 @blueprint.get("/loaded")
@@ -67,7 +79,7 @@ def one(name: str) -> dict[str, Any]:
     """One model, by the same names as a load takes."""
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} takes POST, not GET.")
-    return item(services().catalog.find(name))
+    return _items([services().catalog.find(name)])[0]
 
 
 @blueprint.post("/load")
