@@ -111,7 +111,7 @@ class TokenizerFiles:
             template = read_text(f"{folder}/{TEMPLATE}", 1 * MB)
         templates = None
         if isinstance(template, list):
-            templates = {it.get("name"): it.get("template") for it in map(_dict, template)}
+            templates = {str(it.get("name")): it.get("template") for it in map(_dict, template)}
         elif isinstance(template, dict):
             templates = template
         if templates is not None:
@@ -122,13 +122,12 @@ class TokenizerFiles:
 
     def vocabulary(self) -> set[str]:
         """Those of the tokens above that the vocabulary has."""
-        found = set()
-        for token in _dict(self.config.get("added_tokens_decoder")).values():
-            found.add(_dict(token).get("content"))
+        added = map(_dict, _dict(self.config.get("added_tokens_decoder")).values())
+        found = {token for it in added if isinstance(token := it.get("content"), str)} & _TOKENS
         for file in (TOKENIZER, "added_tokens.json"):
             if file in self.files:
                 found |= _tokens_in(f"{self.folder}/{file}")
-        return {token for token in found if token in _TOKENS}
+        return found
 
 
 def capabilities(

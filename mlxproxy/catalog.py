@@ -58,6 +58,7 @@ class Catalog:
         self._cache_file = cache_file
         self._fingerprint = f"{__version__}:{_FORMAT}:{tables.fingerprint}"
         self._saving = threading.Lock()
+        self._merging = threading.Lock()
         self._listing = _Listing()
         self._shelves = [
             Shelf(
@@ -123,13 +124,12 @@ class Catalog:
             (shelf.root, shelf.snapshot, not fresh)
             for shelf, fresh in zip(self._shelves, answered, strict=True)
         ]
-        listing = self._listing
-        if not listing.is_of(shelves):
-            listing = _Listing.of(shelves)
-            for problem in sorted(listing.problems - self._listing.problems):
-                log.warning("%s", problem)
-            self._listing = listing
-        return listing
+        with self._merging:
+            if not self._listing.is_of(shelves):
+                before, self._listing = self._listing, _Listing.of(shelves)
+                for problem in sorted(self._listing.problems - before.problems):
+                    log.warning("%s", problem)
+            return self._listing
 
     def _require_disk(self) -> None:
         silent = [shelf.root for shelf in self._shelves if not shelf.known]

@@ -25,7 +25,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump(value, file)
+                file.write(json.dumps(value))  # json.dump has no fast path
             os.replace(temporary, path)
         except OSError:
             os.unlink(temporary)

@@ -152,7 +152,7 @@ class _Reading:
             type=kind,
             loadable=reason is None,
             reason=_sentence(reason) if reason else None,
-            architecture=architecture if isinstance(architecture, str) else None,
+            architecture=architecture[:80] if isinstance(architecture, str) else None,
             quantization=quantization,
             parameters=weights.parameters or None,
             weights_bytes=weights.memory,
@@ -258,7 +258,7 @@ def _own_quantization(
     occurring = {bits} | {size for it in single.values() if (size := number(it, "bits"))}
     mode = own.get("mode", "affine")
     listing: dict[str, Any] = {
-        "name": f"{bits}-bit" if mode == "affine" else str(mode),
+        "name": f"{bits}-bit" if mode == "affine" else str(mode)[:80],
         "bits": bits,
         "group_size": group,
     }

@@ -90,7 +90,7 @@ class MlxLm:
     def sees_images(self, config: Mapping[str, Any], architecture: Architecture) -> bool:
         """Whether the backend gives images to a model of this config."""
         name = config.get("processor_type", architecture.name)
-        return bool(config.get("vision_config")) and name in self._processors
+        return bool(config.get("vision_config")) and str(name) in self._processors
 
     def _module(self, kind: str, architectures: object) -> str:
         names = [architectures] if isinstance(architectures, str) else architectures

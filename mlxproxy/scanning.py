@@ -18,8 +18,8 @@ from mlxproxy.weights import INDEX
 
 # A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
 _GRAIN = 2_000_000_000
-# Besides each folder and its config, so many files are looked at each time: all of them in a
-# library of some hundred models, a part of them, in turns, in one of thousands.
+# So many files, besides configs, are looked at each time: all of those of a hundred models, and
+# of thousands of models a part, in turns.
 _LOOKS = 1_500
 # What a disk answers that is going away. Everything else concerns one folder only.
 _GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
@@ -79,7 +79,6 @@ class Snapshot:
 
     Attributes:
         missing: the root is not there; the rest is what was known of it before.
-        directories: what they held, by path.
         entries: the models, by the path of their folder.
         identities: the models' folders, for telling that two paths lead to one.
         problems: sentences about folders that could not be read.
@@ -284,9 +283,11 @@ def _relevant(files: Iterable[str], *, alone: bool, root: bool) -> tuple[str, ..
     """
     relevant = sorted(filter(_RELEVANT.fullmatch, files), key=lambda name: (name != CONFIG, name))
     weights = any(name.endswith(_WEIGHTS) for name in relevant)
-    config = CONFIG in relevant or DIFFUSERS in relevant
-    is_model = weights and config if root else weights or (config and alone)
-    is_model = is_model or (DIFFUSERS in relevant and not root)
+    config = CONFIG in relevant
+    if root:
+        is_model = config and any(name.endswith(".safetensors") for name in relevant)
+    else:
+        is_model = weights or (config and alone) or DIFFUSERS in relevant
     return tuple(relevant) if is_model else ()
 
 

@@ -166,9 +166,14 @@ class Server:
         self._server.channel_class = Channel
 
     def run(self) -> None:
-        """Serves until a signal (SIGINT, SIGTERM) or :meth:`stop`, then stops as told."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.stop())
+        """Serves until a signal or :meth:`stop`, then stops as told.
+
+        A terminal that is closed (SIGHUP) must not leave the backend behind either; `nohup` has
+        that signal ignored, and it stays so.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: self.stop())
         while not self._finished.is_set():
             self._turn(1.0)
             self._part_with_the_deaf()

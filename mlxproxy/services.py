@@ -57,13 +57,16 @@ class Services:
         self.log_file.close()
         self.ownership.release()
 
-    def load_for(self, name: str, **options: object) -> Load:
+    def load_for(self, name: str, fresh: bool = True, **options: object) -> Load:
         """The load of a model by its name, with the settings' defaults.
+
+        Args:
+            fresh: look at the disk; a chat that names a known model does without.
 
         Raises:
             ProxyError: no such model, several, or one that cannot be loaded.
         """
-        model = self.catalog.find(name)
+        model = self.catalog.find(name, fresh=fresh)
         model.require_loadable()
         load = Load(model, enable_thinking=self.settings.enable_thinking)
         return replace(load, **options)  # type: ignore[arg-type]
@@ -80,7 +83,7 @@ class Services:
         if current is not None and name in (current.path, current.model_id):
             return current
         try:
-            return self.load_for(name)
+            return self.load_for(name, fresh=False)
         except (ModelNotFound, ModelsRootUnavailable):
             return None
 

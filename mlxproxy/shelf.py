@@ -88,18 +88,22 @@ class Shelf:
         while self._begin():
             before = self._snapshot
             try:
-                snapshot = self._scan(self.root, before)
+                self._snapshot = self._scan(self.root, before)
             except Exception:
                 log.exception("%s could not be scanned", self.root)
-                snapshot = before
             with self._condition:
-                self._snapshot = snapshot
                 self._ended = self._begun
                 self._condition.notify_all()
-            for problem in sorted(snapshot.problems - before.problems):
-                log.warning("%s", problem)
-            if snapshot.entries is not before.entries and snapshot.entries != before.entries:
+            self._tell(before, self._snapshot)
+
+    def _tell(self, before: Snapshot, after: Snapshot) -> None:
+        for problem in sorted(after.problems - before.problems):
+            log.warning("%s", problem)
+        if after.entries is not before.entries and after.entries != before.entries:
+            try:
                 self._on_change()
+            except Exception:
+                log.exception("what is known of %s could not be kept", self.root)
 
     def _begin(self) -> bool:
         with self._condition:

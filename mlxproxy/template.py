@@ -17,7 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 SWITCH = "enable_thinking"
-MAX_LENGTH = 200_000  # characters; the longest in use have a sixth of it
+MAX_LENGTH = 100_000  # characters; the longest in use have a third of it
 
 
 class _Mark:
@@ -144,8 +144,8 @@ class _Walk:
         if value is not UNKNOWN:
             self._written.append((id(node), value))
             return
-        for part in node.find_all((nodes.CondExpr, nodes.Name)):
-            self._written.append((id(part), self._value(part)))
+        for part in node.iter_child_nodes():
+            self._write(part)
 
     def _truth(self, node: nodes.Node) -> object:
         """True, False or UNKNOWN."""

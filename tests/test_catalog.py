@@ -114,9 +114,7 @@ def test_hidden_folders_and_partial_downloads_are_not_listed(root: Path, catalog
     assert ids(catalog) == []
 
 
-def test_a_stray_config_in_a_publishers_folder_hides_no_model(
-    root: Path, catalog: Catalog
-) -> None:
+def test_a_stray_config_in_a_publishers_folder_hides_no_model(root: Path, catalog: Catalog) -> None:
     model(root / "publisher" / "model")
     write(root / "publisher" / "config.json", {})
     write(root / "config.json", {})
@@ -147,7 +145,9 @@ def test_a_hugging_face_cache_lists_publisher_and_name(root: Path, catalog: Cata
     assert found.loadable
 
 
-def test_a_cache_lists_the_revision_it_fetched_last(root: Path, catalog: Catalog) -> None:
+def test_a_cache_lists_the_revision_it_fetched_last(
+    root: Path, catalog: Catalog, inspected: list[str]
+) -> None:
     hub_model(root, "org/name", "old")
     assert catalog.find("org/name").path.name == "old"
     hub_model(root, "org/name", "new")
@@ -164,7 +164,7 @@ def test_a_link_in_the_models_folder_may_lead_anywhere(
 
 
 def test_a_link_in_the_models_folder_is_found_when_its_disk_comes(
-    root: Path, catalog: Catalog, tmp_path: Path
+    root: Path, catalog: Catalog, tmp_path: Path, inspected: list[str]
 ) -> None:
     (root / "external").symlink_to(tmp_path / "elsewhere")
     assert ids(catalog) == []
@@ -291,9 +291,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_three(root: Path, catalog:
     assert "gemma" not in message
 
 
-def test_a_short_name_of_several_models_is_answered_with_them(
-    root: Path, catalog: Catalog
-) -> None:
+def test_a_short_name_of_several_models_is_answered_with_them(root: Path, catalog: Catalog) -> None:
     model(root / "one" / "Qwen3-4B")
     model(root / "two" / "Qwen3-4B")
     with pytest.raises(AmbiguousModel) as caught:
@@ -348,7 +346,11 @@ def test_a_new_a_changed_and_a_removed_model_show_at_the_next_call(
     ],
 )
 def test_a_model_that_is_damaged_shows_so_at_the_next_call(
-    root: Path, catalog: Catalog, inspected: list[str], change: Callable[[Path], object], reason: str
+    root: Path,
+    catalog: Catalog,
+    inspected: list[str],
+    change: Callable[[Path], object],
+    reason: str,
 ) -> None:
     folder = model(root / "publisher" / "model")
     assert catalog.find("publisher/model").loadable
@@ -382,16 +384,34 @@ def test_what_did_not_change_is_not_read_again(
     assert inspected[2:] == ["publisher/c"]
 
 
-def test_a_change_right_after_the_listing_shows_even_if_the_clock_is_coarse(
-    root: Path, catalog: Catalog
+def test_a_change_that_keeps_time_and_size_shows(
+    root: Path, catalog: Catalog, inspected: list[str]
 ) -> None:
     folder = model(root / "publisher" / "model", config={"vocab_size": 100})
     config = folder / "config.json"
     assert catalog.find("publisher/model").vocab_size == 100
     before = config.stat()
+    until(
+        lambda: _touched(root.parent / "clock") > before.st_ctime_ns, what="the clock's next tick"
+    )
     config.write_text(config.read_text().replace("100", "999"))
-    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same time and size
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert catalog.find("publisher/model").vocab_size == 999
+
+
+def test_what_changed_within_the_grain_of_a_coarse_clock_is_read_again(
+    root: Path, catalog: Catalog, inspected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_GRAIN", 60_000_000_000)
+    model(root / "publisher" / "model")
+    for _ in range(3):
+        catalog.models()
+    assert inspected == ["publisher/model"] * 3
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 120_000_000_000)
+    for _ in range(3):
+        catalog.models()
+    assert inspected == ["publisher/model"] * 4
 
 
 def test_in_a_library_of_thousands_every_file_is_looked_at_in_its_turn(
@@ -524,7 +544,9 @@ def test_a_disk_that_hangs_is_answered_for_in_a_second_with_what_was_known(
     assert time.monotonic() - begun < 2
     assert known.stale
     assert catalog.find("publisher/model").stale
-    until(lambda: _seconds(catalog.models) < 0.1, what="an answer at once from a disk known to hang")
+    until(
+        lambda: _seconds(catalog.models) < 0.1, what="an answer at once from a disk known to hang"
+    )
     assert catalog.missing_roots() == []
     disk.answers.set()
     until(lambda: not catalog.models()[0].stale, what="the disk's return")
@@ -613,6 +635,11 @@ def test_the_log_names_a_missing_models_folder_once(
     for _ in range(3):
         catalog.models()
     assert caplog.messages == [f"The models folder '{tmp_path}/none' is not there."]
+
+
+def _touched(file: Path) -> int:
+    file.write_text("")
+    return file.stat().st_ctime_ns
 
 
 def _seconds(call: Callable[[], object]) -> float:

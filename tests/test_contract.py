@@ -344,3 +344,30 @@ def test_a_broken_mlx_server_bin_is_a_sentence(
     assert "MLX_SERVER_BIN" in error(answer)["message"]
     assert "Traceback" not in proxy.said()
     assert proxy.health()["proxy"] == "ok"
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_numbers_before_anything_is_stopped(
+    start: Callable[..., Proxy], models: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(models, root)
+    huge = root / "tiny" / "huge"
+    shutil.copytree(root / "tiny" / "alpha", huge)
+    weights = huge / "model.safetensors"
+    size = 4 << 40  # bytes, in a file with a hole: it takes no room on the disk
+    shape = [size // 2]
+    tensor = {"dtype": "F16", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
+    with weights.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    proxy = start(root)
+    proxy.load("tiny/alpha")
+    fits = {item["id"]: item["fits"] for item in proxy.get("/v1/models").json()["data"]}
+    assert fits == {"tiny/alpha": True, "tiny/beta": True, "tiny/huge": False}
+    answer = proxy.load("tiny/huge")
+    assert answer.status_code == 507
+    assert error(answer)["code"] == "insufficient_memory"
+    assert error(answer)["needed_bytes"] > error(answer)["available_bytes"] > 0
+    assert "estimate" in error(answer)["message"]
+    assert proxy.loaded()["id"] == "tiny/alpha"

@@ -181,4 +181,3 @@ def test_a_model_that_cannot_be_loaded_says_why_and_leaves_nothing(
     assert is_free(broken.backend_port)
     assert broken.health()["last_failure"]["id"] == f"tiny/{defect}"
     assert broken.health()["last_failure"]["previous"] == "tiny/sound"
-

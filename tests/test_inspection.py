@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def inspect(mlx_lm: MlxLm) -> Callable[[Path], Model]:
 Inspect = Callable[[Path], Model]
 
 
+def installed() -> Path:
+    """The package folder of mlx-lm, without importing it."""
+    spec = importlib.util.find_spec("mlx_lm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
+
+
 # -- what it is
 
 
@@ -51,9 +60,7 @@ def test_a_chat_model(inspect: Inspect, tmp_path: Path) -> None:
     assert (found.max_context_length, found.vocab_size) == (4096, 100)
 
 
-def test_a_model_with_eyes_that_the_backend_loads_as_text(
-    inspect: Inspect, tmp_path: Path
-) -> None:
+def test_a_model_with_eyes_that_the_backend_loads_as_text(inspect: Inspect, tmp_path: Path) -> None:
     config = {
         "model_type": "qwen3_5",
         "vision_config": {"depth": 2},
@@ -155,9 +162,7 @@ def test_an_architecture_that_mlx_lm_knows_by_another_name_is_loadable(
 
 
 def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: MlxLm) -> None:
-    import mlx_lm as package  # only its place: nothing of it runs here
-
-    modules = {it.stem for it in Path(package.__path__[0], "models").glob("*.py")}
+    modules = {it.stem for it in (installed() / "models").glob("*.py")}
     helpers = {name for name in modules if mlx_lm.architecture({"model_type": name}) is None}
     assert {"llama", "qwen3", "gemma3", "deepseek_v3", "gpt_oss"} <= modules - helpers
     assert helpers == {
@@ -225,7 +230,10 @@ def test_an_index_tells_of_a_missing_file_without_a_number(
     inspect: Inspect, tmp_path: Path
 ) -> None:
     folder = model(tmp_path / "model")
-    places = {"model.embed_tokens.weight": "model.safetensors", "lm_head.weight": "model-b.safetensors"}
+    places = {
+        "model.embed_tokens.weight": "model.safetensors",
+        "lm_head.weight": "model-b.safetensors",
+    }
     write(folder / "model.safetensors.index.json", {"weight_map": places})
     assert inspect(folder).reason == "model-b.safetensors is missing."
 
@@ -257,7 +265,11 @@ def test_reordered_gptq_weights_are_not_loadable(inspect: Inspect, tmp_path: Pat
     folder = model(
         tmp_path / "model",
         config={"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        tensors={"a.qweight": ("I32", [8, 8]), "a.g_idx": ("I32", [64]), "a.scales": ("F16", [1, 8])},
+        tensors={
+            "a.qweight": ("I32", [8, 8]),
+            "a.g_idx": ("I32", [64]),
+            "a.scales": ("F16", [1, 8]),
+        },
     )
     assert "g_idx" in str(inspect(folder).reason)
 
@@ -396,7 +408,9 @@ def test_weights_that_are_unpacked_when_loaded_take_twice_the_memory(
 ) -> None:
     config = {"quantization_config": {"quant_method": "fp8"}}
     tensors = {"a.weight": ("F8_E4M3", [64, 64])}
-    assert inspect(model(tmp_path / "m", config=config, tensors=tensors)).weights_bytes == 2 * 64 * 64
+    assert (
+        inspect(model(tmp_path / "m", config=config, tensors=tensors)).weights_bytes == 2 * 64 * 64
+    )
 
 
 # -- what it can do
@@ -404,8 +418,8 @@ def test_weights_that_are_unpacked_when_loaded_take_twice_the_memory(
 QWEN_LIKE = (
     "{%- for message in messages %}{{ message.content }}{% endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
-    "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% endif %}"
-    "{%- endif %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>"
+    "{%- endif %}{% endif %}"
 )
 
 
@@ -417,7 +431,12 @@ QWEN_LIKE = (
         pytest.param("{{ messages }}", THINK, False, None, False, id="the template never does"),
         pytest.param("{{ messages }}<think>", THINK, True, True, False, id="always"),
         pytest.param(
-            "{% if thinking %}<think>{% endif %}", THINK, True, None, False, id="by a foreign switch"
+            "{% if thinking %}<think>{% endif %}",
+            THINK,
+            True,
+            None,
+            False,
+            id="by a foreign switch",
         ),
         pytest.param(None, THINK, False, None, False, id="no template"),
     ],
@@ -463,24 +482,36 @@ NAMESPACE = """
     ("template", "expected"),
     [
         (QWEN_LIKE, (True, True)),
-        ("{% if enable_thinking is defined and enable_thinking is true %}a{% endif %}", (True, False)),
+        (
+            "{% if enable_thinking is defined and enable_thinking is true %}a{% endif %}",
+            (True, False),
+        ),
         ("{% if not enable_thinking %}off{% endif %}", (True, False)),
         ("{% if not enable_thinking | default(true) %}off{% endif %}", (True, True)),
-        ("{{ '/off' if enable_thinking is defined and not enable_thinking else '' }}", (True, True)),
+        (
+            "{{ '/off' if enable_thinking is defined and not enable_thinking else '' }}",
+            (True, True),
+        ),
         ("{{ m.content ~ ('' if enable_thinking else '/off') }}", (True, False)),
         ("{% if enable_thinking != false and tools %}a{% endif %}", (False, None)),
         ("{% if enable_thinking and messages[-1].x %}a{% endif %}", (True, False)),
-        ("{% set t = enable_thinking if enable_thinking is defined else true %}{{ t }}", (True, True)),
+        (
+            "{% set t = enable_thinking if enable_thinking is defined else true %}{{ t }}",
+            (True, True),
+        ),
         ("{% macro ask(x) %}{% if enable_thinking %}a{% endif %}{% endmacro %}", (True, False)),
         ("{% generation %}{% if enable_thinking %}a{% endif %}{% endgeneration %}", (True, False)),
-        ("{% for m in messages %}{% if enable_thinking %}{% break %}{% endif %}{% endfor %}", (False, None)),
+        (
+            "{% for m in messages %}{% if enable_thinking %}{% break %}{% endif %}{% endfor %}",
+            (False, None),
+        ),
         (SYSTEM_SETS_MODE, (True, True)),
         (NAMESPACE, (True, True)),
         ("{# enable_thinking #}", (False, None)),
         ("{% if enable_thinking %}", (False, None)),
         ("{{ enable_thinking " + "(" * 100_000, (False, None)),
         ("{{ 1" + "0" * 10_000 + " }}{{ enable_thinking }}", (False, None)),
-        ("{% if enable_thinking %}" + "x" * 1_000_000, (False, None)),
+        ("{% if enable_thinking %}" + "x" * 1_000_000 + "{% endif %}", (False, None)),
     ],
 )
 def test_the_default_of_thinking_is_what_the_template_writes_without_a_word(
@@ -510,7 +541,10 @@ def test_the_template_that_the_backend_takes_is_looked_at(inspect: Inspect, tmp_
     assert not inspect(folder).capabilities.tools
     write(folder / "tokenizer_config.json", {"chat_template": tool})
     assert inspect(folder).capabilities.tools
-    named = [{"name": "default", "template": QWEN_LIKE}, {"name": "tool_use", "template": tool}]
+    named = [
+        {"name": "default", "template": QWEN_LIKE + tool},
+        {"name": "tool_use", "template": tool},
+    ]
     write(folder / "tokenizer_config.json", {"chat_template": named})
     write(folder / "tokenizer.json", {"added_tokens": [{"content": token} for token in THINK]})
     several = inspect(folder).capabilities
@@ -523,13 +557,16 @@ def test_a_token_on_the_border_of_two_pieces_of_a_large_vocabulary_is_seen(
     inspect: Inspect, tmp_path: Path
 ) -> None:
     folder = model(tmp_path / "model", template=QWEN_LIKE)
-    for at in range((1 << 20) - 12, (1 << 20) + 2):
-        start = '{"model": "'.ljust(at, "x") + '", "vocab": {'
+    for at in range((1 << 20) - 10, (1 << 20) + 1):
+        start = '{"model": "'.ljust(at - 4, "x") + '", {'
+        assert len(start) == at
         (folder / "tokenizer.json").write_text(start + '"<think>": 1, "</think>": 2}}')
         assert inspect(folder).capabilities.thinking, at
 
 
-def test_a_model_whose_images_the_backend_reads_has_vision(inspect: Inspect, tmp_path: Path) -> None:
+def test_a_model_whose_images_the_backend_reads_has_vision(
+    inspect: Inspect, tmp_path: Path
+) -> None:
     config = {"model_type": "muse_spark", "vision_config": {"depth": 2}}
     assert inspect(model(tmp_path / "sees", config=config)).capabilities.vision
     assert not inspect(
@@ -539,12 +576,7 @@ def test_a_model_whose_images_the_backend_reads_has_vision(inspect: Inspect, tmp
 
 def test_the_rules_for_tools_and_thinking_are_those_of_the_installed_mlx_lm() -> None:
     """The backend's own functions, cut out of its source: importing it takes two seconds."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("mlx_lm")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    source = Path(spec.submodule_search_locations[0], "tokenizer_utils.py").read_text()
+    source = (installed() / "tokenizer_utils.py").read_text()
     wanted = {"_infer_tool_parser", "_infer_thinking", "_is_xtml_vocab"}
     functions: list[ast.stmt] = [
         node

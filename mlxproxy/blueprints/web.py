@@ -57,8 +57,9 @@ def presence() -> Presence:
 
 
 def client() -> str:
-    """Who asks, for a fair share of the places: the API key if there is one, else the address."""
-    return request.headers.get("Authorization") or request.remote_addr or "unknown"
+    """Who asks, for a fair share of the places: the API key where keys count, else the address."""
+    key = request.headers.get("Authorization") or request.headers.get("x-api-key")
+    return (key if services().access.keys else None) or request.remote_addr or "unknown"
 
 
 def json_body(required: bool = True) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def recorder() -> Callable[[int, Trace | None], None]:
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         if log.isEnabledFor(level):
             shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
-            log.log(level, "%s", shown.encode("ascii", "backslashreplace").decode())
+            log.log(level, "%s", shown.encode("unicode_escape").decode())  # one line, whatever
 
     return record
 
@@ -163,7 +164,7 @@ def _who() -> dict[str, Any]:
         "id": g.request_id,
         "client": request.remote_addr,
         "method": request.method,
-        "path": request.path,
+        "path": request.path[:200],
     }
 
 
