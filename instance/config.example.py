@@ -53,6 +53,9 @@
 # -- Requests waiting for a model or a place; past it 429.
 # MAX_QUEUE = 64
 
+# -- Tokens of an answer whose request does not say (never more than the model's context).
+# MAX_TOKENS = 8192
+
 # -- Largest request body.
 # -- Default: 32M.
 # MAX_BODY = "32M"

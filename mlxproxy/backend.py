@@ -83,6 +83,7 @@ class BackendConfig:
 
     server_bin: Path | None
     port: int
+    max_tokens: int
     load_timeout: float
     stop_timeout: float
     log_file: LogFile
@@ -142,9 +143,15 @@ class Backend:
             *("--model", self.load.path),
             *("--host", "127.0.0.1"),
             *("--port", str(self.config.port)),
+            # Its own default is 512, which ends an answer of today's models in mid-thought.
+            *("--max-tokens", str(self._max_tokens())),
             "--chat-template-args",
             json.dumps({"enable_thinking": self.load.enable_thinking}),
         ]
+
+    def _max_tokens(self) -> int:
+        context = self.load.model.max_context_length
+        return min(self.config.max_tokens, context or self.config.max_tokens)
 
     def bytes_read(self) -> int | None:
         """Bytes the process has read since its start, where the system tells (Linux)."""

@@ -23,7 +23,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # all stop texts together
 MAX_NAME = 256  # characters of a name or of another short text
 MAX_TOP_LOGPROBS = 11  # the backend's; OpenAI's is 20, and fewer may be returned
-TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
+TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 ROLES: Final = {
     "system": "system",
@@ -60,7 +60,8 @@ class Limits:
     max_image_bytes: int = 20 << 20
     """Bytes of one image, decoded from its data URL."""
     vocab_size: int | None = None
-    """Ids below it are known to the tokenizer and to the model: the smaller of the two counts."""
+    """Ids below it are known to the tokenizer and to the model: the smaller of the two counts.
+    0 if a loaded model's is not to be found out."""
     max_context: int | None = None
     """Tokens of prompt and answer together."""
     images: bool | None = None
@@ -191,6 +192,8 @@ def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
     """An object from token ids of the vocabulary to numbers from -100 to 100."""
     if not isinstance(value, dict):
         raise refusal(name, "an object from token ids to numbers")
+    if limits.vocab_size == 0 and value:
+        raise InvalidRequest(f"{name}: the loaded model's token ids are not known.", param=name)
     bias = number(-100, 100, 3)
     checked = {}
     for token, amount in value.items():
@@ -238,7 +241,8 @@ def stream_options(name: str, value: Any, limits: Limits) -> Any:
 
 
 def response_format(name: str, value: Any, limits: Limits) -> Any:
-    """Text is the default; the JSON formats pass, though the backend does not enforce them."""
+    """Text is the default. The JSON formats pass, though the backend enforces none: clients that
+    send them ask for JSON in words too, and mostly get it; refused, they would get nothing."""
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise refusal(name, "an object with a type")
     return DROP if value["type"] == "text" else value
@@ -385,7 +389,7 @@ def tools(name: str, value: Any, limits: Limits) -> Any:
 
 
 def tool_choice(name: str, value: Any, limits: Limits) -> Any:
-    """A word or a function; the backend leaves every choice but "none" to the model."""
+    """A word or a function; all but "none" (see guard) is left to the model, as with formats."""
     if isinstance(value, dict) and isinstance(value.get("type"), str):
         return value
     return one_of(frozenset({"none", "auto", "required"}))(name, value, limits)

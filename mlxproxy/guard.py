@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-from mlxproxy import fields as shape
+from mlxproxy import fields
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.fields import DROP, Limits, Shape
 
@@ -22,7 +22,7 @@ Kind = Literal["chat", "text"]
 MAX_DEPTH = 64  # of lists and objects; templates and parsers recurse, some frames a level
 MIN_INTEGER, MAX_INTEGER = -(1 << 63), (1 << 64) - 1
 CHARACTERS_PER_TOKEN = 16  # far above what any real text has: a longer prompt cannot fit
-CONTEXT_SIZE = shape.integer(0, 1 << 20)
+CONTEXT_SIZE = fields.integer(0, 1 << 20)
 
 
 class Rule(NamedTuple):
@@ -36,53 +36,53 @@ class Rule(NamedTuple):
 # "compiles": a new value is compiled into a new kernel while all streams stand still (1 to 3 s on
 # a CPU), hence the rounding: there are only so many values.
 _COMMON: Final = {
-    "model": Rule(shape.string, "the caller replaces it; here it only has to be a name"),
-    "adapters": Rule(shape.allowed(lambda it: it.adapters), "a path that is read, and loaded"),
-    "draft_model": Rule(shape.allowed(lambda it: it.draft_models), "evicts the loaded model"),
-    "num_draft_tokens": Rule(shape.integer(0, 64), "each step drafts so many"),
-    "stream": Rule(shape.boolean, "400 for null"),
-    "stream_options": Rule(shape.stream_options, "{} ends a whole stream without [DONE]"),
-    "max_tokens": Rule(shape.max_tokens, "2**31 holds a place for days"),
-    "max_completion_tokens": Rule(shape.max_tokens, "wins over max_tokens"),
-    "temperature": Rule(shape.number(0, 2, 2), "compiles; high: ids beyond the tokenizer kill"),
-    "top_p": Rule(shape.top_p, "compiles; 0 is off, and 1e-9 leaves no token at all"),
-    "top_k": Rule(shape.top_k, "kills from the vocabulary's size on"),
-    "min_p": Rule(shape.number(0, 1, 3), "compiles; NaN kills"),
-    "xtc_probability": Rule(shape.number(0, 1, 2), "compiles; an integer gives 400"),
-    "xtc_threshold": Rule(shape.number(0, 0.5, 2), "compiles; above 0.5 kills"),
-    "repetition_penalty": Rule(shape.number(0, 10, 2), "huge kills, tiny divides into NaN"),
+    "model": Rule(fields.string, "the caller replaces it; here it only has to be a name"),
+    "adapters": Rule(fields.allowed(lambda it: it.adapters), "a path that is read, and loaded"),
+    "draft_model": Rule(fields.allowed(lambda it: it.draft_models), "evicts the loaded model"),
+    "num_draft_tokens": Rule(fields.integer(0, 64), "each step drafts so many"),
+    "stream": Rule(fields.boolean, "400 for null"),
+    "stream_options": Rule(fields.stream_options, "{} ends a whole stream without [DONE]"),
+    "max_tokens": Rule(fields.max_tokens, "2**31 holds a place for days"),
+    "max_completion_tokens": Rule(fields.max_tokens, "wins over max_tokens"),
+    "temperature": Rule(fields.number(0, 2, 2), "compiles; high: ids beyond the tokenizer kill"),
+    "top_p": Rule(fields.top_p, "compiles; 0 is off, and 1e-9 leaves no token at all"),
+    "top_k": Rule(fields.top_k, "kills from the vocabulary's size on"),
+    "min_p": Rule(fields.number(0, 1, 3), "compiles; NaN kills"),
+    "xtc_probability": Rule(fields.number(0, 1, 2), "compiles; an integer gives 400"),
+    "xtc_threshold": Rule(fields.number(0, 0.5, 2), "compiles; above 0.5 kills"),
+    "repetition_penalty": Rule(fields.number(0, 10, 2), "huge kills, tiny divides into NaN"),
     "repetition_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
-    "presence_penalty": Rule(shape.number(-2, 2, 3), "huge kills"),
+    "presence_penalty": Rule(fields.number(-2, 2, 3), "huge kills"),
     "presence_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
-    "frequency_penalty": Rule(shape.number(-2, 2, 3), "huge kills"),
+    "frequency_penalty": Rule(fields.number(-2, 2, 3), "huge kills"),
     "frequency_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
-    "logit_bias": Rule(shape.logit_bias, "an id beyond the vocabulary writes into foreign memory"),
-    "seed": Rule(shape.seed, "beyond 64 bits or below 0: no reply at all"),
-    "stop": Rule(shape.stop, "5, [null], a lone surrogate kill; 100 kB stop all for a second"),
-    "top_logprobs": Rule(shape.top_logprobs, "true kills, 12 gives 400"),
-    "n": Rule(shape.only(1, "the backend gives one answer; ask several times."), "ignored"),
-    "response_format": Rule(shape.response_format, "ignored"),
-    "chat_template_kwargs": Rule(shape.chat_template_kwargs, "a chat_template runs; some kill"),
-    "enable_thinking": Rule(shape.boolean, "becomes a template argument"),
-    "reasoning_effort": Rule(shape.one_of(shape.EFFORTS), "becomes a template argument"),
+    "logit_bias": Rule(fields.logit_bias, "an id beyond the vocabulary writes into foreign memory"),
+    "seed": Rule(fields.seed, "beyond 64 bits or below 0: no reply at all"),
+    "stop": Rule(fields.stop, "5, [null], a lone surrogate kill; 100 kB stop all for a second"),
+    "top_logprobs": Rule(fields.top_logprobs, "true kills, 12 gives 400"),
+    "n": Rule(fields.only(1, "the backend gives one answer; ask several times."), "ignored"),
+    "response_format": Rule(fields.response_format, "ignored"),
+    "chat_template_kwargs": Rule(fields.chat_template_kwargs, "a chat_template runs; some kill"),
+    "enable_thinking": Rule(fields.boolean, "becomes a template argument"),
+    "reasoning_effort": Rule(fields.one_of(fields.EFFORTS), "becomes a template argument"),
 }
 RULES: Final[Mapping[Kind, dict[str, Rule]]] = {
     "chat": {
         **_COMMON,
-        "messages": Rule(shape.messages, "what templates choke on; images from anywhere"),
-        "logprobs": Rule(shape.boolean, "400 for null and numbers"),
-        "tools": Rule(shape.tools, "an odd schema cuts the answer off when the model calls"),
-        "tool_choice": Rule(shape.tool_choice, "ignored"),
-        "role_mapping": Rule(shape.role_mapping, "repeated for each message"),
+        "messages": Rule(fields.messages, "what templates choke on; images from anywhere"),
+        "logprobs": Rule(fields.boolean, "400 for null and numbers"),
+        "tools": Rule(fields.tools, "an odd schema cuts the answer off when the model calls"),
+        "tool_choice": Rule(fields.tool_choice, "ignored"),
+        "role_mapping": Rule(fields.role_mapping, "repeated for each message"),
     },
     "text": {
         **_COMMON,
-        "prompt": Rule(shape.prompt, 'an empty one and ["a"] kill'),
-        "messages": Rule(shape.drop, "belongs to the other endpoint: nothing has checked it"),
-        "logprobs": Rule(shape.text_logprobs, "400 for null and numbers"),
-        "best_of": Rule(shape.only(1, "the backend gives one answer; leave it out."), "ignored"),
-        "echo": Rule(shape.only(False, "the backend cannot repeat the prompt."), "ignored"),
-        "suffix": Rule(shape.only("", "the backend only continues a text."), "ignored"),
+        "prompt": Rule(fields.prompt, 'an empty one and ["a"] kill'),
+        "messages": Rule(fields.drop, "belongs to the other endpoint: nothing has checked it"),
+        "logprobs": Rule(fields.text_logprobs, "400 for null and numbers"),
+        "best_of": Rule(fields.only(1, "the backend gives one answer; leave it out."), "ignored"),
+        "echo": Rule(fields.only(False, "the backend cannot repeat the prompt."), "ignored"),
+        "suffix": Rule(fields.only("", "the backend only continues a text."), "ignored"),
     },
 }
 REQUIRED: Final[Mapping[Kind, str]] = {"chat": "messages", "text": "prompt"}

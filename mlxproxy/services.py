@@ -96,7 +96,7 @@ class Services:
             template_kwargs=names,
             adapters=load.adapters,
             draft_models=load.draft_models,
-            vocab_size=load.model.vocab_size,
+            vocab_size=load.model.vocab_size or 0,
             max_context=load.model.max_context_length,
             images=load.model.capabilities.vision,
         )
@@ -170,6 +170,7 @@ def build(settings: Settings) -> Services:
     config = BackendConfig(
         server_bin=settings.mlx_server_bin,
         port=settings.mlx_backend_port,
+        max_tokens=settings.max_tokens,
         load_timeout=settings.load_timeout,
         stop_timeout=settings.stop_timeout,
         log_file=log_file,

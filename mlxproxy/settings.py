@@ -239,6 +239,11 @@ class Settings:
         _whole(0, 1024, "a whole number from 0 to 1024"),
         "Requests waiting for a model or a place; past it 429",
     )
+    max_tokens: int = _setting(
+        8192,
+        _whole(1, 1 << 20, "a whole number from 1 to 1048576"),
+        "Tokens of an answer whose request does not say (never more than the model's context)",
+    )
     max_body: int = _setting(32 << 20, _size, "Largest request body", shown="32M")
     api_key: tuple[str, ...] = _setting(
         (), _texts, "One key or several; every path but /health needs one", shown="none"

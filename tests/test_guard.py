@@ -6,7 +6,6 @@ import base64
 import copy
 import dataclasses
 import json
-from functools import reduce
 from typing import Any
 
 import pytest
@@ -40,7 +39,10 @@ def data_url(image: bytes = PNG, kind: str = "image/png") -> str:
 
 
 def nested(depth: int) -> Any:
-    return reduce(lambda inner, _: [inner], range(depth), 0)
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def checked(kind: Kind, fields: dict[str, Any], limits: Limits = LIMITS) -> dict[str, Any]:
@@ -100,8 +102,8 @@ SAME: list[tuple[Kind, dict[str, Any]]] = [
 
 TRANSLATED: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
     # null asks for the default
-    ("chat", dict.fromkeys(set(guard.RULES["chat"]) - {"messages"}), {}),
-    ("text", dict.fromkeys(set(guard.RULES["text"]) - {"prompt"}), {}),
+    ("chat", dict.fromkeys(sorted(guard.RULES["chat"].keys() - {"messages"})), {}),
+    ("text", dict.fromkeys(sorted(guard.RULES["text"].keys() - {"prompt"})), {}),
     ("chat", {"stream_options": {}}, {}),
     ("chat", {"stream_options": {"include_usage": None}}, {}),
     ("chat", {"stream_options": {"include_usage": False}}, {}),
@@ -513,6 +515,14 @@ def test_what_depends_on_the_model_waits_until_it_is_known() -> None:
     assert checked("chat", fields, UNKNOWN) == fields
     long = said("x" * (16 * 4096 + 1))
     assert checked("chat", long, UNKNOWN) == long
+
+
+def test_a_model_whose_vocabulary_cannot_be_found_out_is_safe_too() -> None:
+    obscure = dataclasses.replace(LIMITS, vocab_size=0)
+    assert checked("chat", {"top_k": 40}, obscure)["top_k"] == 0
+    assert checked("chat", {"logit_bias": {}}, obscure)["logit_bias"] == {}
+    with pytest.raises(InvalidRequest, match="not known"):
+        checked("chat", {"logit_bias": {"5": 1}}, obscure)
 
 
 def test_the_settings_bound_an_answer_whatever_the_model_allows() -> None:
