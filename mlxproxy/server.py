@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import resource
 import signal
@@ -15,12 +14,10 @@ from typing import Any
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ThreadedTaskDispatcher
 
-from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
-from mlxproxy.presence import Presence
+from mlxproxy.channel import Channel, DirectChannel
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.server")
@@ -37,80 +34,6 @@ STOPPED = 10.0  # seconds for the last bytes to reach the clients
 
 class CannotListen(Exception):
     """The address cannot be listened on; the message is the sentence for the user."""
-
-
-class Request(WSGITask):
-    """A request with its client's presence in the environment."""
-
-    def get_environment(self) -> dict[str, Any]:
-        environ: dict[str, Any] = super().get_environment()
-        presence = environ["mlxproxy.presence"] = Presence()
-        self.channel.presence = presence
-        if not self.channel.connected:
-            presence.leave()
-        return environ
-
-
-class BadRequest(ErrorTask):
-    """What waitress itself refuses (a broken head, a body too large), as the contract's error."""
-
-    def execute(self) -> None:
-        refusal = self.request.error
-        error: ProxyError
-        if refusal.code == 413:
-            error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
-        elif refusal.code >= 500:
-            error = InternalError("The request could not be answered; the proxy's log says why.")
-        else:
-            error = InvalidRequest(f"This is no HTTP request this server takes: {refusal.body}.")
-        body = json.dumps(error.body()).encode()
-        self.status = f"{refusal.code} {refusal.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class Channel(HTTPChannel):
-    """A client's connection: its end is told at once, a token goes straight to its socket.
-
-    waitress copies each piece into a buffer, flushes that with four more calls and reads none of
-    the connection while a request runs. Sending from the request's own thread while nothing is
-    buffered costs a third of that (`make bench`, CPU per event), and reading on
-    (`channel_request_lookahead`) is how a client's leaving is seen while no byte flows.
-    """
-
-    task_class = Request
-    error_task_class = BadRequest
-    presence: Presence | None = None
-
-    def write_soon(self, data: Any) -> int:
-        if isinstance(data, bytes) and data and not self.total_outbufs_len:
-            with self.outbuf_lock:
-                if not self.connected:
-                    raise ClientDisconnected
-                if not self.total_outbufs_len:
-                    try:
-                        sent = self.socket.send(data)
-                    except BlockingIOError:
-                        sent = 0
-                    except OSError:
-                        self.will_close = True
-                        self.server.pull_trigger()
-                        raise ClientDisconnected from None
-                    if sent == len(data):
-                        return sent
-                    self.last_activity = time.time()  # from here on the client is a slow one
-                    super().write_soon(data[sent:])
-                    return len(data)
-        written: int = super().write_soon(data)
-        return written
-
-    def handle_close(self) -> None:
-        presence = self.presence
-        super().handle_close()
-        if presence is not None:
-            presence.leave()
 
 
 class Server:
@@ -163,7 +86,7 @@ class Server:
             bind_socket=False,
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
         )
-        self._server.channel_class = Channel
+        self._server.channel_class = DirectChannel if settings.direct_send else Channel
 
     def run(self) -> None:
         """Serves until a signal or :meth:`stop`, then stops as told.

@@ -57,7 +57,7 @@ class Services:
         self.log_file.close()
         self.ownership.release()
 
-    def load_for(self, name: str, fresh: bool = True, **options: object) -> Load:
+    def load_for(self, name: str, fresh: bool = True, **options: Any) -> Load:
         """The load of a model by its name, with the settings' defaults.
 
         Args:
@@ -69,7 +69,7 @@ class Services:
         model = self.catalog.find(name, fresh=fresh)
         model.require_loadable()
         load = Load(model, enable_thinking=self.settings.enable_thinking)
-        return replace(load, **options)  # type: ignore[arg-type]
+        return replace(load, **options)
 
     def named_load(self, name: object) -> Load | None:
         """What a chat request names, if it is a model we have; the name may be anything.
@@ -115,7 +115,7 @@ class Services:
     def preload(self) -> None:
         """Loads what PRELOAD says, in the background, waiting for a disk that is mounted late."""
         name = self.settings.preload
-        options: dict[str, object] = {}
+        options: dict[str, Any] = {}
         if name == "last":
             last = self.history.last()
             if last is None:
@@ -130,7 +130,7 @@ class Services:
                 target=self._preload, args=(name, options), name="preload", daemon=True
             ).start()
 
-    def _preload(self, name: str, options: dict[str, object]) -> None:
+    def _preload(self, name: str, options: dict[str, Any]) -> None:
         waited = threading.Event()
         told = False
         while not self.hub.closed and self.controller.untouched():

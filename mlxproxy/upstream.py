@@ -15,7 +15,9 @@ import time
 
 from mlxproxy.errors import BackendFailed
 
-RECV_BYTES = 1 << 16
+# Room for dozens of events. For 64 KB the allocator would ask the kernel for memory, and give it
+# back, at each event.
+RECV_BYTES = 1 << 14
 HEAD_LIMIT = 1 << 16
 CONNECT_TIMEOUT = 10.0
 # The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after

@@ -1,0 +1,189 @@
+"""What goes on: log lines, events, metrics.
+
+``GET /v1/logs`` answers with the last lines as text, or follows the log as server-sent events.
+``GET /v1/events`` sends a ``snapshot`` first and then, each with ``at`` in Unix seconds:
+
+=================== ================================================================================
+``state``           the controller's state has changed: all of it, as in the snapshot
+``load``            a load's phase, seconds and (where known) bytes; every second while it lasts
+``loaded``          a load has ended well: ``id``, ``seconds``
+``death``           the backend has ended by itself: ``id``, ``reason``
+``request_started`` ``id``, ``client``, ``method``, ``path``
+``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer of the
+                    model ``model``, ``outcome``, ``tokens_in``, ``tokens_out``, ``waited``,
+                    ``first_token``, ``tokens_per_second``
+``lost``            the reader was too slow: ``count`` events are gone, a new snapshot follows
+=================== ================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from mlxproxy.blueprints.web import presence, recorder, services
+from mlxproxy.errors import InvalidRequest, TooManyRequests
+from mlxproxy.hub import Subscription
+from mlxproxy.logtail import LogTail
+from mlxproxy.presence import Presence
+from mlxproxy.services import Services
+
+blueprint = Blueprint("observe", __name__)
+
+FOLLOWERS = 16  # each holds a thread of the server's reserve
+KEEPALIVE = 15.0  # seconds of silence after which a follower gets a comment
+TICK = 1.0  # seconds between two progress events of a load
+LOG_POLL = 0.25  # seconds; the file's writer may be a little behind the event
+LINES, MOST_LINES = 200, 10_000
+SOURCES = ("proxy", "backend")
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENTS = ("state", "load", "loaded", "death", "request_started", "request")
+
+
+@blueprint.get("/v1/logs")
+def logs() -> Response:
+    """The log of the proxy or the backend: its last lines, and with `follow=true` all to come."""
+    parts = services()
+    source = request.args.get("source", SOURCES[0])
+    if source not in SOURCES:
+        raise InvalidRequest("source must be proxy or backend.", param="source")
+    path = parts.settings.instance_path / "logs" / f"{source}.log"
+    lines = _lines()
+    if not _flag("follow", False):
+        with LogTail(path, lines) as tail:
+            return Response(tail.read(), mimetype="text/plain")
+    client = presence()
+    return _followed(
+        parts, client, (f"{source}_log",), lambda it: _log_events(parts, client, it, path, lines)
+    )
+
+
+@blueprint.get("/v1/events")
+def events() -> Response | dict[str, Any]:
+    """What happens, as it happens; with `follow=false` the snapshot alone, as JSON."""
+    parts = services()
+    if not _flag("follow", True):
+        return snapshot(parts)
+    client = presence()
+    return _followed(parts, client, EVENTS, lambda it: _events(parts, client, it))
+
+
+@blueprint.get("/metrics")
+def metrics() -> Response:
+    """The counts since the start, for Prometheus."""
+    from mlxproxy import exposition  # imports prometheus_client: not before somebody asks
+
+    controller = services().controller
+    body, content_type = exposition.render(
+        services().metrics.counts(),
+        controller.describe(),
+        controller.memory(),
+        request.headers.get("Accept", ""),
+    )
+    return Response(body, content_type=content_type)
+
+
+def snapshot(parts: Services) -> dict[str, Any]:
+    """The state as the controller describes it, with speed (tokens per second) and memory."""
+    load = parts.controller.current()
+    return {
+        **parts.controller.describe(),
+        "tokens_per_second": parts.metrics.speed(),
+        "memory_bytes": parts.controller.memory(),
+        "weights_bytes": load.model.weights_bytes if load is not None else None,
+    }
+
+
+def _followed(
+    parts: Services,
+    client: Presence,
+    kinds: tuple[str, ...],
+    stream: Callable[[Subscription], Iterator[bytes]],
+) -> Response:
+    """The stream as a response that gives its place back when it ends, however it does.
+
+    Raises:
+        TooManyRequests: so many follow that more would leave no thread for others.
+    """
+    if parts.hub.followers() >= FOLLOWERS:
+        raise TooManyRequests(
+            f"{FOLLOWERS} clients follow logs or events already. End one of them.", retry_after=30
+        )
+    subscription = parts.hub.subscribe(*kinds)
+    response = Response(stream(subscription), mimetype="text/event-stream", headers=STREAM_HEADERS)
+    client.on_leave(subscription.wake)
+    record = recorder()
+
+    def end() -> None:
+        parts.hub.unsubscribe(subscription)
+        record(response.status_code, None)
+
+    response.call_on_close(end)  # a generator that was never begun would not tell
+    return response
+
+
+def _events(parts: Services, client: Presence, subscription: Subscription) -> Iterator[bytes]:
+    lost, silent = 0, 0.0
+    yield _event("snapshot", snapshot(parts))
+    while not (parts.hub.closed or client.gone):
+        event = subscription.get(TICK)
+        if subscription.lost > lost:
+            yield _event("lost", {"count": subscription.lost - lost})
+            yield _event("snapshot", snapshot(parts))
+            lost = subscription.lost
+        if event is not None:
+            yield _event(*event)
+            silent = 0.0
+            continue
+        transition = parts.controller.describe()["transition"]
+        silent += TICK
+        if transition is not None and transition["kind"] == "load":
+            yield _event("load", transition)
+        elif silent >= KEEPALIVE:
+            yield b": keepalive\n\n"
+            silent = 0.0
+
+
+def _log_events(
+    parts: Services, client: Presence, subscription: Subscription, path: Path, lines: int
+) -> Iterator[bytes]:
+    """The log's lines from its file, which the subscription only tells to look at."""
+    silent = 0.0
+    yield b":\n\n"  # carries the head: the first line may be long in coming
+    with LogTail(path, lines) as tail:
+        while not (parts.hub.closed or client.gone):
+            if text := tail.read():
+                yield "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
+                silent = 0.0
+            elif silent >= KEEPALIVE:
+                yield b": keepalive\n\n"
+                silent = 0.0
+            elif subscription.get(LOG_POLL) is None:
+                silent += LOG_POLL
+
+
+def _event(kind: str, data: dict[str, Any]) -> bytes:
+    told = {"at": round(time.time(), 3), **data}
+    return f"event: {kind}\ndata: {json.dumps(told)}\n\n".encode()
+
+
+def _flag(name: str, default: bool) -> bool:
+    value = request.args.get(name)
+    if value is None:
+        return default
+    if value.lower() not in ("true", "false", "1", "0"):
+        raise InvalidRequest(f"{name} must be true or false.", param=name)
+    return value.lower() in ("true", "1")
+
+
+def _lines() -> int:
+    value = request.args.get("lines", str(LINES))
+    if not re.fullmatch("[0-9]{1,5}", value) or int(value) > MOST_LINES:
+        raise InvalidRequest(f"lines must be a whole number from 0 to {MOST_LINES}.", param="lines")
+    return int(value)

@@ -1,0 +1,214 @@
+"""The commands' way to a server: requests, server-sent events, and errors in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import click
+import requests
+
+from mlxproxy import settings
+
+CONNECT = 5.0  # seconds
+READ = 30.0
+# The server's advice is for HTTP clients; here it is given in commands.
+AS_COMMANDS = {
+    "GET /v1/models": "`mlxproxy ls`",
+    "POST /v1/models/load": "`mlxproxy load`",
+    '"force": true': "`--force`",
+}
+SILENCE = 60.0  # in a stream; a comment comes at least every 15 s
+
+
+class ClientError(click.ClickException):
+    """Why a command cannot do its work, in a sentence; ends it with status 1."""
+
+
+class Unreachable(ClientError):
+    """No server answers."""
+
+
+class Refused(ClientError):
+    """The server's own error.
+
+    Attributes:
+        code: the contract's name for it, such as ``model_not_found``.
+    """
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        self.code = error.get("code")
+        message = str(error.get("message") or "The server gives no reason.")
+        for call, command in AS_COMMANDS.items():
+            message = message.replace(call, command)
+        if self.code == "invalid_api_key":
+            message += " Give the key with --key or MLXPROXY_API_KEY."
+        super().__init__(message)
+
+
+class Event(NamedTuple):
+    """A server-sent event; a comment is one of the kind ``comment``."""
+
+    kind: str
+    data: str
+
+    def json(self) -> dict[str, Any]:
+        """The data as an object; an empty one if it is none."""
+        try:
+            value = json.loads(self.data)
+        except ValueError:
+            value = None
+        return value if isinstance(value, dict) else {}
+
+
+class Client:
+    """A server, as its address and key.
+
+    Args:
+        url: without a slash at its end.
+        key: the API key, if it needs one.
+        is_own: it is the one that this machine's settings describe.
+    """
+
+    def __init__(self, url: str, key: str | None = None, is_own: bool = False) -> None:
+        self.url = url
+        self.is_own = is_own
+        self._session = requests.Session()
+        # What proxies and .netrc say is meant for the web, not for a machine of the household.
+        self._session.trust_env = False
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path.
+
+        Raises:
+            ClientError: no server, or it refuses.
+        """
+        return self._object(self._send("GET", path, None, READ, stream=False))
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a JSON body, however long it takes.
+
+        Raises:
+            ClientError: no server, or it refuses.
+        """
+        return self._object(self._send("POST", path, body, None, stream=False))
+
+    def text(self, path: str) -> str:
+        """The text at a path.
+
+        Raises:
+            ClientError: no server, or it refuses.
+        """
+        return self._send("GET", path, None, READ, stream=False).content.decode("utf-8", "replace")
+
+    def events(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> Generator[Event, None, None]:
+        """The events of a stream, as they come.
+
+        Raises:
+            ClientError: no server, it refuses, or the connection breaks.
+        """
+        with self._send(method, path, body, SILENCE, stream=True) as response:
+            kind = "message"
+            data: list[str] = []
+            try:
+                for raw in response.iter_lines():
+                    line = raw.decode("utf-8", "replace")
+                    name, _, value = line.partition(":")
+                    value = value.removeprefix(" ")
+                    if not line:
+                        if data:
+                            yield Event(kind, "\n".join(data))
+                        kind, data = "message", []
+                    elif not name:
+                        yield Event("comment", value)
+                    elif name == "event":
+                        kind = value
+                    elif name == "data":
+                        data.append(value)
+            except requests.RequestException:
+                raise ClientError(f"The connection to {self.url} broke.") from None
+
+    def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, wait: float | None, stream: bool
+    ) -> requests.Response:
+        try:
+            response = self._session.request(
+                method, self.url + path, json=body, stream=stream, timeout=(CONNECT, wait)
+            )
+        except requests.exceptions.ReadTimeout:
+            raise ClientError(f"{self.url} does not answer within {wait:g} s.") from None
+        except requests.exceptions.SSLError as error:
+            raise ClientError(f"{self.url} cannot be trusted: {error}.") from None
+        except (requests.ConnectionError, requests.Timeout):
+            raise Unreachable(
+                f"No mlxproxy answers at {self.url}. Start one there with `make run` or `mlxproxy "
+                "serve`, or name another server with --host."
+            ) from None
+        except (requests.RequestException, UnicodeError):
+            raise ClientError(f"{self.url} is no address of a server.") from None
+        if not response.ok:
+            raise self._refusal(response)
+        return response
+
+    def _refusal(self, response: requests.Response) -> ClientError:
+        try:
+            error = response.json()["error"]
+        except (ValueError, KeyError, TypeError):
+            error = None
+        return Refused(error) if isinstance(error, dict) else self._stranger()
+
+    def _object(self, response: requests.Response) -> dict[str, Any]:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._stranger()
+        return answer
+
+    def _stranger(self) -> ClientError:
+        return ClientError(
+            f"What answers at {self.url} is no mlxproxy. Name the right server with --host."
+        )
+
+
+def connect(host: str | None, key: str | None) -> Client:
+    """The client for the server that is meant: nothing is sent yet.
+
+    Args:
+        host: a name or address, one with a port, or a URL; None: the server of this machine, as
+            its settings place it.
+        key: its API key, or several with commas, of which the first is used; for the server of
+            this machine its settings' own.
+
+    Raises:
+        ClientError: the settings, which are asked for what is not given, are wrong.
+    """
+    if host is not None and "://" in host:
+        return Client(host.rstrip("/").removesuffix("/v1"), _first(key))
+    try:
+        own = settings.load()
+        if host is None and key is None:
+            key = ",".join(own.keys)
+    except settings.SettingError as error:
+        raise ClientError(str(error)) from None
+    is_own = host is None
+    everywhere = ("0.0.0.0", "::", "127.0.0.1", "::1")
+    if host is None:
+        host = "localhost" if own.proxy_host in everywhere else own.proxy_host
+    host = host.rstrip("/")
+    if host.count(":") > 1 and not host.startswith("["):
+        host = f"[{host}]"  # IPv6
+    if not re.search(r":\d+$", host):
+        host = f"{host}:{own.proxy_port}"
+    return Client(f"http://{host}", _first(key), is_own)
+
+
+def _first(key: str | None) -> str | None:
+    return key.split(",")[0].strip() if key else None

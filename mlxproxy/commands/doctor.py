@@ -1,0 +1,254 @@
+"""`mlxproxy doctor`: what keeps the proxy from working on this machine, and what mends it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from mlxproxy import ports, settings
+from mlxproxy.backend import server_program
+from mlxproxy.catalog import Catalog
+from mlxproxy.client import ClientError, connect
+from mlxproxy.commands import service, terminal
+from mlxproxy.errors import LoadFailed
+from mlxproxy.lmstudio import models_folder
+from mlxproxy.ownership import Ownership
+from mlxproxy.services import mlx_lm_package
+from mlxproxy.settings import SettingError, Settings
+
+PYTHONS = ((3, 10), (3, 13))
+ROOM = 500_000_000  # bytes: logs, the demo model
+PATIENCE = 120.0  # seconds for a first start of mlx_lm.server
+SCAN = 30.0  # seconds for a models folder
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome.
+
+    Attributes:
+        check: its name.
+        sentence: what was found.
+        mend: the command that mends it; None where nothing is wrong.
+    """
+
+    check: str
+    sentence: str
+    mend: str | None = None
+
+    @property
+    def fine(self) -> bool:
+        return self.mend is None
+
+
+def doctor(as_json: bool) -> int:
+    """Prints what was found; returns the exit status: 1 if anything is wrong."""
+    console = terminal.output()
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            word, style = ("ok   ", "green") if finding.fine else ("wrong", "bold red")
+            console.print(word, style=style, end="  ")
+            console.print(f"{finding.check}: {finding.sentence}", soft_wrap=True)
+            if finding.mend:
+                console.print(f"       mend it: {finding.mend}", soft_wrap=True)
+    if as_json:
+        terminal.print_json([{**asdict(it), "fine": it.fine} for it in findings])
+    return 0 if all(finding.fine for finding in findings) else 1
+
+
+def examine() -> Iterator[Finding]:
+    """All checks, as they end; no server is needed, and none is started."""
+    yield _python()
+    try:
+        found = settings.load()
+    except SettingError as error:
+        yield Finding("settings", str(error), _where_set(str(error)))
+        return
+    yield Finding("settings", f"read, the instance folder is {found.instance_path}")
+    yield _mlx_lm(found)
+    yield from _models(found)
+    yield _disk(found)
+    proxy = _running(found)
+    yield _lock(found, proxy)
+    yield _orphan(found, proxy)
+    yield _port(found.proxy_port, "PROXY_PORT", proxy)
+    yield _port(found.mlx_backend_port, "MLX_BACKEND_PORT", proxy)
+    yield _service()
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    sentence = f"{version} ({sys.executable})"
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        return Finding(
+            "Python",
+            f"{sentence}, but 3.10 to 3.13 is needed",
+            "brew install python@3.12 && make clean install",
+        )
+    if sys.platform == "darwin" and platform.machine() != "arm64":
+        return Finding(
+            "Python",
+            f"{sentence} is made for Intel, MLX for Apple silicon",
+            "/opt/homebrew/bin/brew install python@3.12 && make clean install",
+        )
+    return Finding("Python", sentence)
+
+
+def _where_set(error: str) -> str:
+    name = error.split()[0]
+    if "the environment" in error:
+        return f"unset {settings.ENV_PREFIX}{name}"
+    return "correct it in config.py"
+
+
+def _mlx_lm(found: Settings) -> Finding:
+    try:
+        program = server_program(found.mlx_server_bin)
+    except LoadFailed as error:
+        return Finding("mlx-lm", error.message, f"{sys.executable} -m pip install mlx-lm")
+    python = program.parent / "python"
+    update = f"{python if python.exists() else sys.executable} -m pip install --upgrade mlx-lm"
+    try:
+        done = subprocess.run(
+            [str(program), "--help"], capture_output=True, text=True, timeout=PATIENCE
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("mlx-lm", f"{program} does not run: {error}", update)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        return Finding("mlx-lm", f"{program} does not run here: {words[-1]}", update)
+    return Finding("mlx-lm", f"{_version(found)}runs ({program})")
+
+
+def _version(found: Settings) -> str:
+    package = mlx_lm_package(found.mlx_server_bin)
+    with contextlib.suppress(OSError):
+        if package and (
+            text := re.search("""['"](.+)['"]""", (package / "_version.py").read_text())
+        ):
+            return f"{text[1]} "
+    return ""
+
+
+def _models(found: Settings) -> Iterator[Finding]:
+    demo = not found.models_root
+    for root in found.models_root or (models_folder(),):
+        models = Catalog((root,), patience=SCAN).models() if root.is_dir() else []
+        usable = sum(model.loadable for model in models)
+        if usable:
+            yield Finding("models", f"in {root} {usable} of {len(models)} can be loaded")
+        elif demo and root.is_relative_to(Path.home()):
+            yield Finding("models", f"none in {root}, so `mlxproxy serve` brings a demo model")
+        elif not root.is_dir():
+            mend = "connect its disk, or: mlxproxy serve --models-root FOLDER"
+            yield Finding("models", f"{root} is not there", mend)
+        else:
+            sentence = f"in {root} none of {len(models)} can be loaded"
+            mend = "mlxproxy ls --all tells why; LM Studio downloads others, in MLX format"
+            yield Finding("models", sentence, mend)
+
+
+def _disk(found: Settings) -> Finding:
+    folder = found.instance_path
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("disk", f"{folder} cannot be written", f"chmod u+rwx {folder}")
+    free = shutil.disk_usage(folder).free
+    sentence = f"{terminal.size(free)} free at {folder}"
+    if free < ROOM:
+        needed = f"{sentence}, {terminal.size(ROOM)} are needed"
+        return Finding("disk", needed, "free some, or: export MLXPROXY_INSTANCE_PATH=FOLDER")
+    return Finding("disk", sentence)
+
+
+def _running(found: Settings) -> psutil.Process | None:
+    """The proxy that holds our lock."""
+    lock = found.instance_path / f"backend-{found.mlx_backend_port}.lock"
+    if not lock.is_file():
+        return None
+    try:
+        with FileLock(lock).acquire(timeout=0):
+            return None
+    except Timeout:
+        holder = Ownership(found.instance_path, found.mlx_backend_port).holder()
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(holder)
+    except OSError:
+        pass  # told by the check of the disk
+    return None
+
+
+def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
+    if proxy is None:
+        return Finding("lock", "free, so no mlxproxy runs with these settings")
+    who = f"mlxproxy runs (pid {proxy.pid})"
+    holder = ports.listener(found.proxy_port)
+    if holder is None or not _is_family(holder, proxy):
+        return Finding("lock", f"{who} with another PROXY_PORT than {found.proxy_port}")
+    try:
+        client = connect(None, None)
+        client.get("/health")
+    except ClientError as error:
+        return Finding("lock", f"{who}, but: {error.message}", f"kill {proxy.pid}")
+    return Finding("lock", f"{who} and answers at {client.url}")
+
+
+def _orphan(found: Settings, proxy: psutil.Process | None) -> Finding:
+    if proxy is None and found.instance_path.is_dir():
+        orphan = Ownership(found.instance_path, found.mlx_backend_port).orphan()
+        if orphan is not None:
+            sentence = f"the backend of a proxy that was killed still runs (pid {orphan.pid})"
+            return Finding("orphan", sentence, f"kill {orphan.pid}")
+    return Finding("orphan", "none")
+
+
+def _port(port: int, setting: str, proxy: psutil.Process | None) -> Finding:
+    check = f"port {port}"
+    if ports.is_free(port):
+        return Finding(check, "free")
+    holder = ports.listener(port)
+    if holder is None:
+        mend = f"sudo lsof -nP -iTCP:{port} -sTCP:LISTEN   (or set {setting} to another port)"
+        return Finding(check, "held by a process of another user", mend)
+    if proxy is not None and _is_family(holder, proxy):
+        return Finding(check, f"held by this mlxproxy (pid {holder.pid})")
+    mend = f"kill {holder.pid}   (or set {setting} to another port)"
+    return Finding(check, f"held by {ports.describe(holder)}", mend)
+
+
+def _is_family(process: psutil.Process, proxy: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process == proxy or proxy in process.parents()
+    return False
+
+
+def _service() -> Finding:
+    installed = service.of()
+    if not installed.installed:
+        return Finding("service", "not installed (`mlxproxy service install` starts it at login)")
+    with contextlib.suppress(OSError):
+        if sys.executable not in installed.path.read_text():
+            sentence = f"{installed.path} starts another installation of mlxproxy than this one"
+            return Finding("service", sentence, "mlxproxy service install")
+    try:
+        pid = installed.pid()
+    except service.ServiceError as error:
+        return Finding("service", error.message, "mlxproxy service uninstall")
+    if pid is None:
+        sentence = f"{installed.path} is installed, but does not run"
+        return Finding("service", sentence, "mlxproxy service restart")
+    return Finding("service", f"runs (pid {pid})")

@@ -1,0 +1,126 @@
+"""`mlxproxy load` and `unload`, with what is known of their progress."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from mlxproxy.client import Client, ClientError, Refused
+from mlxproxy.commands import terminal
+from mlxproxy.commands.terminal import duration, size, switch
+
+
+def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
+    """Loads a model and tells of it.
+
+    Args:
+        options: `enable_thinking`, `ttl`, `force`; None: the server's setting.
+
+    Raises:
+        ClientError: it was not loaded.
+    """
+    started = time.monotonic()
+    loaded = bring(client, model, **options)
+    if as_json:
+        terminal.print_json(loaded)
+        return
+    thinking = f"thinking {switch(loaded['enable_thinking'])}"
+    if loaded.get("changed"):
+        said = f"Loaded {loaded['id']} in {duration(time.monotonic() - started)}, {thinking}."
+    else:
+        said = f"{loaded['id']} is loaded already, {thinking}."
+    terminal.output().print(said, soft_wrap=True)
+
+
+def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
+    """Loads a model behind a progress bar; returns the server's last word.
+
+    Raises:
+        ClientError: it was not loaded.
+    """
+    console = terminal.messages()
+    given = {name: value for name, value in options.items() if value is not None}
+    body = {"model_id": model, "stream": True, **given}
+    try:
+        with (
+            _Bar(console) as bar,
+            closing(client.events("POST", "/v1/models/load", body)) as events,
+        ):
+            for event in events:
+                told = event.json()
+                if "error" in told:
+                    raise Refused(told["error"])
+                if told.get("status") == "loaded":
+                    return told
+                if told:
+                    bar.update(told)
+    except KeyboardInterrupt:
+        console.print("The load goes on; `mlxproxy unload` cancels it.")
+        raise
+    raise ClientError("The connection ended before the model was loaded.")
+
+
+def unload(client: Client, as_json: bool) -> None:
+    """Unloads what is loaded.
+
+    Raises:
+        ClientError: no server, or it is about to stop.
+    """
+    console = terminal.messages()
+    before = client.get("/v1/models/loaded")
+    busy = before.get("in_flight") or 0
+    waiting = f"waiting for {busy} answers in flight" if busy else "unloading"
+    with terminal.spinner(console, waiting):
+        answer = client.post("/v1/models/unload", {})
+    if as_json:
+        terminal.print_json(answer)
+    elif answer["status"] == "already_unloaded":
+        terminal.output().print("No model was loaded.")
+    else:
+        what = before.get("id") or (before.get("transition") or {}).get("id") or "the model"
+        terminal.output().print(f"Unloaded {what}.", soft_wrap=True)
+
+
+class _Bar:
+    """What the server tells of a load: a share only where it counts bytes, else just the time."""
+
+    def __init__(self, console: Console) -> None:
+        self._shown = console.is_terminal
+        self._heading = Text()
+        self._progress = Progress(
+            TextColumn("{task.description:8}"), BarColumn(30), TextColumn("{task.fields[facts]}")
+        )
+        self._task = self._progress.add_task("waiting", total=None, facts="")
+        self._live = Live(Group(self._heading, self._progress), console=console, transient=True)
+
+    def __enter__(self) -> _Bar:
+        if self._shown:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def update(self, told: dict[str, Any]) -> None:
+        """Shows a progress event."""
+        self._heading.plain = f"Loading {told['id']} ({size(told['bytes_total'])})"
+        facts = [f"{told['seconds']:.0f} s"]
+        read, total = told["bytes_read"], told["bytes_total"]
+        counted = told["phase"] == "loading" and read is not None and bool(total)
+        if counted:
+            facts.insert(0, f"{size(read)} of {size(total)}")
+        if told["last_seconds"] is not None:
+            facts.append(f"last time {duration(told['last_seconds'])}")
+        self._progress.update(
+            self._task,
+            description=told["phase"],
+            completed=read if counted else 0,
+            total=total if counted else None,
+            facts=", ".join(facts),
+        )

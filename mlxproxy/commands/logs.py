@@ -1,0 +1,43 @@
+"""`mlxproxy logs`: the proxy's or the backend's log lines."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from mlxproxy import settings
+from mlxproxy.client import Client, ClientError, Unreachable
+from mlxproxy.commands import terminal
+
+
+def logs(client: Client, source: str, follow: bool, lines: int) -> None:
+    """Prints the last lines, and with `follow` those to come until the server stops.
+
+    Raises:
+        ClientError: no server, or it refuses.
+    """
+    path = f"/v1/logs?source={source}&lines={lines}"
+    try:
+        if not follow:
+            _write(client.text(path))
+            return
+        with closing(client.events("GET", path + "&follow=true")) as events:
+            for event in events:
+                if event.kind != "comment":
+                    _write(event.data + "\n")
+    except Unreachable as error:
+        file = _file(source)
+        if client.is_own and file is not None:  # a proxy that is gone has left its last words
+            raise ClientError(f"{error.message} What it wrote is in {file}.") from None
+        raise
+
+
+def _file(source: str) -> Path | None:
+    file = settings.load().instance_path / "logs" / f"{source}.log"
+    return file if file.is_file() else None
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(terminal.harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

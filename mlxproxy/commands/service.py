@@ -1,0 +1,323 @@
+"""`mlxproxy service`: start at login and keep running, by launchd or systemd.
+
+The service may well start before a disk is mounted. It waits for none: the proxy itself waits for
+its models folder to appear, and serves until then what there is.
+"""
+
+from __future__ import annotations
+
+import os
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxproxy import settings
+
+LABEL = "local.mlxproxy"
+UNIT = "mlxproxy.service"
+MARGIN = 15.0  # seconds a stop may take beyond the proxy's own limits
+PATIENCE = 60.0  # for systemctl and launchctl themselves
+RUNNING, STOPPED, ABSENT = 0, 3, 4  # exit statuses of `service status`, as systemctl's
+LATE_DISK = "A models folder on a disk that is mounted late is no problem: the proxy waits for it."
+
+
+class ServiceError(click.ClickException):
+    """Why the service cannot be managed, in a sentence; ends the command with status 1."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the service is to run.
+
+    Attributes:
+        command: with absolute paths.
+        environment: the settings that were given, as MLXPROXY_<NAME>.
+        instance: the instance folder.
+        stop_seconds: how long a stop may take until it is forced.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    instance: Path
+    stop_seconds: float
+
+
+def plan(flags: Mapping[str, str]) -> Plan:
+    """The service for these flags and this shell's environment, which it will not have.
+
+    Raises:
+        SettingError: a value that is not allowed.
+    """
+    found = settings.load(flags)
+    prefix = settings.ENV_PREFIX
+    given = {
+        name.removeprefix(prefix): value
+        for name, value in os.environ.items()
+        if name.startswith(prefix) and name not in settings.CLIENT_VARIABLES
+    }
+    given.update(flags)
+    given.pop("INSTANCE_PATH", None)
+    for name in given:
+        value = getattr(found, name.lower())
+        paths = value if isinstance(value, tuple) else (value,)
+        if paths and all(isinstance(path, Path) for path in paths):
+            given[name] = ":".join(map(str, paths))  # where it was relative, it no longer is
+    if "MLX_SERVER_BIN" not in given and found.mlx_server_bin is None:
+        beside = Path(sys.executable).parent / "mlx_lm.server"
+        on_path = shutil.which("mlx_lm.server")
+        if on_path and not beside.is_file():  # a service has another PATH
+            given["MLX_SERVER_BIN"] = os.path.abspath(on_path)
+    instance = str(found.instance_path)
+    return Plan(
+        command=(sys.executable, "-m", "mlxproxy", "serve", "--instance-path", instance),
+        environment={prefix + name: value for name, value in sorted(given.items())},
+        instance=found.instance_path,
+        stop_seconds=found.shutdown_timeout + found.stop_timeout + MARGIN,
+    )
+
+
+class Service(ABC):
+    """The service of the present user."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def installed(self) -> bool:
+        return self.path.is_file()
+
+    def install(self, wanted: Plan) -> None:
+        """Writes the file and starts the service, anew if it runs already.
+
+        Raises:
+            ServiceError: the system refuses.
+        """
+        try:
+            (wanted.instance / "logs").mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+            # For its owner alone: an API key may be in it.
+            with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(self.render(wanted))
+        except OSError as error:
+            raise ServiceError(f"{self.path} cannot be written: {error.strerror}.") from None
+        self._start(wanted)
+
+    def uninstall(self) -> bool:
+        """Stops the service and removes its file; whether there was one."""
+        there = self.installed
+        if there:
+            self._stop()
+            self.path.unlink(missing_ok=True)
+        return there
+
+    @abstractmethod
+    def render(self, wanted: Plan) -> str:
+        """The file."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Stops it gracefully, and starts it.
+
+        Raises:
+            ServiceError: the system refuses.
+        """
+
+    @abstractmethod
+    def pid(self) -> int | None:
+        """The running proxy's, or None."""
+
+    @abstractmethod
+    def _start(self, wanted: Plan) -> None: ...
+
+    @abstractmethod
+    def _stop(self) -> None: ...
+
+
+class LaunchAgent(Service):
+    """A launchd agent: runs while the user is logged in, on macOS."""
+
+    def __init__(self) -> None:
+        super().__init__(Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist")
+        self._domain = f"gui/{os.getuid()}"
+        self._target = f"{self._domain}/{LABEL}"
+
+    def render(self, wanted: Plan) -> str:
+        log = str(wanted.instance / "logs" / "service.log")
+        agent: dict[str, Any] = {
+            "Label": LABEL,
+            "ProgramArguments": list(wanted.command),
+            "EnvironmentVariables": dict(wanted.environment),
+            "WorkingDirectory": str(Path.home()),
+            "RunAtLoad": True,
+            "KeepAlive": True,
+            "ProcessType": "Interactive",  # else macOS slows it down as a background job
+            "ExitTimeOut": round(wanted.stop_seconds),
+            "StandardOutPath": log,
+            "StandardErrorPath": log,
+        }
+        text = plistlib.dumps(agent, sort_keys=False).decode()
+        return text.replace("<dict>", f"<!-- {LATE_DISK} -->\n<dict>", 1)
+
+    def restart(self) -> None:
+        # SIGTERM is the graceful stop, after which KeepAlive starts it; `kickstart -k` kills.
+        if self.pid() is None or _run("launchctl", "kill", "SIGTERM", self._target).returncode:
+            _must("launchctl", "kickstart", self._target)
+
+    def pid(self) -> int | None:
+        found = re.search(
+            r"^\s*pid = (\d+)$", _run("launchctl", "print", self._target).stdout, re.MULTILINE
+        )
+        return int(found[1]) if found else None
+
+    def _start(self, wanted: Plan) -> None:
+        self._stop()
+        deadline = time.monotonic() + wanted.stop_seconds
+        while _run("launchctl", "print", self._target).returncode == 0:  # it is still stopping
+            if time.monotonic() > deadline:
+                raise ServiceError(f"The old {LABEL} does not end: see `launchctl print`.")
+            time.sleep(0.2)
+        _run("launchctl", "enable", self._target)
+        _must("launchctl", "bootstrap", self._domain, str(self.path))
+
+    def _stop(self) -> None:
+        _run("launchctl", "bootout", self._target)
+
+
+class SystemdUnit(Service):
+    """A systemd user unit: runs while the user is logged in, or always with lingering."""
+
+    def __init__(self) -> None:
+        config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        super().__init__(Path(config) / "systemd" / "user" / UNIT)
+
+    def render(self, wanted: Plan) -> str:
+        command = " ".join(_quoted(word).replace("$", "$$") for word in wanted.command)
+        environment = "".join(
+            f"Environment={_quoted(f'{name}={value}')}\n"
+            for name, value in wanted.environment.items()
+        )
+        return f"""\
+# {LATE_DISK}
+[Unit]
+Description=mlxproxy serves MLX models
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+{environment}Restart=always
+RestartSec=5
+# The proxy stops its backend itself; what is left after it is killed.
+KillMode=mixed
+TimeoutStopSec={wanted.stop_seconds:.0f}
+
+[Install]
+WantedBy=default.target
+"""
+
+    def restart(self) -> None:
+        _must("systemctl", "--user", "restart", UNIT)
+
+    def pid(self) -> int | None:
+        shown = _run("systemctl", "--user", "show", "--property=MainPID", UNIT).stdout
+        found = re.search(r"MainPID=(\d+)", shown)
+        return int(found[1]) or None if found else None
+
+    def _start(self, wanted: Plan) -> None:
+        _must("systemctl", "--user", "daemon-reload")
+        _must("systemctl", "--user", "enable", UNIT)
+        _must("systemctl", "--user", "restart", UNIT)
+
+    def _stop(self) -> None:
+        _run("systemctl", "--user", "disable", "--now", UNIT)
+
+    def uninstall(self) -> bool:
+        there = super().uninstall()
+        if there:
+            _run("systemctl", "--user", "daemon-reload")
+        return there
+
+
+def of(platform: str = sys.platform) -> Service:
+    """The kind of service that a system has."""
+    return LaunchAgent() if platform == "darwin" else SystemdUnit()
+
+
+# -- the commands
+
+
+def install(flags: Mapping[str, str], dry_run: bool) -> None:
+    """Installs and starts the service, or only prints its file."""
+    service, wanted = of(), plan(flags)
+    if dry_run:
+        click.echo(service.render(wanted), nl=False)
+        return
+    service.install(wanted)
+    click.echo(f"Installed {service.path}: mlxproxy runs, and starts when you log in.")
+    if isinstance(service, SystemdUnit):
+        click.echo("To have it run while nobody is logged in: loginctl enable-linger")
+
+
+def uninstall() -> None:
+    """Stops and removes the service."""
+    service = of()
+    click.echo(f"Removed {service.path}." if service.uninstall() else "It was not installed.")
+
+
+def restart() -> None:
+    """Restarts the service.
+
+    Raises:
+        ServiceError: it is not installed, or the system refuses.
+    """
+    service = of()
+    if not service.installed:
+        raise ServiceError("It is not installed: `mlxproxy service install` does that.")
+    service.restart()
+    click.echo("Restarted.")
+
+
+def status() -> int:
+    """Prints whether the service runs; returns the exit status."""
+    service = of()
+    if not service.installed:
+        click.echo("Not installed: `mlxproxy service install` does that.")
+        return ABSENT
+    pid = service.pid()
+    if pid is None:
+        click.echo(f"Installed, but it does not run: {service.path}")
+        return STOPPED
+    click.echo(f"Runs with pid {pid}: {service.path}")
+    return RUNNING
+
+
+def _quoted(word: str) -> str:
+    """A word of a systemd unit."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        raise ServiceError(f"{command[0]} is missing: this system has no such service.") from None
+    except subprocess.TimeoutExpired:
+        raise ServiceError(f"`{' '.join(command)}` does not end.") from None
+
+
+def _must(*command: str) -> None:
+    done = _run(*command)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
+        raise ServiceError(f"`{' '.join(command)}` failed: {said}")

@@ -1,0 +1,54 @@
+"""`mlxproxy status`: health in a sentence, and in the exit status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxproxy.client import Client
+from mlxproxy.commands import terminal
+
+FINE, FAULT = 0, 3  # 1: no server, 2: wrong usage
+
+
+def status(client: Client, as_json: bool) -> int:
+    """Prints the health; returns the exit status."""
+    health = client.get("/health")
+    fault = _fault(health)
+    if as_json:
+        terminal.print_json(health)
+    else:
+        sentence = f"mlxproxy answers at {client.url}; {_loaded(health)}."
+        terminal.output().print(" ".join(filter(None, (sentence, fault))), soft_wrap=True)
+    return FAULT if fault else FINE
+
+
+def _loaded(health: dict[str, Any]) -> str:
+    transition = health.get("transition") or {}
+    if health.get("backend") == "loading":
+        phase = f" ({transition['phase']})" if transition else ""
+        return f"{transition.get('id') or 'a model'} is being loaded{phase}"
+    if not health.get("model_id"):
+        return "no model is loaded"
+    thinking = terminal.switch(health["enable_thinking"])
+    sentence = f"{_short(health)} is loaded, thinking {thinking}"
+    if "in_flight" in health:  # a server with a key tells those without it less
+        sentence += f", {health['in_flight']} in flight, {health['waiting']} waiting"
+    return sentence
+
+
+def _short(health: dict[str, Any]) -> str:
+    """The loaded model's id, which is its path below its models folder."""
+    path = str(health["model_id"])
+    for root in health.get("models_root", ()):
+        path = path.removeprefix(root.rstrip("/") + "/")
+    return path
+
+
+def _fault(health: dict[str, Any]) -> str | None:
+    missing = health.get("models_root_missing")
+    if missing:
+        return f"The models folder {' and '.join(missing)} is not there."
+    failure = health.get("last_failure")
+    if failure and health.get("backend") == "not_running":
+        return str(failure["reason"])
+    return None

@@ -1,0 +1,40 @@
+"""The README says all that the commands and the endpoints can do, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+from mlxproxy import settings
+from mlxproxy.cli import SettingOption, main
+from mlxproxy.commands import reference
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+SECTION = README.partition(reference.BEGIN)[2].partition(reference.END)[0]
+
+
+def test_the_command_section_is_what_the_commands_say() -> None:
+    again = "make it anew: python -m mlxproxy.commands.reference README.md"
+    assert reference.put(README) == README, again
+
+
+def test_every_command_and_option_is_in_the_readme() -> None:
+    names = {name for name, _, _ in settings.describe()}
+    with click.Context(main, info_name="mlxproxy") as context:
+        for it in reference.contexts(context):
+            assert it.command.help, f"{it.command_path} has no help"
+            assert it.command_path in SECTION
+            for option in reference.options(it):
+                assert option.help, f"{it.command_path} {option.opts[0]} has no help"
+                if isinstance(option, SettingOption):
+                    assert str(option.name).upper() in names
+                else:
+                    for spelling in (*option.opts, *option.secondary_opts):
+                        assert spelling in SECTION, f"{it.command_path} {spelling}"
+
+
+@pytest.mark.parametrize("path", ["/v1/logs", "/v1/events", "/metrics"])
+def test_what_can_be_watched_is_in_the_readme(path: str) -> None:
+    assert path in README.replace(SECTION, "")
