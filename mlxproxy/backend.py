@@ -110,6 +110,7 @@ class Backend:
         self._end = threading.Event()
         self._exited = threading.Event()
         self._probe: Upstream | None = None
+        self._read_before: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._drain: Drain | None = None
 
@@ -154,7 +155,13 @@ class Backend:
         return min(self.config.max_tokens, context or self.config.max_tokens)
 
     def bytes_read(self) -> int | None:
-        """Bytes the process has read since its start, where the system tells (Linux)."""
+        """Bytes read since the load began, where the system tells (Linux)."""
+        counted = self._counted()
+        if counted is None:
+            return None
+        return 0 if self._read_before is None else counted - self._read_before
+
+    def _counted(self) -> int | None:
         if self._process is None or not sys.platform.startswith("linux"):
             return None
         try:
@@ -232,6 +239,7 @@ class Backend:
             self._check(cancelled, deadline)
             self._end.wait(POLL)
         self._check_owner()
+        self._read_before = self._counted()  # Python's own imports
         on_phase("loading")
         # Queued behind the load and then refused: it tells the end of the load, not its success.
         self._ask("/v1/completions", {"prompt": None, "max_tokens": 1}, cancelled, deadline)

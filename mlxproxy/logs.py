@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from mlxproxy.backendlog import LogFile
 from mlxproxy.hub import Hub
@@ -26,8 +27,16 @@ class _Follow(logging.Handler):
 
 
 def to_terminal(level: str) -> None:
-    """Logs to standard error from now on."""
-    logging.basicConfig(level=level, format=FORMAT, datefmt="%H:%M:%S")
+    """Logs to standard error from now on: warnings only, where nobody watches it.
+
+    A service's standard error is a file that nothing rotates; all is in ``logs/proxy.log``.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+    if not sys.stderr.isatty():
+        terminal.setLevel(logging.WARNING)
+    logging.basicConfig(level=level, handlers=[terminal])
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # told of each client that leaves
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     logging.getLogger("filelock").setLevel(logging.WARNING)
 

@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 
 from mlxproxy import memory
 from mlxproxy.backend import Load
-from mlxproxy.blueprints.web import json_body, presence, services
+from mlxproxy.blueprints.web import json_body, presence, recorder, services
 from mlxproxy.controller import Transition
 from mlxproxy.errors import (
     InvalidRequest,
@@ -95,6 +95,8 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     with _waiting_room(parts.waiters) as room:
         transition = parts.controller.load(wanted)
         if stream:
+            record = recorder()
+            room.callback(lambda: record(200, None))
             events = _progress(transition, wanted, presence(), room.pop_all())
             return Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
         _wait(transition, presence())
