@@ -22,7 +22,8 @@
 # -- Thinking, for loads that do not say.
 # ENABLE_THINKING = False
 
-# -- loaded: the loaded model answers whatever a request names; requested: a request that names another known model swaps to it.
+# -- loaded: the loaded model answers whatever a request names; requested: a request that names
+# -- another known model swaps to it.
 # MODEL_SELECTION = "loaded"
 
 # -- A model to load at start, or last.
@@ -77,7 +78,7 @@
 # TRUSTED_HOSTS = ["mac.example.ts.net"]
 
 # -- Names a request may set in chat_template_kwargs.
-# TEMPLATE_KWARGS = ["enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "preserve_thinking"]
+# TEMPLATE_KWARGS = ["enable_thinking", "reasoning_effort"]
 
 # -- Tokens go to the client's socket at once; false: through waitress's buffers.
 # DIRECT_SEND = True

@@ -22,6 +22,7 @@ import psutil
 
 from mlxproxy import ports
 from mlxproxy.backendlog import Drain, Listener, LogFile
+from mlxproxy.catalog.model import Model
 from mlxproxy.errors import (
     BackendFailed,
     LoadCancelled,
@@ -30,7 +31,6 @@ from mlxproxy.errors import (
     PortInUse,
     ProxyError,
 )
-from mlxproxy.model import Model
 from mlxproxy.upstream import Silence, Upstream
 
 log = logging.getLogger("mlxproxy.backend")

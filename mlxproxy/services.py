@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxproxy import guard, memory
+from mlxproxy import guard
 from mlxproxy.access import Access, own_names
 from mlxproxy.backend import Backend, BackendConfig, Load, server_program
 from mlxproxy.backendlog import LogFile
-from mlxproxy.catalog import Catalog
+from mlxproxy.catalog import Catalog, memory
+from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.controller import Controller, Limits
 from mlxproxy.errors import (
     InsufficientMemory,
@@ -24,7 +25,6 @@ from mlxproxy.errors import (
 )
 from mlxproxy.history import History
 from mlxproxy.hub import Hub
-from mlxproxy.lmstudio import models_folder
 from mlxproxy.metrics import Metrics
 from mlxproxy.ownership import Ownership
 from mlxproxy.settings import Settings

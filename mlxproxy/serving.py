@@ -12,7 +12,7 @@ from pathlib import Path
 from mlxproxy import create_app, logs
 from mlxproxy.backendlog import LogFile
 from mlxproxy.catalog import Catalog
-from mlxproxy.lmstudio import models_folder
+from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.ownership import AlreadyRunning
 from mlxproxy.server import CannotListen, Server
 from mlxproxy.services import Services, build

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from mlxproxy import catalog as catalog_module
-from mlxproxy import inspection, scanning
-from mlxproxy.catalog import Catalog
+from mlxproxy.catalog import Catalog, inspection, scanning
+from mlxproxy.catalog import catalog as catalog_module
+from mlxproxy.catalog.inspection import Folder
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.scanning import Inspect, Snapshot
 from mlxproxy.errors import (
     AmbiguousModel,
     ModelNotFound,
     ModelsRootUnavailable,
     ModelUnusable,
 )
-from mlxproxy.inspection import Folder
-from mlxproxy.model import Model
-from mlxproxy.scanning import Inspect, Snapshot
 from tests.conftest import until
 from tests.folders import hub_model, model, write
 

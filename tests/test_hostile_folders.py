@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxproxy.catalog import Catalog
-from mlxproxy.inspection import Folder, Inspector
-from mlxproxy.mlxlm import MlxLm
-from mlxproxy.model import Model
+from mlxproxy.catalog.inspection import Folder, Inspector
+from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.model import Model
 from tests.folders import CONFIG, hub_model, model, raw_weights, weights, write
 
 LIMIT = 10.0  # seconds: far more than any of these may take, far less than a hang

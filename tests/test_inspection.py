@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from mlxproxy import capabilities as rules
-from mlxproxy.inspection import Folder, Inspector
-from mlxproxy.mlxlm import MlxLm
-from mlxproxy.model import Model
-from mlxproxy.template import thinking_switch
-from mlxproxy.weights import missing_shards
+from mlxproxy.catalog import capabilities as rules
+from mlxproxy.catalog.inspection import Folder, Inspector
+from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.template import thinking_switch
+from mlxproxy.catalog.weights import missing_shards
 from tests import tiny
 from tests.folders import model, raw_weights, weights, write
 

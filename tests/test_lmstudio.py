@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxproxy.lmstudio import models_folder
+from mlxproxy.catalog.lmstudio import models_folder
 from tests.folders import write
 
 

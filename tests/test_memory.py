@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxproxy import memory
-from mlxproxy.inspection import Folder, Inspector
-from mlxproxy.kvcache import KVCache
-from mlxproxy.memory import Fit, available, estimate, fit, working_set
-from mlxproxy.mlxlm import MlxLm
-from mlxproxy.model import Model
+from mlxproxy.catalog import memory
+from mlxproxy.catalog.inspection import Folder, Inspector
+from mlxproxy.catalog.kvcache import KVCache
+from mlxproxy.catalog.memory import Fit, available, estimate, fit, working_set
+from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.model import Model
 from tests.folders import model
 
 GB = 1 << 30

@@ -33,9 +33,13 @@ BODY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def proxy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    proxy = Proxy(tmp_path_factory.mktemp("streams") / "instance", models)
+@pytest.fixture(scope="module", params=["direct", "waitress"])
+def proxy(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Proxy]:
+    """A proxy with a model loaded, once for each way of a token to its client."""
+    instance = tmp_path_factory.mktemp("streams") / "instance"
+    proxy = Proxy(instance, models, DIRECT_SEND=request.param == "direct")
     proxy.start()
     proxy.load("tiny/alpha")
     yield proxy

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -343,7 +344,7 @@ def test_an_answer_that_is_cut_off_ends_with_an_error_never_as_if_it_were_whole(
     assert numbered("alpha", 50).startswith(text(lines))
     assert whole.result().status_code == {"backend_failed": 502, "backend_timeout": 504}[code]
     assert whole.result().json()["error"]["code"] == code
-    standin.change(program, **{key: None for key in script})
+    standin.change(program, **dict.fromkeys(script))
     answer = proxy.chat(max_tokens=3)  # the next request brings the model back, if it went
     assert answer.json()["choices"][0]["message"]["content"] == numbered("alpha", 3)
 
@@ -375,7 +376,7 @@ def test_a_silent_backend_is_covered_by_comments_so_that_no_client_gives_up(
     standin.change(program, silent_seconds=11.0)
     with proxy.chat(stream=True, max_tokens=4) as answer:
         at = [time.monotonic() for line in answer.iter_lines() if line]
-    assert max(later - earlier for earlier, later in zip(at, at[1:], strict=False)) < 7
+    assert max(later - earlier for earlier, later in itertools.pairwise(at)) < 7
 
 
 def test_three_deaths_in_five_minutes_and_it_stays_down_until_it_is_loaded(

@@ -10,9 +10,10 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from mlxproxy import memory
 from mlxproxy.backend import Load
 from mlxproxy.blueprints.web import json_body, presence, recorder, services
+from mlxproxy.catalog import memory
+from mlxproxy.catalog.model import Model
 from mlxproxy.controller import Transition
 from mlxproxy.errors import (
     InvalidRequest,
@@ -21,7 +22,6 @@ from mlxproxy.errors import (
     ProxyError,
     TooManyRequests,
 )
-from mlxproxy.model import Model
 from mlxproxy.presence import Presence
 from mlxproxy.settings import seconds
 

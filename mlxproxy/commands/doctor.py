@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from mlxproxy import ports, settings
 from mlxproxy.backend import server_program
 from mlxproxy.catalog import Catalog
+from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.client import ClientError, connect
 from mlxproxy.commands import service, terminal
 from mlxproxy.errors import LoadFailed
-from mlxproxy.lmstudio import models_folder
 from mlxproxy.ownership import Ownership
 from mlxproxy.services import mlx_lm_package
 from mlxproxy.settings import SettingError, Settings

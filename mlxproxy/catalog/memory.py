@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from mlxproxy.model import Model
+from mlxproxy.catalog.model import Model
 
 DEFAULT_CONTEXT = 8192  # tokens: a conversation, where nobody says how long it will be
 _GB = 1e9

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from mlxproxy.capabilities import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from mlxproxy.inspection import CONFIG, DIFFUSERS, MODELOPT, Folder
-from mlxproxy.model import Model
-from mlxproxy.reading import Unreadable, read_text
-from mlxproxy.weights import INDEX
+from mlxproxy.catalog.capabilities import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from mlxproxy.catalog.inspection import CONFIG, DIFFUSERS, MODELOPT, Folder
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.reading import Unreadable, read_text
+from mlxproxy.catalog.weights import INDEX
 
 # A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
 _GRAIN = 2_000_000_000

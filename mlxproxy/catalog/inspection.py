@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.capabilities import Capabilities, TokenizerFiles, capabilities
-from mlxproxy.kvcache import kv_cache, number
-from mlxproxy.mlxlm import Architecture, MlxLm
-from mlxproxy.model import Model
-from mlxproxy.reading import MB, Unreadable, read_object
-from mlxproxy.weights import INDEX, Packing, survey
+from mlxproxy.catalog.capabilities import Capabilities, TokenizerFiles, capabilities
+from mlxproxy.catalog.kvcache import kv_cache, number
+from mlxproxy.catalog.mlxlm import Architecture, MlxLm
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.reading import MB, Unreadable, read_object
+from mlxproxy.catalog.weights import INDEX, Packing, survey
 
 log = logging.getLogger("mlxproxy.catalog")
 

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.capabilities import Capabilities
+from mlxproxy.catalog.capabilities import Capabilities
+from mlxproxy.catalog.kvcache import KVCache
 from mlxproxy.errors import ModelsRootUnavailable, ModelUnusable
-from mlxproxy.kvcache import KVCache
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from mlxproxy.scanning import Snapshot
+from mlxproxy.catalog.scanning import Snapshot
 
 log = logging.getLogger("mlxproxy.catalog")
 

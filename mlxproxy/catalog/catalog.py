@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy import __version__
+from mlxproxy.catalog.inspection import Inspector
+from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.scanning import Entry, Identity, Snapshot, scan
+from mlxproxy.catalog.shelf import Shelf
 from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable
 from mlxproxy.files import read_json, write_json
-from mlxproxy.inspection import Inspector
-from mlxproxy.mlxlm import MlxLm
-from mlxproxy.model import Model
-from mlxproxy.scanning import Entry, Identity, Snapshot, scan
-from mlxproxy.shelf import Shelf
 
 __all__ = ["Catalog", "Model"]
 
