@@ -69,10 +69,8 @@ def with_models(settings: Settings) -> Settings:
         return settings
     folder = models_folder()
     there = folder.is_dir()
-    elsewhere = not folder.is_relative_to(Path.home())
-    if (elsewhere and not there) or any(
-        model.compatibility_type == "mlx" for model in Catalog((folder,)).models()
-    ):
+    unplugged = not there and not folder.is_relative_to(Path.home())
+    if unplugged or (there and _has_models(folder)):
         return replace(settings, models_root=(folder,))
     from mlxproxy import demo  # rich and its bars, on the first start at most
 
@@ -83,6 +81,10 @@ def with_models(settings: Settings) -> Settings:
         log.warning("%s", error)
         return replace(settings, models_root=(folder,))
     return replace(settings, models_root=(folder, own) if there else (own,))
+
+
+def _has_models(folder: Path) -> bool:
+    return any(model.compatibility_type == "mlx" for model in Catalog((folder,)).models())
 
 
 def _announce(parts: Services, address: tuple[str, int]) -> None:
