@@ -94,9 +94,11 @@ class Server:
         A terminal that is closed (SIGHUP) must not leave the backend behind either; `nohup` has
         that signal ignored, and it stays so.
         """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: self.stop())
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: self.stop())
         while not self._finished.is_set():
             self._turn(1.0)
             self._part_with_the_deaf()

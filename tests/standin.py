@@ -54,6 +54,7 @@ SCRIPT: Json = {
     "die_by": "kill",  # SIGKILL, or "exit" for os._exit(1)
     "drop_after": None,  # the connection is closed
     "hang_after": None,  # nothing more is sent
+    "garbled_after": None,  # an event of a stream is no JSON; then it goes on
     "generation_dies_after": None,  # for all requests, and the process lives on
     "generation_dies_of": "[metal::malloc] Resource limit exceeded.",
     # -- other values for models of these folder names: {"beta": {"load_failure": "…"}}
@@ -104,8 +105,8 @@ def record(program: Path, event: str | None = None) -> list[Json]:
     """What happened, in order; each entry has `event`, `time` (seconds since 1970) and `pid`.
 
     ==============  ==============================================================================
-    ``started``     `argv`, `offline` (the value of HF_HUB_OFFLINE)
-    ``request``     `number`, `path`, `body`: a POST has been read
+    ``started``     `argv`, `environment`, `offline` (the value of HF_HUB_OFFLINE)
+    ``request``     `number`, `path`, `headers`, `body`: a POST has been read
     ``finished``    `number`, `path`, `events` (sent), `how`: ``done``, ``client_gone``, ``hung``
                     or ``muted`` (until the client left), ``dropped``, ``error``, ``died``
     ``terminated``  SIGTERM has come
@@ -143,7 +144,9 @@ class Process:
         self.died = threading.Event()
 
     def run(self) -> None:
-        self.note("started", argv=sys.argv, offline=os.environ.get("HF_HUB_OFFLINE"))
+        environment = dict(os.environ)
+        offline = environment.get("HF_HUB_OFFLINE")
+        self.note("started", argv=sys.argv, environment=environment, offline=offline)
         script = self.script()
         if script["exit_code"] is not None:
             print("usage: mlx_lm.server [-h] [--model MODEL] ...", file=sys.stderr)
@@ -302,7 +305,8 @@ class Handler(BaseHTTPRequestHandler):
             self._reply(400, {"error": f"Invalid JSON in request body: {error}"})
             return
         number = self.process.next_request()
-        self.process.note("request", number=number, path=self.path, body=self.body)
+        headers = dict(self.headers)
+        self.process.note("request", number=number, path=self.path, headers=headers, body=self.body)
         self._number = number
         try:
             self._complete(chat)
@@ -410,6 +414,8 @@ class Handler(BaseHTTPRequestHandler):
         if script["hang_after"] == events:
             self._wait_for_leave()
             raise Ends("hung")
+        if script["garbled_after"] == events and self.stream:
+            self.wfile.write(b"data: {no JSON\n\n")
         if script["generation_dies_after"] == events:
             self.process.generation_dies(script["generation_dies_of"])
         if self.process.died.is_set():

@@ -46,6 +46,17 @@ def test_one_signal_stops_it_all_and_the_exit_status_is_0(
     assert not list(proxy.instance.glob("proxy-*.json"))
 
 
+def test_a_proxy_started_in_a_scripts_background_heeds_ctrl_c_too(
+    start: Callable[..., Proxy], models: Path
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell does for `command &`
+    try:
+        proxy = start(models)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert proxy.stop(signal.SIGINT) == 0
+
+
 def test_a_stop_during_a_load_ends_the_load(start: Callable[..., Proxy], models: Path) -> None:
     proxy = start(models)
     proxy.load("tiny/alpha", wait=False)
