@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -73,7 +74,9 @@ class Access:
         scheme, _, value = (authorization or "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else x_api_key or ""
         # Every key is compared, so that the time tells nothing.
-        right = [hmac.compare_digest(given.encode(), key.encode()) for key in self.keys]
+        # WSGI gives a header's bytes as Latin-1 text.
+        sent = given.encode("latin-1", "replace")
+        right = [hmac.compare_digest(sent, key.encode()) for key in self.keys]
         if not any(right):
             raise InvalidApiKey(
                 "This API key is not accepted."
@@ -85,13 +88,17 @@ class Access:
 def own_names() -> frozenset[str]:
     """This machine's names, in lower case, with and without their domain."""
     full = socket.gethostname().lower()
-    return frozenset({full, full.split(".")[0]} - {""})
+    short = full.split(".")[0]
+    return frozenset({full, short, f"{short}.local"} - {"", ".local"})
+
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|([\w.-]+?)\.?)(?::\d*)?", re.ASCII)
 
 
 def _name_of(host: str) -> str:
-    if host.startswith("["):
-        return host.partition("]")[0][1:].lower()
-    return host.rsplit(":", 1)[0].lower().rstrip(".") if host.count(":") < 2 else host.lower()
+    """The name or address in a Host header, in lower case; empty if it is no such header."""
+    match = _HOST.fullmatch(host.strip().lower())
+    return (match[1] or match[2]) if match else ""
 
 
 def _is_local(name: str) -> bool:

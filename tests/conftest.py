@@ -22,6 +22,20 @@ from tests import tiny
 SERVER_BIN = Path(sys.executable).parent / "mlx_lm.server"
 
 
+# A shell has SIGINT ignored for what it starts in the background, and whoever is started from there
+# inherits that: the tests' own Ctrl-C would go unheard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts a proxy is none of the fast tests, whatever stands behind the proxy."""
+    for item in items:
+        starts = {"start", "proxy"} & set(getattr(item, "fixturenames", ()))
+        if starts and not any(item.get_closest_marker(name) for name in ("backend", "demo")):
+            item.add_marker("standin")
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
