@@ -13,6 +13,8 @@ from tests import tiny
 from tests.conftest import Proxy, until
 from tests.terminal import COMMAND, Terminal, environment, run, scripted
 
+pytestmark = pytest.mark.standin
+
 DONE = "data: [DONE]\n\n"
 NOTHING_LOADED = {"loaded": False, "transition": None}
 

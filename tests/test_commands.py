@@ -20,6 +20,8 @@ from tests import tiny
 from tests.conftest import Proxy, free_port, until
 from tests.terminal import COMMAND, Terminal, environment, run, scripted
 
+pytestmark = pytest.mark.standin
+
 LONG = "lmstudio-community/Qwen3-Coder-30B-A3B-Instruct-2507-MLX-4bit"
 SLOW_IMPORTS = {"flask", "waitress", "requests", "rich", "prometheus_client", "psutil"}
 

@@ -35,6 +35,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from mlxproxy import demo, gguf
 from tests.conftest import SERVER_BIN, free_port, until
 
+pytestmark = pytest.mark.standin
+
 Array = np.ndarray[Any, Any]
 Downloaded = Callable[[bytes], None]
 

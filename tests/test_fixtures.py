@@ -18,6 +18,8 @@ import pytest
 from tests import standin, tiny
 from tests.conftest import SERVER_BIN, free_port, until
 
+pytestmark = pytest.mark.standin
+
 QUESTION = [{"role": "user", "content": "Hello!"}]
 NO_THOUGHTS = {"enable_thinking": False}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]

@@ -23,6 +23,8 @@ from mlxproxy.relay import Trace
 from tests import tiny
 from tests.conftest import Proxy, until
 
+pytestmark = pytest.mark.standin
+
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Proxy]:

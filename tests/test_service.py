@@ -14,6 +14,8 @@ import pytest
 from mlxproxy.commands import service
 from tests.terminal import environment, run
 
+pytestmark = pytest.mark.standin
+
 # Stands for systemctl or launchctl: writes down its arguments, and knows one running service until
 # it is told to stop it.
 MANAGER = """\
