@@ -247,6 +247,9 @@ class Backend:
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
         status, answer = self._ask("/v1/chat/completions", body, cancelled, deadline)
         if status != 200:
+            if b"generation thread died" in answer:
+                self._end.wait(VERDICT)  # the log tells of what, a moment later
+                self._check(cancelled, deadline)
             raise self.failure(f"its first chat failed: {_error_text(answer) or status}")
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
             if json.loads(answer)["choices"][0]["message"]["role"] == "assistant":
