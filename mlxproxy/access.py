@@ -67,10 +67,10 @@ class Access:
             return False
         return _is_loopback(name) or name in self.names or parts.netloc.lower() == host.lower()
 
-    def check_key(self, authorization: str | None, x_api_key: str | None) -> None:
-        """Raises InvalidApiKey unless a key is right, or none is set."""
+    def check_key(self, authorization: str | None, x_api_key: str | None) -> str | None:
+        """The key that was given, None where none is set. Raises InvalidApiKey if it is wrong."""
         if not self.keys:
-            return
+            return None
         scheme, _, value = (authorization or "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else x_api_key or ""
         # Every key is compared, so that the time tells nothing.
@@ -83,6 +83,7 @@ class Access:
                 if given
                 else "An API key is needed: send `Authorization: Bearer <key>`."
             )
+        return self.keys[right.index(True)]
 
 
 def own_names() -> frozenset[str]:

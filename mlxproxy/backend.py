@@ -36,9 +36,10 @@ from mlxproxy.upstream import Silence, Upstream
 log = logging.getLogger("mlxproxy.backend")
 
 LOG_LINES_IN_ERRORS = 12
+MAKES_OWN = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
 POLL = 0.05
 _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
-_PATH = re.compile(r"(?:/[^\s/\"']+)+/([^\s/\"']+)")
+_PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?:/[^\s/"']+){2,}""")
 HEALTH_TIMEOUT = 2.0
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
 
@@ -134,7 +135,7 @@ class Backend:
         if self._drain is None:
             return []
         lines = (line.replace(self.load.path, self.load.model_id) for line in self._drain.tail())
-        told = [_PATH.sub(r"…/\1", line)[:500] for line in lines if not _FRAME.match(line)]
+        told = [without_paths(line)[:500] for line in lines if not _FRAME.match(line)]
         return told[-LOG_LINES_IN_ERRORS:]
 
     def command(self) -> list[str]:
@@ -207,8 +208,9 @@ class Backend:
         except OSError as error:
             os.close(read_end)
             reason = error.strerror or str(error)
+            log.error("%s cannot be started: %s", command[0], reason)
             raise LoadFailed(
-                f"{command[0]} cannot be started: {reason}. Set MLX_SERVER_BIN to a working "
+                f"mlx_lm.server cannot be started: {reason}. Set MLX_SERVER_BIN to a working "
                 "mlx_lm.server (`pip install mlx-lm` provides one)."
             ) from None
         finally:
@@ -403,7 +405,7 @@ class Backend:
                 f"Another process took port {self.port} while the backend started. "
                 "End it, or set MLX_BACKEND_PORT to a free port."
             )
-        reason = reason.replace(self.load.path, self.load.model_id)
+        reason = without_paths(reason.replace(self.load.path, self.load.model_id))
         return LoadFailed(f"{self.load.model_id}: {explain(reason, lines)}", log=lines)
 
 
@@ -442,6 +444,11 @@ def explain(reason: str, lines: list[str]) -> str:
     return f"mlx_lm.server could not load it: {reason}"
 
 
+def without_paths(text: str) -> str:
+    """The text with each path of this machine as an ellipsis."""
+    return _PATH.sub("…", text)
+
+
 def server_program(configured: Path | None) -> Path:
     """The `mlx_lm.server` to run.
 
@@ -452,8 +459,9 @@ def server_program(configured: Path | None) -> Path:
         if configured.is_file() and os.access(configured, os.X_OK):
             return configured
         what = "is not executable" if configured.is_file() else "is not a file"
+        log.error("MLX_SERVER_BIN = %s %s", configured, what)
         raise LoadFailed(
-            f"MLX_SERVER_BIN = {configured} {what}. Set it to the mlx_lm.server program, or leave "
+            f"The program that MLX_SERVER_BIN names {what}. Set it to mlx_lm.server, or leave "
             "it out to use the one beside the running Python."
         )
     beside = Path(sys.executable).parent / "mlx_lm.server"
@@ -470,7 +478,12 @@ def server_program(configured: Path | None) -> Path:
 
 def _environment() -> dict[str, str]:
     """The backend's environment: offline, unbuffered, and without our settings (the keys)."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLXPROXY_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        # `make run API_KEY=…` leaves the key in make's own variables, too.
+        if not name.startswith("MLXPROXY_") and name not in MAKES_OWN
+    }
     return {**kept, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 

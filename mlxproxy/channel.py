@@ -10,14 +10,33 @@ chunk sent from the request's own thread, while nothing is buffered, saves FIGUR
 from __future__ import annotations
 
 import json
+import logging
 import time
+import uuid
 from typing import Any
 
 from waitress.channel import ClientDisconnected, HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, WSGITask
 
 from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
 from mlxproxy.presence import Presence
+
+log = logging.getLogger("mlxproxy.request")
+
+
+class Parser(HTTPRequestParser):
+    """waitress's parser, without what two servers in a row could read in two ways."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        lines = header_plus.lower().split(b"\r\n")
+        lengths = sum(line.startswith(b"content-length") for line in lines)
+        encodings = sum(line.startswith(b"transfer-encoding") for line in lines)
+        if lengths + encodings > 1:
+            raise ParsingError("the length of the body is given twice")
+        if encodings and lines[0].rstrip().endswith(b"http/1.0"):
+            raise ParsingError("HTTP/1.0 has no Transfer-Encoding")
+        super().parse_header(header_plus)
 
 
 class Request(WSGITask):
@@ -40,10 +59,16 @@ class BadRequest(ErrorTask):
         error: ProxyError
         if refusal.code == 413:
             error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
-        elif refusal.code >= 500:
+        elif refusal.code == 431:
+            error = RequestTooLarge("The head of the request is larger than this proxy takes.")
+        elif refusal.code == 500:
             error = InternalError("The request could not be answered; the proxy's log says why.")
         else:
             error = InvalidRequest(f"This is no HTTP request this server takes: {refusal.body}.")
+        number = uuid.uuid4().hex
+        client = self.channel.addr[0]
+        log.info("id=%s client=%s status=%d refused=%s", number, client, refusal.code, error.code)
+        self.response_headers.append(("X-Request-Id", number))
         body = json.dumps(error.body()).encode()
         self.status = f"{refusal.code} {refusal.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
@@ -59,9 +84,16 @@ class Channel(HTTPChannel):
     (`channel_request_lookahead`) is how a client's leaving is seen while no byte flows.
     """
 
+    parser_class = Parser
     task_class = Request
     error_task_class = BadRequest
     presence: Presence | None = None
+
+    def send_continue(self) -> None:
+        if self.request.completed:  # there is no body to go on with
+            self.request.expect_continue = False
+        else:
+            super().send_continue()
 
     def handle_close(self) -> None:
         presence = self.presence

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxproxy.backend import Backend, Load
+from mlxproxy.backend import Backend, Load, without_paths
 from mlxproxy.errors import (
     BackendFailed,
     BackendTimeout,
@@ -331,14 +331,30 @@ class Controller:
             self._queue.append(lease)
             self._settle()
             if lease in self._queue and len(self._queue) > self.limits.max_queue:
-                self._queue.remove(lease)
-                raise TooManyRequests(
-                    f"{len(self._leases)} answers are in flight and {len(self._queue)} requests "
-                    "wait already. Try again in a few seconds.",
-                    retry_after=RETRY_AFTER,
-                )
+                self._turn_away(lease)
         presence.on_leave(lambda: self._left(lease))
         return lease
+
+    def _turn_away(self, newcomer: Lease) -> None:
+        """The queue is too long by one: the newest of whoever has the most in it has to go.
+
+        Raises:
+            TooManyRequests: that is the newcomer.
+        """
+        waiting = Counter(lease.client for lease in self._queue)
+        greedy, most = waiting.most_common(1)[0]
+        refused = newcomer
+        if most > waiting[newcomer.client]:
+            refused = next(lease for lease in reversed(self._queue) if lease.client == greedy)
+        self._queue.remove(refused)
+        error = TooManyRequests(
+            f"{len(self._leases)} answers are in flight and {len(self._queue)} requests wait "
+            "already. Try again in a few seconds.",
+            retry_after=RETRY_AFTER,
+        )
+        if refused is newcomer:
+            raise error
+        refused.end(error)
 
     def _needs_target(self) -> bool:
         with self._lock:
@@ -680,6 +696,7 @@ class Controller:
                 return  # a load in progress sees it by itself
             self._mourned = backend
             load = backend.load
+            reason = without_paths(reason.replace(load.path, load.model_id))
             now = time.monotonic()
             self._deaths = [it for it in self._deaths if now - it < DEATHS_WITHIN] + [now]
             self._down = len(self._deaths) >= DEATHS

@@ -8,6 +8,7 @@ leaves ends the generation (the backend never notices it by itself), and a hang 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Generator
@@ -19,11 +20,11 @@ from mlxproxy.errors import (
     BackendFailed,
     InternalError,
     InvalidRequest,
-    NotFound,
     ProxyError,
-    RequestTooLarge,
 )
 from mlxproxy.upstream import Silence, Upstream
+
+log = logging.getLogger("mlxproxy.relay")
 
 DONE = b"data: [DONE]\n\n"
 DONE_BYTES = len(DONE)
@@ -327,15 +328,26 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
         return lease.error
     if "generation thread died" in text:
         return lease.fault(BackendFailed("The backend can no longer generate. Ask again."))
-    text = re.sub(r"(?:/[^\s/'\"]+){2,}/?", "…", text.replace(lease.load.path, "the model"))[:500]
+    log.debug("the backend answered %d: %s", upstream.status, text)  # may quote a prompt
     if upstream.status == 400:
-        return InvalidRequest(text or "The backend does not take this request.")
-    if re.search(r"[Tt]emplate|roles must|jinja|Only '?text|tool|messages?\b", text):
-        return InvalidRequest(f"The model's chat template does not take these messages: {text}")
-    if upstream.status == 413:
-        return RequestTooLarge(text or "The request is too large for the backend.")
-    if upstream.status == 404 and not text:
-        return NotFound("The backend does not have this path.")
+        return InvalidRequest(_told("The backend does not take this request", text, _VALIDATION))
+    if upstream.status == 404 and _TEMPLATE.search(text):
+        what = "The model's chat template does not take these messages"
+        return InvalidRequest(_told(what, text, _PLAIN))
     if upstream.status == 404:
-        return InternalError(f"The backend could not answer this request: {text}")
-    return BackendFailed(f"The backend answered {upstream.status}: {text or 'no reason given'}")
+        return InternalError("The backend could not answer this request; its log says why.")
+    return BackendFailed("The backend failed to answer this request; its log says why.")
+
+
+# What the backend says may hold paths of this machine, or a client's own words, in whatever form:
+# only sentences of a known kind are passed on.
+_TEMPLATE = re.compile(
+    r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
+)
+_VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
+
+
+def _told(what: str, text: str, known: re.Pattern[str]) -> str:
+    """A sentence with the backend's own words, if they are of the known kind."""
+    return f"{what}: {text.rstrip('.')}." if known.fullmatch(text) else f"{what}."
