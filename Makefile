@@ -6,7 +6,8 @@ PYTHON := $(VENV)/bin/python
 # Settings given on make's command line (`make run PROXY_PORT=9000`) reach the program as
 # MLXPROXY_PROXY_PORT; make itself has put the values into the recipe's environment.
 GIVEN    := $(foreach o,$(MAKEOVERRIDES),$(if $(findstring =,$(o)),$(firstword $(subst =, ,$(o)))))
-SETTINGS  = $(foreach n,$(GIVEN),MLXPROXY_$(n)="$$$(n)")
+SETTINGS  = env -u MAKEFLAGS -u MFLAGS $(foreach n,$(GIVEN),-u $(n)) \
+            $(foreach n,$(GIVEN),MLXPROXY_$(n)="$$$(n)")
 
 .DEFAULT_GOAL := help
 .PHONY: help run install test lint format bench fuzz soak clean

@@ -16,6 +16,13 @@ from urllib.parse import urlsplit
 
 from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed
 
+# On everything a browser would show.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 # Names that always mean this machine or its virtual machines' host, whoever asks.
 LOCAL_NAMES = ("localhost", "host.docker.internal", "host.containers.internal")
 LOCAL_SUFFIXES = (".local", ".localhost")

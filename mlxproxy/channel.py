@@ -18,15 +18,23 @@ from typing import Any
 from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import BadRequest as BadFraming
 
+from mlxproxy.access import SECURITY_HEADERS
 from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
 from mlxproxy.presence import Presence
 
 log = logging.getLogger("mlxproxy.request")
 
+FRAMING = 64 << 10  # bytes of chunk frames beyond those of the body
+
 
 class Parser(HTTPRequestParser):
-    """waitress's parser, without what two servers in a row could read in two ways."""
+    """waitress's parser, without what two servers in a row could read in two ways, and without
+    bodies that cost the one thread that reads for everybody far more than their length."""
+
+    completed = False
+    framing = 0
 
     def parse_header(self, header_plus: bytes) -> None:
         lines = header_plus.lower().split(b"\r\n")
@@ -36,7 +44,20 @@ class Parser(HTTPRequestParser):
             raise ParsingError("the length of the body is given twice")
         if encodings and lines[0].rstrip().endswith(b"http/1.0"):
             raise ParsingError("HTTP/1.0 has no Transfer-Encoding")
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a URL or a number that Python does not take
+            raise ParsingError(str(error)) from None
+
+    def received(self, data: bytes) -> int:
+        taken: int = super().received(data)
+        if self.chunked and not self.completed:
+            self.framing += taken
+            body = len(self.body_rcv)
+            if self.framing - body > FRAMING + body:
+                self.error = BadFraming("its chunks are more frame than body")
+                self.completed = True
+        return taken
 
 
 class Request(WSGITask):
@@ -59,8 +80,6 @@ class BadRequest(ErrorTask):
         error: ProxyError
         if refusal.code == 413:
             error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
-        elif refusal.code == 431:
-            error = RequestTooLarge("The head of the request is larger than this proxy takes.")
         elif refusal.code == 500:
             error = InternalError("The request could not be answered; the proxy's log says why.")
         else:
@@ -68,7 +87,7 @@ class BadRequest(ErrorTask):
         number = uuid.uuid4().hex
         client = self.channel.addr[0]
         log.info("id=%s client=%s status=%d refused=%s", number, client, refusal.code, error.code)
-        self.response_headers.append(("X-Request-Id", number))
+        self.response_headers += [("X-Request-Id", number), *SECURITY_HEADERS.items()]
         body = json.dumps(error.body()).encode()
         self.status = f"{refusal.code} {refusal.reason}"
         self.response_headers.append(("Content-Type", "application/json"))

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
+from typing import Any
 
 from mlxproxy.backendlog import LogFile
 from mlxproxy.hub import Hub
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _OneLine(logging.Formatter):
+    """A record is one line, whatever a client has sent; a traceback of ours may follow."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        line = super().formatMessage(record)
+        if line.isprintable():
+            return line
+        return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in line)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return textwrap.indent(super().formatException(ei), "    ")
 
 
 class _Follow(logging.Handler):
@@ -18,7 +33,7 @@ class _Follow(logging.Handler):
         super().__init__()
         self._file = file
         self._hub = hub
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_OneLine(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
@@ -32,7 +47,7 @@ def to_terminal(level: str) -> None:
     A service's standard error is a file that nothing rotates; all is in ``logs/proxy.log``.
     """
     terminal = logging.StreamHandler()
-    terminal.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+    terminal.setFormatter(_OneLine(FORMAT, "%H:%M:%S"))
     if not sys.stderr.isatty():
         terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=level, handlers=[terminal])

@@ -65,7 +65,7 @@ class Server:
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,
-            max_request_body_size=settings.max_body,
+            max_request_body_size=settings.max_body + 1,  # waitress refuses what is as large
             max_request_header_size=64 << 10,
             outbuf_high_watermark=WATERMARK,
             outbuf_overflow=64 << 20,

@@ -21,6 +21,7 @@ from werkzeug.exceptions import (
     MethodNotAllowed as WerkzeugMethodNotAllowed,
 )
 
+from mlxproxy.access import SECURITY_HEADERS
 from mlxproxy.errors import (
     InternalError,
     InvalidJSON,
@@ -42,12 +43,6 @@ QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log line
 # meanwhile. Ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
 
 
 def services() -> Services:
@@ -117,7 +112,7 @@ def _admit() -> Response | None:
 def _finish(response: Response) -> Response:
     headers = response.headers
     headers["X-Request-Id"] = g.request_id
-    for name, value in _SECURITY_HEADERS.items():
+    for name, value in SECURITY_HEADERS.items():
         headers.setdefault(name, value)
     origin = request.headers.get("Origin")
     if origin is not None:
