@@ -22,6 +22,10 @@ class _OneLine(logging.Formatter):
             return line
         return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in line)
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's formatter may have left it there
+        return super().format(record)
+
     def formatException(self, ei: Any) -> str:  # noqa: N802
         return textwrap.indent(super().formatException(ei), "    ")
 
