@@ -115,10 +115,10 @@ class Channel(HTTPChannel):
             super().send_continue()
 
     def handle_close(self) -> None:
-        presence = self.presence
         super().handle_close()
-        if presence is not None:
-            presence.leave()
+        # Only now: a request that begins meanwhile finds the connection ended, or is found here.
+        if self.presence is not None:
+            self.presence.leave()
 
 
 class DirectRequest(Request):
@@ -154,6 +154,7 @@ class DirectChannel(Channel):
                     self.will_close = True
                     self.server.pull_trigger()
                     raise ClientDisconnected from None
+                if sent < len(chunk):
+                    self.last_activity = time.time()  # from here on the client is a slow one
         if sent < len(chunk):
-            self.last_activity = time.time()  # from here on the client is a slow one
             self.write_soon(chunk[sent:])

@@ -122,6 +122,7 @@ class Lease:
         self.exclusive = exclusive
         self.since = time.monotonic()
         self.granted = 0.0
+        self.heard = 0.0  # when the last byte of this answer came
         self.backend: Backend | None = None
         self.error: ProxyError | None = None
         self.upstream: Upstream | None = None
@@ -166,7 +167,7 @@ class Lease:
         return self._controller.fault(self, seen)
 
     def stalled(self) -> ProxyError | None:
-        """Called after a silence; the error if the backend is now taken for dead."""
+        """Called after a silence; the error if it has lasted too long."""
         return self._controller.stalled(self)
 
     def comment(self) -> bytes:
@@ -258,6 +259,7 @@ class Controller:
             if last is not None and last.load == load and not last.cancelled.is_set():
                 if cause == "asked":
                     last.cause = cause  # somebody waits for it who does not leave
+                    last.load = load  # equal, but for the ttl
                 return last
             if last is None and self._state == "ready" and self._backend is not None:
                 backend = self._backend
@@ -355,6 +357,7 @@ class Controller:
         if refused is newcomer:
             raise error
         refused.end(error)
+        self._withdraw()
 
     def _needs_target(self) -> bool:
         with self._lock:
@@ -381,10 +384,9 @@ class Controller:
                     self._queue.popleft().end(self._nothing_loaded())
 
     def _wanted(self, lease: Lease) -> Load | None:
-        """What to load for a request while nothing is loaded."""
-        if self.limits.swap_on_request:
-            return lease.target or self._resume
-        return self._resume or lease.target
+        """What to load for a request while nothing is loaded: as it was, where it is the same."""
+        before = self._resume
+        return before if before is not None and self._suits(lease, before) else lease.target
 
     def _suits(self, lease: Lease, load: Load) -> bool:
         """Whether what is loaded may answer the request."""
@@ -448,12 +450,15 @@ class Controller:
     def _leave_queue(self, lease: Lease) -> None:
         self._queue.remove(lease)
         self._last_use = time.monotonic()
+        self._withdraw()
+        self._settle()
+
+    def _withdraw(self) -> None:
+        """Cancels what was decided for those alone who have left, if nothing is stopped for it."""
         for transition in self._transitions:
-            # Decided for those alone who have left, and nothing is stopped for it yet.
             if transition.phase in ("waiting", "draining") and self._needless(transition):
                 transition.cancelled.set()
                 self._changed.notify_all()
-        self._settle()
 
     def _needless(self, transition: Transition) -> bool:
         """Whether it was decided for requests, and all of those have left."""
@@ -475,13 +480,19 @@ class Controller:
         return lease.error or seen
 
     def stalled(self, lease: Lease) -> ProxyError | None:
-        """See Lease.stalled. One silent answer is no hang while the backend feeds others."""
+        """See Lease.stalled. One silent answer ends alone while the backend feeds others."""
         backend = lease.backend
         silence = self.limits.stall_timeout
         if lease.error is not None or backend is None:
             return lease.error
-        if time.monotonic() - max(backend.heard, lease.granted) < silence:
+        now = time.monotonic()
+        if now - max(lease.heard, lease.granted) < silence:
             return None
+        if now - max(backend.heard, lease.granted) < silence:
+            return BackendTimeout(
+                f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), "
+                "though it answers others. Ask again."
+            )
         backend.give_up(f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
         return lease.error or BackendTimeout(
             f"The backend sent nothing for {silence:g} s (STALL_TIMEOUT) and was taken for dead."
@@ -515,7 +526,8 @@ class Controller:
                 self._abandon()
             with self._lock:
                 self._transitions.remove(transition)
-                if transition.load is not None and error is not None:
+                # Who waits for a load that was cancelled has come since, and waits for the next.
+                if error is not None and not transition.cancelled.is_set():
                     self._fail_waiting(transition.load, error)
                 transition.finish(error)
                 self._settle()
@@ -559,7 +571,10 @@ class Controller:
         if transition.load is None:
             if transition.cause == "asked":
                 self._history.unloaded()
-            self._become("empty")
+            with self._lock:
+                if transition.cause == "asked":
+                    self._resume = None  # it may have died while it drained
+                self._enter("empty")
             return None
         return self._start_backend(transition, transition.load)
 
@@ -576,21 +591,26 @@ class Controller:
             if self._leases:
                 self._enter("draining")
             while self._leases and not (backend.ended or self._hurry or self._in_vain(transition)):
+                if self._closing:  # since this drain began
+                    deadline = min(deadline, time.monotonic() + self.limits.shutdown_timeout)
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
+        if backend.ended is not None:
+            self._ended(backend.ended)  # who saw it may not have told it yet
+        with self._lock:
             if self._in_vain(transition):
                 self._enter("ready")
                 return False
-            if self._leases:
+            if cut := [lease for lease in self._leases if lease.error is None]:
                 error = self._ending_for(transition, limit)
-                log.warning("%d answers in flight ended: %s", len(self._leases), error.message)
-                for lease in list(self._leases):
+                log.warning("%d answers in flight ended: %s", len(cut), error.message)
+                for lease in cut:
                     lease.end(error)
-                grace = time.monotonic() + self.limits.ended_grace
-                while self._leases and (left := grace - time.monotonic()) > 0:
-                    self._changed.wait(left)
+            grace = time.monotonic() + self.limits.ended_grace
+            while self._leases and (left := grace - time.monotonic()) > 0:
+                self._changed.wait(left)
         return True
 
     @staticmethod
@@ -642,6 +662,7 @@ class Controller:
             self._give_back(backend)
             return self._load_failed(transition, load, error)
         seconds = time.monotonic() - started
+        load = transition.load or load  # an equal one may have joined, with a ttl of its own
         self._history.loaded(load, seconds)
         with self._lock:
             self._backend = backend

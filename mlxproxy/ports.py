@@ -26,8 +26,9 @@ def is_free(port: int) -> bool:
 def answers(port: int, timeout: float = 0.5) -> bool:
     """Whether something accepts a connection on 127.0.0.1:`port`."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout):
-            return True
+        with socket.create_connection(("127.0.0.1", port), timeout) as connection:
+            # With nobody there, the system may connect a socket of that very port to itself.
+            return bool(connection.getsockname() != connection.getpeername())
     except OSError:
         return False
 

@@ -96,7 +96,6 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
     """
     committed = False
     events = 0
-    last = b"\n\n"
     try:
         try:
             patience = WAIT_SILENTLY
@@ -124,33 +123,39 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
             backend = lease.backend
             assert backend is not None
             read, monotonic = upstream.read, time.monotonic
+            done = False
+            rest = b""  # an event's beginning, until the event is whole
             while True:
                 try:
                     data = read()
                 except Silence:
-                    if last.endswith(DONE):
+                    if done:
                         break
                     if error := lease.stalled():
                         raise error from None
-                    if last.endswith(b"\n\n"):
-                        yield HEARTBEAT
+                    yield HEARTBEAT
                     continue
                 if not data:
                     break
-                backend.heard = monotonic()
+                lease.heard = backend.heard = monotonic()
+                if rest or not data.endswith(b"\n\n"):
+                    # With half an event before it, no client could read the error that follows.
+                    data, rest = _whole_events(rest + data)
+                    if not data:
+                        continue
                 if not events:
                     _opening(trace, data)
                 trace.tokens_out = events = events + data.count(b"data: {")
-                last = data if len(data) >= DONE_BYTES else (last + data)[-DONE_BYTES:]
+                done = data.endswith(DONE)
                 yield data
-            if not last.endswith(DONE):
+            if not done:
                 raise _cut_off(lease)
             trace.outcome = "done"
         except ProxyError as error:
             trace.outcome = "client_gone" if lease.presence.gone else error.code
             if not committed:
                 raise
-            yield (b"" if last.endswith(b"\n\n") else b"\n\n") + error.event()
+            yield error.event()
     except GeneratorExit:
         if trace.outcome == "pending":
             trace.outcome = "client_gone"
@@ -232,6 +237,12 @@ def _cut_off(lease: Lease) -> ProxyError:
     )
 
 
+def _whole_events(data: bytes) -> tuple[bytes, bytes]:
+    """The events that are whole, and the beginning of the next."""
+    end = data.rfind(b"\n\n") + 2
+    return (data[:end], data[end:]) if end > 1 else (b"", data)
+
+
 def _collect(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
     """All bytes of the body."""
     backend = lease.backend
@@ -246,7 +257,7 @@ def _collect(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
             continue
         if not data:
             return b"".join(parts)
-        backend.heard = time.monotonic()
+        lease.heard = backend.heard = time.monotonic()
         if trace.first_byte is None:
             _opening(trace, data)
         parts.append(data)

@@ -135,13 +135,12 @@ class Server:
     def _drain_buffers(self) -> None:
         """Lets the last bytes, and the errors of those who were ended, reach their clients."""
         self._server.accepting = False
-        waits = 0.0
-        while waits < STOPPED and any(
+        deadline = time.monotonic() + STOPPED
+        while time.monotonic() < deadline and any(
             channel.requests or channel.total_outbufs_len
             for channel in list(self._server.active_channels.values())
         ):
             self._turn(0.05)
-            waits += 0.05
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,7 +34,7 @@ class Upstream:
 
     Args:
         port: the backend's port.
-        interval: seconds of silence after which a read raises :class:`Silence`.
+        interval: seconds of silence after which a read or a write raises :class:`Silence`.
 
     Raises:
         BackendFailed: nothing accepts connections on the port.
@@ -44,30 +44,29 @@ class Upstream:
         self._lock = threading.Lock()
         self._closed = False
         self._pending = b""
+        self._unsent = memoryview(b"")
         self.aborted = False
         self.status = 0
         self.headers: dict[str, str] = {}
         self._socket = _connect(port)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A receive timeout of the kernel's: Python's own costs a poll() before every recv().
+        # Timeouts of the kernel's: Python's own cost a poll() before every recv().
         whole = int(interval)
         timeval = struct.pack("@ll", whole, int((interval - whole) * 1_000_000))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        except OSError as error:  # macOS, where the backend has reset the connection already
+            self._socket.close()
+            raise _broken(f"has ended the connection ({error.strerror or error})") from None
 
     def send(self, path: str, body: bytes) -> None:
-        """Sends one POST request.
-
-        Raises:
-            BackendFailed: the backend does not take it.
-        """
+        """Takes one POST request, which :meth:`read_head` sends before it waits."""
         head = (
             f"POST {path} HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
-        try:
-            self._socket.sendall(head.encode("ascii") + body)
-        except OSError as error:
-            raise _broken(f"did not take the request ({error.strerror or error})") from None
+        self._unsent = memoryview(head.encode("ascii") + body)
 
     def read_head(self) -> None:
         """Waits for the status line and the headers (names in lower case).
@@ -75,9 +74,16 @@ class Upstream:
         May be called again after a :class:`Silence`.
 
         Raises:
-            Silence: nothing came for the interval.
+            Silence: nothing was taken or came for the interval.
             BackendFailed: the connection ended before the head, or it is not HTTP.
         """
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except BlockingIOError:
+            raise Silence from None
+        except OSError as error:
+            raise _broken(f"did not take the request ({error.strerror or error})") from None
         while b"\r\n\r\n" not in self._pending:
             if len(self._pending) > HEAD_LIMIT:
                 raise _broken("sent a head that does not end")

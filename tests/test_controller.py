@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mlxproxy.errors import (
 )
 from mlxproxy.presence import Presence
 from tests.conftest import until
-from tests.fakes import World, model_load
+from tests.fakes import FakeBackend, World, model_load
 
 
 @pytest.fixture
@@ -501,3 +502,129 @@ def test_a_second_signal_ends_the_wait(world: Callable[..., World]) -> None:
     lease.release()
     stop.join(5)
     assert not stop.is_alive()
+
+
+# -- what a soak found
+
+
+def test_a_stop_during_the_drain_of_an_unload_waits_no_longer_than_a_stop(
+    world: Callable[..., World],
+) -> None:
+    it = world(drain_timeout=30, shutdown_timeout=0.1)
+    it.load("a")
+    lease = it.lease()
+    it.controller.unload()
+    until(lambda: state(it) == "draining", what="the drain")
+    stop = threading.Thread(target=it.controller.shutdown)
+    stop.start()
+    try:
+        until(lambda: lease.error, 2, "the end of the answer")
+    finally:
+        lease.release()
+        stop.join(5)
+    assert isinstance(lease.error, ShuttingDown)
+
+
+def test_what_was_unloaded_does_not_come_back_because_it_died_meanwhile(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    lease = it.lease()
+    unload = it.controller.unload()
+    until(lambda: state(it) == "draining", what="the drain")
+    it.running[0].die()
+    lease.release()
+    assert unload.done.wait(5)
+    with pytest.raises(NoModelLoaded):
+        it.lease().wait(5)
+
+
+def test_a_request_that_comes_after_an_unload_is_not_cancelled_by_it(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = world()
+    it.may_load.clear()
+    it.controller.load(model_load("a"))
+    until(lambda: it.running, what="the start")
+    go, stopping = threading.Event(), threading.Event()
+    stop = FakeBackend.stop
+
+    def slow(backend: FakeBackend) -> None:
+        stopping.set()
+        go.wait(5)
+        stop(backend)
+
+    monkeypatch.setattr(FakeBackend, "stop", slow)
+    it.controller.unload()
+    assert stopping.wait(5)
+    later = it.lease("b")
+    it.may_load.set()
+    go.set()
+    assert later.wait(5)
+    assert later.load.model_id == "b"
+
+
+def test_a_death_is_told_as_one_even_before_its_witness_has_spoken(
+    world: Callable[..., World],
+) -> None:
+    it = world(drain_timeout=30)
+    it.load("a")
+    lease = it.lease()
+    it.running[0].ended = "its generation thread has died"  # seen, and not told yet
+    it.controller.load(model_load("b"))
+    until(lambda: lease.error, 2, "the end of the answer")
+    lease.release()
+    assert isinstance(lease.error, BackendFailed)
+
+
+def test_what_comes_back_is_as_it_was_where_requests_choose_the_model(
+    world: Callable[..., World],
+) -> None:
+    it = world(swap_on_request=True)
+    it.load("a", enable_thinking=True)
+    it.running[0].die()
+    until(lambda: state(it) == "empty", what="the reaping")
+    again = it.lease("a")
+    assert again.wait(5)
+    assert again.load == model_load("a", enable_thinking=True)
+
+
+def test_the_ttl_of_a_load_that_joined_counts(world: Callable[..., World]) -> None:
+    it = world()
+    it.may_load.clear()
+    it.controller.load(model_load("a"))
+    until(lambda: it.running, what="the start")
+    joined = it.controller.load(model_load("a", ttl=0.05))
+    it.may_load.set()
+    assert joined.done.wait(5)
+    until(lambda: state(it) == "empty", 2, what="the idle unload")
+
+
+def test_an_answer_that_hangs_alone_ends_alone(world: Callable[..., World]) -> None:
+    it = world(stall_timeout=0.2)
+    it.load("a")
+    silent, fed = it.lease(), it.lease()
+
+    def stalled() -> object:
+        it.running[0].heard = time.monotonic()
+        return silent.stalled()
+
+    assert isinstance(until(stalled, 2, "the end of the silent answer"), BackendTimeout)
+    assert fed.error is None
+
+
+def test_a_swap_that_only_who_was_turned_away_wanted_is_withdrawn(
+    world: Callable[..., World],
+) -> None:
+    it = world(swap_on_request=True, max_concurrent=1, max_queue=2)
+    it.load("a")
+    on_a = it.lease("a", client="greedy")
+    waiting = it.lease("a", client="greedy")
+    wants_b = it.lease("b", client="greedy")
+    until(lambda: state(it) == "draining", what="the drain")
+    it.lease("a", client="modest")
+    assert isinstance(wants_b.error, TooManyRequests)
+    on_a.release()
+    assert waiting.wait(5)
+    assert it.starts == ["a"]

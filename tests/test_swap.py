@@ -396,6 +396,27 @@ def test_three_deaths_in_five_minutes_and_it_stays_down_until_it_is_loaded(
     assert proxy.chat().ok
 
 
+@pytest.mark.parametrize("end", ["stall", "kill"])
+def test_a_long_request_to_a_backend_that_takes_nothing_ends(
+    scripted: Start, pool: concurrent.futures.ThreadPoolExecutor, end: str
+) -> None:
+    proxy, _ = scripted(STALL_TIMEOUT=2 if end == "stall" else 60, STOP_TIMEOUT=1)
+    proxy.load("tiny/alpha")
+    backend = psutil.Process(proxy.loaded()["pid"])
+    backend.suspend()
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "metadata": {"x": "y" * 20_000_000},  # far more than the socket's buffers
+    }
+    answer = pool.submit(proxy.post, "/v1/chat/completions", body, timeout=20)
+    until(lambda: proxy.loaded()["in_flight"] == 1, what="the answer in flight")
+    if end == "kill":
+        backend.kill()
+    error = answer.result().json()["error"]
+    assert answer.result().status_code == (504 if end == "stall" else 502)
+    assert ("STALL_TIMEOUT" if end == "stall" else "SIGKILL") in error["message"]
+
+
 # -- idle
 
 

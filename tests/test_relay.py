@@ -1,0 +1,49 @@
+"""What the relay makes of bytes: whole events, and whole answers out of a stream's events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxproxy.relay import _whole_events, assemble
+
+HEAD = {"id": "x", "system_fingerprint": "f", "model": "m", "created": 1}
+
+
+def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "finish_reason": finish, "delta": {"role": "assistant", **delta}}
+    return {**HEAD, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def usage(**counts: int) -> dict[str, Any]:
+    return {**HEAD, "object": "chat.completion", "choices": [], "usage": counts}
+
+
+def test_half_an_event_waits_for_its_other_half() -> None:
+    """An error after half an event could be read by no client."""
+    assert _whole_events(b"data: 1\n\nda") == (b"data: 1\n\n", b"da")
+    assert _whole_events(b"data: 1\n") == (b"", b"data: 1\n")
+    assert _whole_events(b"data: 1\n\n") == (b"data: 1\n\n", b"")
+
+
+def test_a_whole_answer_has_the_text_the_thoughts_and_the_calls_of_all_events() -> None:
+    call = {"function": {"name": "f", "arguments": "{}"}, "type": "function", "id": "c"}
+    events = [
+        chunk({"reasoning": "hm"}),
+        chunk({"content": "a"}),
+        chunk({"content": "b", "tool_calls": [{**call, "index": 0}]}),
+        chunk({}, "tool_calls"),
+        usage(prompt_tokens=1, completion_tokens=2, total_tokens=3),
+    ]
+    answer = assemble(events)
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    message = answer["choices"][0]["message"]
+    assert message["content"] == "ab"
+    assert message["reasoning"] == "hm"
+    assert message["tool_calls"] == [call]
+    assert answer["usage"]["total_tokens"] == 3
+
+
+def test_an_answer_without_text_has_null_for_content() -> None:
+    answer = assemble([chunk({}, "length"), usage(prompt_tokens=1)])
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": None}
