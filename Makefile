@@ -33,7 +33,7 @@ format: $(VENV)/.dev ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.dev ## Measure the proxy against nginx and a direct connection
+bench: $(VENV)/.bench ## Measure the proxy against nginx and a direct connection
 	$(PYTHON) -m benchmarks
 
 fuzz: $(VENV)/.dev ## A thousand generated requests against the real backend
@@ -56,6 +56,10 @@ $(VENV)/bin/python:
 $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@echo "Installing mlxproxy and mlx-lm"
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml | $(VENV)/bin/python

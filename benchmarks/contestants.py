@@ -1,0 +1,206 @@
+"""Who is measured: each stands before the same stand-in, which our own proxy has started."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import standin, threads
+from benchmarks.processes import accepts, free_port, running, until
+
+MODEL = "bench/alpha"
+MAX_CONCURRENT = 256
+
+_NGINX = """\
+daemon off;
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+{user}
+events {{ worker_connections 2048; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port} backlog=1024;
+        location / {{
+            proxy_pass http://127.0.0.1:{backend};
+            proxy_http_version 1.0;
+            proxy_buffering off;
+        }}
+    }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something on a port of 127.0.0.1 that answers as the backend does.
+
+    Attributes:
+        pids: its processes, whose time and memory count as its own.
+    """
+
+    name: str
+    port: int
+    pids: Sequence[int]
+
+
+class Proxy:
+    """Our proxy, as a user starts it, over a folder of its own.
+
+    Args:
+        folder: where its instance folder is made.
+        models: its models folder.
+        server_bin: the backend program; None for the real one.
+        delay: milliseconds that its relay is made slower, to see that the benchmark finds it.
+        settings: further ones, by NAME.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Path,
+        server_bin: Path | None = None,
+        delay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        self.port = free_port()
+        self.backend_port = free_port()
+        self.pid = 0
+        given = {
+            "INSTANCE_PATH": folder / "instance",
+            "MODELS_ROOT": models,
+            "PROXY_HOST": "127.0.0.1",
+            "PROXY_PORT": self.port,
+            "MLX_BACKEND_PORT": self.backend_port,
+            "LOG_LEVEL": "WARNING",
+            **({"MLX_SERVER_BIN": server_bin} if server_bin else {}),
+            **settings,
+        }
+        self._output = folder / "proxy.out"
+        self._environment = {
+            **{name: it for name, it in os.environ.items() if not name.startswith("MLXPROXY_")},
+            **{f"MLXPROXY_{name}": str(value) for name, value in given.items()},
+        }
+        program = ["benchmarks.delayed", str(delay)] if delay else ["mlxproxy"]
+        self._command = [sys.executable, "-m", *program, "serve"]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Proxy]:
+        """The proxy from its first answer on."""
+        with (
+            self._output.open("w") as output,
+            running(self._command, env=self._environment, stdout=output, stderr=output) as process,
+        ):
+            self.pid = process.pid
+
+            def answers() -> bool:
+                if process.poll() is not None:
+                    raise RuntimeError(f"the proxy ended:\n{self._output.read_text()}")
+                with contextlib.suppress(OSError):
+                    return self.call("GET", "/health")[0] == 200
+                return False
+
+            until(answers, 30, "the proxy's first answer", pause=0.002)
+            yield self
+
+    def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One call of its interface: the status and the JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def load(self, model: str) -> None:
+        """Loads a model.
+
+        Raises:
+            RuntimeError: it could not.
+        """
+        status, answer = self.call("POST", "/v1/models/load", {"model_id": model})
+        if status != 200:
+            raise RuntimeError(f"the load of {model} failed: {answer}")
+
+
+def standin_in(folder: Path) -> Path:
+    """The stand-in as a program that can take the place of `mlx_lm.server`."""
+    program = folder / "standin"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+@contextlib.contextmanager
+def all_of_them(
+    folder: Path, models: Path, delay: float, skipped: Callable[[str], None]
+) -> Iterator[list[Contestant]]:
+    """All contestants, running; the direct connection first, ours last.
+
+    Args:
+        folder: for their files.
+        models: a models folder with :data:`MODEL` in it.
+        skipped: told in a sentence who is not there, and why.
+    """
+    ours = Proxy(folder, models, standin_in(folder), delay, MAX_CONCURRENT=MAX_CONCURRENT)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ours.running())
+        ours.load(MODEL)
+        backend = ours.backend_port
+        contestants = [Contestant("direct", backend, ())]
+        nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if nginx is None:
+            skipped("nginx is not installed (apt-get install nginx, brew install nginx): no column")
+        else:
+            contestants.append(stack.enter_context(_nginx(nginx, folder, backend)))
+        contestants.append(stack.enter_context(_threads(backend)))
+        children = {child.pid for child in psutil.Process(ours.pid).children(recursive=True)}
+        pids = [ours.pid, *(children - _holders(backend))]
+        contestants.append(Contestant("mlxproxy", ours.port, pids))
+        yield contestants
+
+
+@contextlib.contextmanager
+def _nginx(program: str, folder: Path, backend: int) -> Iterator[Contestant]:
+    port = free_port()
+    user = f"user {psutil.Process().username()};" if os.geteuid() == 0 else ""
+    config = folder / "nginx.conf"
+    config.write_text(_NGINX.format(folder=folder, port=port, backend=backend, user=user))
+    with running([program, "-c", str(config), "-p", str(folder)]) as master:
+        until(lambda: accepts(port), 10, "nginx' first answer")
+        workers = psutil.Process(master.pid).children()
+        yield Contestant("nginx", port, [master.pid, *(worker.pid for worker in workers)])
+
+
+@contextlib.contextmanager
+def _threads(backend: int) -> Iterator[Contestant]:
+    port = free_port()
+    with running([sys.executable, threads.__file__, str(port), str(backend)]) as process:
+        until(lambda: accepts(port), 10, "the bare threads' first answer")
+        yield Contestant("threads", port, [process.pid])
+
+
+def _holders(port: int) -> set[int | None]:
+    """The processes that listen on a port."""
+    return {
+        item.pid
+        for item in psutil.net_connections("tcp")
+        if item.status == psutil.CONN_LISTEN and item.laddr[1:] == (port,)
+    }

@@ -1,0 +1,161 @@
+"""What the proxy costs by itself: its start, its memory, a swap, a large library."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.contestants import Proxy
+from benchmarks.figures import Figure, percentile
+from benchmarks.processes import accepts, free_port, resident_bytes, running, until
+from mlxproxy.backend import server_program
+from mlxproxy.catalog import Catalog
+from tests import tiny
+
+LIBRARY = 2000  # model folders
+PUBLISHERS = 40
+LISTINGS = 20
+
+
+@dataclass
+class Lifecycle:
+    """Seconds, megabytes and milliseconds as the names say; one value of each round."""
+
+    start_seconds: list[float] = field(default_factory=list)
+    idle_megabytes: list[float] = field(default_factory=list)
+    swap_seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
+    scan_seconds: list[float] = field(default_factory=list)
+    listing_milliseconds: list[float] = field(default_factory=list)
+    library: int = LIBRARY
+
+    def figure(self, name: str) -> Figure:
+        return Figure(getattr(self, name))
+
+
+def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None]) -> Lifecycle:
+    """All of it.
+
+    Args:
+        folder: for files.
+        models: a models folder with the two models `bench/alpha` and `bench/beta`.
+    """
+    measured = Lifecycle(library=200 if quick else LIBRARY)
+    say("starts of the proxy")
+    for number in range(1 if quick else 5):
+        _start(_made(folder / f"start{number}"), models, measured)
+    say("swaps of a tiny model, and bare starts of mlx_lm.server")
+    _swap(_made(folder / "swap"), models, 1 if quick else 2, measured)
+    say(f"a library of {measured.library} models")
+    _library(_made(folder / "library"), models, measured)
+    return measured
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _start(folder: Path, models: Path, measured: Lifecycle) -> None:
+    begin = time.monotonic()
+    with Proxy(folder, models).running() as proxy:
+        measured.start_seconds.append(time.monotonic() - begin)
+        measured.idle_megabytes.append(resident_bytes([proxy.pid]) / (1 << 20))
+
+
+def _swap(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
+    """From asking for another model to its first token, and from nothing to the first token."""
+    with Proxy(folder, models).running() as proxy:
+        proxy.load("bench/alpha")
+        for number in range(rounds):
+            model = ("bench/beta", "bench/alpha")[number % 2]
+            begin = time.monotonic()
+            proxy.load(model)
+            _first_token(proxy.port, model)
+            measured.swap_seconds.append(time.monotonic() - begin)
+            measured.bare_seconds.append(_bare(models / model))
+
+
+def _bare(model: Path) -> float:
+    port = free_port()
+    command = [str(server_program(None)), "--model", str(model), "--port", str(port)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    begin = time.monotonic()
+    with (
+        open(os.devnull, "w") as nowhere,
+        running(command, env=environment, stdout=nowhere, stderr=nowhere),
+    ):
+        until(lambda: accepts(port), 60, "mlx_lm.server's start")
+        _first_token(port, str(model))
+        return time.monotonic() - begin
+
+
+def _first_token(port: int, model: str) -> None:
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = {"model": model, "messages": messages, "max_tokens": 2, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse()
+        while line := response.readline():
+            if line.startswith(b"data: {"):
+                return
+    raise RuntimeError(f"no token from {model}")
+
+
+def _library(folder: Path, models: Path, measured: Lifecycle) -> None:
+    root = folder / "models"
+    generate(root, models / "bench" / "alpha", measured.library)
+    begin = time.monotonic()
+    listed = Catalog((root,), patience=60).models()
+    measured.scan_seconds.append(time.monotonic() - begin)
+    if not len(listed) == sum(model.loadable for model in listed) == measured.library:
+        raise RuntimeError(f"{len(listed)} models listed, or not all loadable")
+    with Proxy(folder, root).running() as proxy:
+        until(lambda: len(_models(proxy)) == measured.library, 60, "the listing", pause=0.05)
+        measured.listing_milliseconds.append(
+            percentile([_listing(proxy.port) for _ in range(LISTINGS)], 50)
+        )
+
+
+def _models(proxy: Proxy) -> list[object]:
+    """What is listed by now: a scan that takes long does not hold the answer up."""
+    listed: list[object] = proxy.call("GET", "/v1/models")[1].get("data", [])
+    return listed
+
+
+def _listing(port: int) -> float:
+    """Milliseconds of one GET /v1/models."""
+    begin = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v1/models")
+        connection.getresponse().read()
+    return (time.monotonic() - begin) * 1000
+
+
+def generate(root: Path, like: Path, count: int) -> None:
+    """Model folders as there may be many: their own configuration, the weights of one model."""
+    config = json.loads((like / "config.json").read_text())
+    for number in range(count):
+        folder = root / f"publisher{number % PUBLISHERS}" / f"Model-{number}-4bit"
+        folder.mkdir(parents=True)
+        for file in like.iterdir():
+            if file.name == "config.json":
+                own = {**config, "max_position_embeddings": 4096 + number}
+                (folder / file.name).write_text(json.dumps(own))
+            else:
+                os.link(file, folder / file.name)
+
+
+def build_models(root: Path) -> Path:
+    """A models folder with two tiny models that really answer."""
+    tiny.build(root / "bench" / "alpha", says="alpha")
+    tiny.build(root / "bench" / "beta", says="beta")
+    return root

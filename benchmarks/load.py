@@ -1,0 +1,198 @@
+"""The load generator: many streams in one loop, doing as little as it can while they run.
+
+It only notes when which bytes came; they are looked at when all is over.
+"""
+
+from __future__ import annotations
+
+import gc
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import wire
+from benchmarks.figures import percentile
+from benchmarks.processes import cpu_seconds, resident_bytes
+
+RECV_BYTES = 1 << 16
+DEADLINE = 30.0  # seconds beyond the streams' own length
+
+
+@dataclass(frozen=True)
+class Work:
+    """Streams that start at once.
+
+    Attributes:
+        interval: milliseconds between two events of one stream.
+        together: whether all streams have their event at the same moment, as from a batch that is
+            generated step by step; else they are spread evenly over the interval.
+        settle: seconds from the start that count for neither latency nor processor time.
+    """
+
+    streams: int
+    events: int
+    interval: float
+    together: bool = False
+    settle: float = 0.5
+
+    @property
+    def seconds(self) -> float:
+        return self.events * self.interval / 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a work.
+
+    Attributes:
+        p50, p99: microseconds from the backend's sending of an event to its arrival (where all come
+            together: from the moment at which all were due).
+        cpu_per_event: microseconds of the contestant's processor time.
+        resident: megabytes of the contestant's memory, with all streams open.
+        broken: streams with an event lost, doubled or out of order, or without a proper end.
+    """
+
+    p50: float
+    p99: float
+    cpu_per_event: float
+    resident: float
+    broken: int
+
+
+@dataclass(frozen=True)
+class FirstBytes:
+    """From a request to the first byte of its answer, over requests that start at once.
+
+    Attributes:
+        p50, last: milliseconds.
+    """
+
+    p50: float
+    last: float
+
+
+def run(port: int, pids: Sequence[int], work: Work) -> Outcome:
+    """Runs the streams against 127.0.0.1:`port`.
+
+    Args:
+        pids: the contestant's processes, whose time and memory are taken.
+    """
+    # The window in which it runs evenly: all have begun, none has ended.
+    meter = _Meter(pids, work.settle, work.seconds - 0.1)
+    _, pieces = _streams(port, work, meter)
+    answers = [wire.answer(kept) for kept in pieces]
+    events = [event for answer in answers for event in answer.events]
+    latencies = [event.latency / 1e3 for event in events if meter.covers(event.received)]
+    return Outcome(
+        p50=percentile(latencies, 50),
+        p99=percentile(latencies, 99),
+        cpu_per_event=meter.cpu_seconds / len(latencies) * 1e6 if latencies else float("nan"),
+        resident=meter.resident / (1 << 20),
+        broken=sum(
+            not answer.is_whole(number, work.events) for number, answer in enumerate(answers)
+        ),
+    )
+
+
+def first_bytes(port: int, streams: int) -> FirstBytes:
+    """The time to the first byte of so many streams that start at once."""
+    work = Work(streams=streams, events=4, interval=50.0)
+    started, pieces = _streams(port, work, _Meter((), 0.0, 0.0))
+    took = [
+        (kept[0][0] - start) / 1e6 if kept else float("inf")
+        for start, kept in zip(started, pieces, strict=True)
+    ]
+    return FirstBytes(p50=percentile(took, 50), last=max(took))
+
+
+def whole_answers(port: int, count: int, tokens: int) -> float:
+    """Milliseconds for a whole answer of so many tokens, the median of `count` in a row.
+
+    Raises:
+        RuntimeError: there was none.
+    """
+    request = wire.request(port, {"events": tokens, "interval": 0}, stream=False)
+    took = []
+    for _ in range(count):
+        start = time.monotonic_ns()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(request)
+            pieces = []
+            while data := connection.recv(RECV_BYTES):
+                pieces.append(data)
+            took.append((time.monotonic_ns() - start) / 1e6)
+        if not pieces[0].startswith((b"HTTP/1.0 200", b"HTTP/1.1 200")):
+            raise RuntimeError(f"no whole answer: {pieces[0][:300]!r}")
+    return percentile(took, 50)
+
+
+class _Meter:
+    """Processor time and memory of some processes, between two moments of a run."""
+
+    def __init__(self, pids: Sequence[int], opens: float, closes: float) -> None:
+        self._pids = pids
+        now = time.monotonic_ns()
+        self._due = [now + int(opens * 1e9), now + int(closes * 1e9)]
+        self._moments: list[int] = []
+        self._cpu: list[float] = []
+        self.resident = 0
+
+    def look(self) -> None:
+        """Notes what is to be noted by now."""
+        if len(self._cpu) < 2 and time.monotonic_ns() >= self._due[len(self._cpu)]:
+            self._cpu.append(cpu_seconds(self._pids))
+            self._moments.append(time.monotonic_ns())
+            self.resident = resident_bytes(self._pids)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self._cpu[1] - self._cpu[0] if len(self._cpu) == 2 else float("nan")
+
+    def covers(self, moment: int) -> bool:
+        return len(self._moments) == 2 and self._moments[0] <= moment < self._moments[1]
+
+
+def _streams(port: int, work: Work, meter: _Meter) -> tuple[list[int], list[list[wire.Piece]]]:
+    """Runs the streams; returns for each when it was asked for and what came when."""
+    selector = selectors.DefaultSelector()
+    pieces: list[list[wire.Piece]] = [[] for _ in range(work.streams)]
+    started = []
+    clock = time.monotonic_ns
+    gc.disable()  # its pauses would count as somebody's latency
+    for number in range(work.streams):
+        wish = {
+            "stream": number,
+            "events": work.events,
+            "interval": work.interval,
+            "phase": 0.0 if work.together else work.interval * number / work.streams,
+            "together": work.together,
+        }
+        request = wire.request(port, wish, stream=True)
+        started.append(clock())
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(request)
+        selector.register(connection, selectors.EVENT_READ, (connection, pieces[number]))
+    left = work.streams
+    deadline = started[0] + int((work.seconds + DEADLINE) * 1e9)
+    while left and clock() < deadline:
+        for key, _ in selector.select(0.1):
+            connection, kept = key.data
+            try:
+                data = connection.recv(RECV_BYTES)
+            except OSError:
+                data = b""
+            if data:
+                kept.append((clock(), data))
+            else:
+                left -= 1
+                selector.unregister(connection)
+                connection.close()
+        meter.look()
+    gc.enable()
+    for key in list(selector.get_map().values()):
+        key.data[0].close()
+    selector.close()
+    return started, pieces

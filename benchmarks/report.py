@@ -1,0 +1,95 @@
+"""What one run has measured, and what that is against the goals."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.figures import Figure, Goal
+from benchmarks.lifecycle import Lifecycle
+from benchmarks.rounds import MAIN, Rounds
+from mlxproxy import __version__
+
+GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
+MANY = 256
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one run; `contestants` are their names in order, nginx perhaps missing."""
+
+    contestants: Sequence[str]
+    rounds: Rounds
+    lifecycle: Lifecycle
+
+    def added(self, name: str, attribute: str, streams: int = MAIN) -> Figure:
+        """Microseconds by which an event is later than by a direct connection."""
+        direct = self.rounds.of(streams, "direct", attribute)
+        return self.rounds.of(streams, name, attribute).above(direct)
+
+    def whole_added(self, name: str) -> Figure:
+        """Milliseconds by which a whole answer is later than by a direct connection."""
+        return self.rounds.whole_answer(name).above(self.rounds.whole_answer("direct"))
+
+    def goals(self) -> list[Goal]:
+        """The goals, each with what was measured; NaN where nginx is not there to compare."""
+        rounds, life = self.rounds, self.lifecycle
+
+        def against_nginx(attribute: str) -> float:
+            ours, nginx = (rounds.of(MAIN, it, attribute) for it in ("mlxproxy", "nginx"))
+            return ours.ratio(nginx)
+
+        cpu = against_nginx("cpu_per_event")
+        first = rounds.first_byte("mlxproxy").ratio(rounds.first_byte("nginx"))
+        broken = sum(
+            outcome.broken
+            for works in (*rounds.streams.values(), rounds.together)
+            for outcome in works["mlxproxy"]
+        )
+        resident = rounds.of(MANY, "mlxproxy", "resident").high
+        return [
+            Goal("processor time per event", cpu, 2.0, "x nginx"),
+            Goal(f"the same, at most 1.2 x Go's ({GO} x nginx)", cpu, 1.2 * GO, "x nginx"),
+            Goal("event p50", against_nginx("p50"), 1.2, "x nginx"),
+            Goal("event p99", against_nginx("p99"), 1.5, "x nginx"),
+            Goal(f"first byte, {MAIN} starting at once", first, 3.0, "x nginx"),
+            Goal("streams not whole, of all", broken, 0, ""),
+            Goal(f"memory with {MANY} streams", resident, 90, "MB"),
+            Goal("added to a whole answer", self.whole_added("mlxproxy").median, 1.5, "ms"),
+            Goal("start, to the first answer", life.figure("start_seconds").median, 0.5, "s"),
+            Goal("memory when idle", life.figure("idle_megabytes").high, 80, "MB"),
+            Goal(
+                f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
+            ),
+            Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, the values of each round included."""
+        return {
+            "mlxproxy": __version__,
+            "machine": machine(),
+            "contestants": list(self.contestants),
+            "rounds": asdict(self.rounds),
+            "lifecycle": asdict(self.lifecycle),
+            "goals": [
+                {
+                    **asdict(goal),
+                    "value": None if math.isnan(goal.value) else goal.value,
+                    "verdict": goal.verdict,
+                }
+                for goal in self.goals()
+            ],
+        }
+
+
+def machine() -> str:
+    """What it was measured on."""
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
+    )

@@ -1,0 +1,105 @@
+"""The rounds: every contestant does every work, in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import TypeVar
+
+from benchmarks import load
+from benchmarks.contestants import Contestant
+from benchmarks.figures import Figure
+from benchmarks.load import FirstBytes, Outcome, Work
+
+T = TypeVar("T")
+
+# Up to 32 streams have an event each 10 ms; more of them share the same 3,200 events a second,
+# which is what two cores sustain with the backend and the load generator beside the contestant.
+WORKS = {
+    1: Work(streams=1, events=120, interval=10),
+    8: Work(streams=8, events=120, interval=10),
+    32: Work(streams=32, events=200, interval=10),
+    128: Work(streams=128, events=60, interval=40, settle=1.0),
+    256: Work(streams=256, events=32, interval=80, settle=1.2),
+}
+TOGETHER = Work(streams=32, events=150, interval=10, together=True)
+ROUNDS = {1: 2, 8: 2, 32: 5, 128: 2, 256: 2}
+MAIN = 32  # the streams that the goals speak of
+WHOLE_TOKENS = 64
+WHOLE_ANSWERS = 40
+FIRST_BYTES_ROUNDS = 10
+
+
+@dataclass
+class Rounds:
+    """What was measured: by contestant, one value of each round."""
+
+    streams: dict[int, dict[str, list[Outcome]]] = field(default_factory=dict)
+    together: dict[str, list[Outcome]] = field(default_factory=dict)
+    first_bytes: dict[str, list[FirstBytes]] = field(default_factory=dict)
+    whole: dict[str, list[float]] = field(default_factory=dict)
+
+    def of(self, streams: int, name: str, attribute: str) -> Figure:
+        """One attribute of a contestant's outcomes."""
+        outcomes = self.streams.get(streams, {}).get(name, [])
+        return Figure([getattr(outcome, attribute) for outcome in outcomes])
+
+    def first_byte(self, name: str) -> Figure:
+        return Figure([it.p50 for it in self.first_bytes.get(name, [])])
+
+    def last_byte(self, name: str) -> Figure:
+        return Figure([it.last for it in self.first_bytes.get(name, [])])
+
+    def whole_answer(self, name: str) -> Figure:
+        return Figure(self.whole.get(name, []))
+
+
+def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str], None]) -> Rounds:
+    """All works by all contestants; `quick` does one round of the least that shows something.
+
+    The bare threads take part only where the goals are: they are there for comparison.
+    """
+    main = [it for it in contestants if it.name != "threads"]
+    measured = Rounds()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+
+        def streams(work: Work) -> Callable[[Contestant], Outcome]:
+            return lambda it: pool.submit(load.run, it.port, it.pids, work).result()
+
+        for number, work in WORKS.items():
+            if quick and number not in (MAIN, 256):
+                continue
+            say(f"{number} streams, an event each {work.interval:g} ms")
+            who = contestants if number == MAIN else main
+            measured.streams[number] = _turns(who, 1 if quick else ROUNDS[number], streams(work))
+        say(f"{TOGETHER.streams} streams in step")
+        measured.together = _turns(contestants, 1 if quick else 2, streams(TOGETHER))
+        say(f"{MAIN} at once")
+        measured.first_bytes = _turns(
+            contestants,
+            2 if quick else FIRST_BYTES_ROUNDS,
+            lambda it: pool.submit(load.first_bytes, it.port, MAIN).result(),
+        )
+        say("whole answers")
+        measured.whole = _turns(
+            contestants,
+            1 if quick else 5,
+            lambda it: pool.submit(
+                load.whole_answers, it.port, WHOLE_ANSWERS, WHOLE_TOKENS
+            ).result(),
+        )
+    return measured
+
+
+def _turns(
+    contestants: Sequence[Contestant], rounds: int, measure: Callable[[Contestant], T]
+) -> dict[str, list[T]]:
+    """So many rounds, each begun by the next contestant."""
+    results: dict[str, list[T]] = {contestant.name: [] for contestant in contestants}
+    for number in range(rounds):
+        first = number % len(contestants)
+        for contestant in [*contestants[first:], *contestants[:first]]:
+            results[contestant.name].append(measure(contestant))
+    return results
