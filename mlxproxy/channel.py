@@ -2,9 +2,9 @@
 sent at once.
 
 The direct path below is the one piece of our own between waitress and the socket. waitress copies
-each piece of a body into a buffer, then flushes the buffer with four more calls and its locks. A
-chunk sent from the request's own thread, while nothing is buffered, saves a fifth of the CPU per event
-(`make bench`; `DIRECT_SEND=false` is waitress's own path, and the same tests pass over both).
+each piece of a body into a buffer, then flushes the buffer with four more calls and its locks; a
+chunk is sent here from the request's own thread, while nothing is buffered. `DIRECT_SEND=false` is
+waitress's own path, and the same tests pass over both.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from rich.console import Console
 from mlxproxy.ports import is_free
 from tests import standin, tiny
 from tests.conftest import SERVER_BIN, Proxy
-from tests.ledger import STATUS, Ledger, Seen, Shape
+from tests.ledger import STATUS, Json, Ledger, Seen, Shape
 
 MODELS = ("alpha", "beta", "gamma")
 BROKEN = "broken"  # its load always fails
@@ -91,7 +91,7 @@ PHASES = (
 )
 
 # What the stand-in is made to do for a second or so.
-FAULTS: tuple[standin.Json, ...] = (
+FAULTS: tuple[Json, ...] = (
     {"die_after": 3},
     {"die_after": 0, "die_by": "exit"},
     {"drop_after": 0},
@@ -110,13 +110,13 @@ FAULTS: tuple[standin.Json, ...] = (
     {"silent_seconds": 3.0},
     {"prefill_seconds": 3.0},
 )
-WEATHER: tuple[standin.Json, ...] = (
+WEATHER: tuple[Json, ...] = (
     {"interval": 0.0},
     {"interval": 0.005},
     {"interval": 0.03},
     {"interval": 0.0, "event_bytes": 4000},
 )
-BASE: standin.Json = {
+BASE: Json = {
     "events": 1_000_000,  # more than anybody asks for: `max_tokens` alone decides
     "interval": 0.005,
     "models": {BROKEN: {"load_failure": "Model type x not supported."}},
@@ -145,11 +145,12 @@ class Request:
         self._slow = slow
         self._abrupt = abrupt
         self._connection = http.client.HTTPConnection("127.0.0.1", port)
+        self._answer: http.client.HTTPResponse | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         if slow:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
-    def send(self, method: str, path: str, body: standin.Json | None = None) -> Request:
+    def send(self, method: str, path: str, body: Json | None = None) -> Request:
         """Connects and sends."""
         raw = None if body is None else json.dumps(body).encode()
         try:
@@ -181,8 +182,7 @@ class Request:
 
     def _read(self, seen: Seen) -> None:
         self._arm()
-        answer = self._connection.getresponse()
-        self._answer = answer
+        answer = self._answer = self._connection.getresponse()
         seen.status = answer.status
         seen.headers = {name.lower(): value for name, value in answer.getheaders()}
         while data := self._next(answer):
@@ -212,8 +212,8 @@ class Request:
             with contextlib.suppress(OSError):
                 linger = struct.pack("ii", 1, 0)
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        if (answer := getattr(self, "_answer", None)) is not None:
-            answer.close()
+        if self._answer is not None:
+            self._answer.close()
         self._connection.close()
         self._socket.close()
 
@@ -353,7 +353,7 @@ class Clients:
 
     def _chat_request(
         self, dice: random.Random, row: str, stream: bool, tokens: int, **fields: Any
-    ) -> tuple[standin.Json, Seen]:
+    ) -> tuple[Json, Seen]:
         tokens = min(tokens or dice.randint(1, 80), 900 if self.real else 1000)
         # Most want the same model: with a swap for each request nothing would be answered.
         (name,) = dice.choices((*MODELS, None), (6, 1, 1, 1))
@@ -388,7 +388,7 @@ class Clients:
         self,
         row: str,
         path: str,
-        body: standin.Json,
+        body: Json,
         shape: Shape = "plain",
         leave: float | None = None,
     ) -> None:
@@ -628,7 +628,7 @@ class Soak:
 
     def _await_quiet(self, phase: Phase, proxy: Proxy) -> None:
         """No lease, nobody waiting; then the idle unload, and no process at all."""
-        told: standin.Json = {}
+        told: Json = {}
 
         def at_rest() -> bool:
             told.update(proxy.health())
@@ -673,9 +673,9 @@ class Soak:
         if self.program is None:
             return
         entries = standin.record(self.program)
-        requests = [it for it in entries if it["event"] == "request"]
+        sent = [it for it in entries if it["event"] == "request"]
         asked = Counter(
-            message["content"] for it in requests for message in it["body"].get("messages", ())
+            message["content"] for it in sent for message in it["body"].get("messages", ())
         )
         for name, times in asked.items():
             if times > 1 and name.startswith(phase.name):
@@ -683,7 +683,7 @@ class Soak:
         ended = {(it["pid"], it["number"]) for it in entries if it["event"] == "finished"}
         # The last one was unloaded when it was idle: whatever it still did, it did for nobody.
         last = [it["pid"] for it in entries if it["event"] == "terminated"][-1]
-        for it in requests:
+        for it in sent:
             if it["pid"] == last and (last, it["number"]) not in ended:
                 self.ledger.wrong(phase.name, it["body"]["messages"][0]["content"], "runs on")
         started = {it["pid"] for it in entries if it["event"] == "started"}
@@ -695,7 +695,7 @@ class Soak:
             standin.change(self.program, interval=0.03)
         proxy.load(f"tiny/{MODELS[0]}")
         family = alive(proxy)
-        asked = [clients.at_the_stop(tokens) for tokens in (20, 60, 900, 900)]
+        asked = [clients.at_the_stop(tokens) for tokens in (60, 120, 900, 900)]
         if not becomes_true(lambda: proxy.loaded()["in_flight"] == len(asked), QUIET_LIMIT):
             self.ledger.wrong(phase.name, "the stop", f"no streams: {proxy.loaded()}")
         readers = [threading.Thread(target=request.read) for request in asked]
