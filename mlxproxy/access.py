@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import re
 import socket
+import uuid
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -91,6 +92,14 @@ class Access:
                 else "An API key is needed: send `Authorization: Bearer <key>`."
             )
         return self.keys[right.index(True)]
+
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+def request_id(given: str) -> str:
+    """The id of a request: the client's own if it is a sane one, else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def own_names() -> frozenset[str]:

@@ -39,7 +39,9 @@ LOG_LINES_IN_ERRORS = 12
 MAKES_OWN = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
 POLL = 0.05
 _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
-_PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?:/[^\s/"']+){2,}""")
+# What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
+# names. What follows a letter is no path (user/assistant), nor is an endpoint.
+_PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\s'":,;()]*""")
 HEALTH_TIMEOUT = 2.0
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
 from typing import Any
 
 from waitress.channel import ClientDisconnected, HTTPChannel
@@ -20,7 +19,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import BadRequest as BadFraming
 
-from mlxproxy.access import SECURITY_HEADERS
+from mlxproxy.access import SECURITY_HEADERS, request_id
 from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
 from mlxproxy.presence import Presence
 
@@ -34,27 +33,23 @@ class Parser(HTTPRequestParser):
     bodies that cost the one thread that reads for everybody far more than their length."""
 
     completed = False
-    framing = 0
 
     def parse_header(self, header_plus: bytes) -> None:
-        lines = header_plus.lower().split(b"\r\n")
-        lengths = sum(line.startswith(b"content-length") for line in lines)
-        encodings = sum(line.startswith(b"transfer-encoding") for line in lines)
-        if lengths + encodings > 1:
-            raise ParsingError("the length of the body is given twice")
-        if encodings and lines[0].rstrip().endswith(b"http/1.0"):
-            raise ParsingError("HTTP/1.0 has no Transfer-Encoding")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # a URL or a number that Python does not take
             raise ParsingError(str(error)) from None
+        # waitress takes the header away where it has understood it: in HTTP/1.1 alone.
+        if "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("only HTTP/1.1 has a Transfer-Encoding")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise ParsingError("the length of the body is given twice")
 
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         if self.chunked and not self.completed:
-            self.framing += taken
             body = len(self.body_rcv)
-            if self.framing - body > FRAMING + body:
+            if self.body_bytes_received - body > FRAMING + body // 16:
                 self.error = BadFraming("its chunks are more frame than body")
                 self.completed = True
         return taken
@@ -92,7 +87,7 @@ class BadRequest(ErrorTask):
             error = InternalError("The request could not be answered; the proxy's log says why.")
         else:
             error = InvalidRequest(f"This is no HTTP request this server takes: {refusal.body}.")
-        number = uuid.uuid4().hex
+        number = request_id(self.request.headers.get("X_REQUEST_ID", ""))
         client = self.channel.addr[0]
         log.info("id=%s client=%s status=%d refused=%s", number, client, refusal.code, error.code)
         self.response_headers += [("X-Request-Id", number), *SECURITY_HEADERS.items()]

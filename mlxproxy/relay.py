@@ -346,8 +346,8 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
         what = "The model's chat template does not take these messages"
         return InvalidRequest(_told(what, text, _PLAIN))
     if upstream.status == 404:
-        return InternalError("The backend could not answer this request; its log says why.")
-    return BackendFailed("The backend failed to answer this request; its log says why.")
+        return InternalError(f"The backend could not answer this request. {_WHY}")
+    return BackendFailed(f"The backend failed to answer this request. {_WHY}")
 
 
 # What the backend says may hold paths of this machine, or a client's own words, in whatever form:
@@ -356,6 +356,7 @@ _TEMPLATE = re.compile(
     r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
 )
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
+_WHY = "With LOG_LEVEL=DEBUG, the log says why."  # its own does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
 
 

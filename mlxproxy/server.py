@@ -68,7 +68,6 @@ class Server:
             max_request_body_size=settings.max_body + 1,  # waitress refuses what is as large
             max_request_header_size=64 << 10,
             outbuf_high_watermark=WATERMARK,
-            outbuf_overflow=64 << 20,
             backlog=1024,
             ident=None,
             clear_untrusted_proxy_headers=True,

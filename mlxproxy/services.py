@@ -48,7 +48,8 @@ class Services:
     metrics: Metrics
     ownership: Ownership
     log_file: LogFile
-    waiters: threading.BoundedSemaphore  # threads that may wait for a load or an unload
+    waiters: threading.BoundedSemaphore  # threads that may wait for a load
+    unloaders: threading.BoundedSemaphore  # threads that may wait for an unload
 
     def close(self) -> None:
         """Lets answers finish, stops the backend, gives the port up."""
@@ -210,6 +211,7 @@ def build(settings: Settings) -> Services:
         ownership=ownership,
         log_file=log_file,
         waiters=threading.BoundedSemaphore(max(8, settings.max_queue)),
+        unloaders=threading.BoundedSemaphore(8),
     )
 
 

@@ -573,8 +573,18 @@ def test_a_head_that_never_ends_is_refused(proxy: Proxy) -> None:
         b"2\r\n{}\r\n0\r\n" + b"f: f\r\n" * (64 << 10),
         b"1\r\n \r\n" * (64 << 10),
         b"1;f=f\r\n \r\n" * (64 << 10),
+        b"6\r\n      \r\n" * (64 << 10),
+        b"80000\r\n" + b" " * (512 << 10) + b"\r\n0\r\n" + b"f" * (512 << 10),
     ],
-    ids=["a head without end", "a trailer without end", "trailers", "bytes", "extensions"],
+    ids=[
+        "a head without end",
+        "a trailer without end",
+        "trailers",
+        "bytes",
+        "extensions",
+        "six bytes each",
+        "a trailer as long as the body",
+    ],
 )
 def test_a_chunked_body_that_is_all_chunks_and_no_body_is_refused(
     proxy: Proxy, body: bytes
@@ -586,22 +596,18 @@ def test_a_chunked_body_that_is_all_chunks_and_no_body_is_refused(
     assert answer.error()["code"] == "invalid_request"
 
 
+def called(arguments: str) -> bytes:
+    """A conversation with a call of a tool, whose arguments are a text of their own."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return json.dumps({"messages": [{"role": "assistant", "tool_calls": [call]}]}).encode()
+
+
 BOMBS = {
     "lists": b'{"messages": [' + b"[]," * ((MAX_BODY - 64) // 3) + b"0]}",
     "texts": b'{"messages": [' + b'"",' * ((MAX_BODY - 64) // 3) + b"0]}",
     "messages": b'{"messages": [' + b'{"role":"user"},' * ((MAX_BODY - 64) // 16) + b"0]}",
-    "arguments": json.dumps(
-        {
-            "messages": [
-                {
-                    "role": "assistant",
-                    "tool_calls": [
-                        {"function": {"name": "f", "arguments": f'{{"a": [{"[]," * 1_300_000}0]}}'}}
-                    ],
-                }
-            ]
-        }
-    ).encode(),
+    "arguments": called(f'{{"a": [{"[]," * 1_300_000}0]}}'),
+    "escaped arguments": called(f'{{"a": [{"[]," * 500_000}0]}}').replace(b"[],", rb"[]\u002c"),
 }
 
 
@@ -675,6 +681,23 @@ def test_clients_that_read_a_byte_a_second_hold_nobody_up(
                 time.sleep(1)  # what it is about
         assert describe(proxy)["in_flight"] == PLACES - 1
         assert memory(proxy) - before < 32, "40 MB each were waiting for them"
+
+
+def test_long_answers_that_nobody_reads_take_little_memory(proxy: Proxy) -> None:
+    with (proxy.instance / "logs" / "proxy.log").open("a") as file:
+        file.write(("x" * 199 + "\n") * 10_000)
+    before = memory(proxy)
+    sent = head("GET", "/v1/logs?lines=10000", connection="close")
+    with contextlib.ExitStack() as held:
+        for _ in range(160):
+            connection = held.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", proxy.port))
+            connection.sendall(sent)
+            assert connection.recv(1)
+        with others_are_served(proxy):
+            grown = memory(proxy) - before
+    assert grown < 130, f"{grown} MB of the 320 that wait for them"
 
 
 class Alone:
@@ -908,12 +931,12 @@ def test_what_is_no_http_is_refused_in_the_contracts_shape(proxy: Proxy, sent: b
         b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n",
     ],
 )
-@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("version", [b" HTTP/1.1", b" HTTP/1.0", b" HTTP/1.2", b""])
 def test_a_request_that_can_be_read_in_two_ways_is_refused_with_all_that_follows(
     proxy: Proxy, version: bytes, framing: bytes
 ) -> None:
     """Request smuggling: a proxy in front of this one might see the next request elsewhere."""
-    start = b"POST /v1/models/unload HTTP/%s\r\nHost: localhost\r\nConnection: keep-alive\r\n"
+    start = b"POST /v1/models/unload%s\r\nHost: localhost\r\nConnection: keep-alive\r\n"
     start += b"Authorization: Bearer %s\r\n" % ALICE.encode()
     found = exchange(proxy, start % version + framing + head("GET", "/v1/models"))
     assert [answer.status for answer in found] in ([400], [501])
@@ -996,11 +1019,12 @@ def test_a_backend_that_breaks_the_protocol_is_the_one_to_blame(
         assert (answer.status_code, shape(answer.json())["code"]) == (502, "backend_failed"), fault
 
 
+@pytest.mark.parametrize("path", [f"'{PLACE}/a b.metallib'", "/Volumes/My Disk/opt/private/x"])
 @pytest.mark.parametrize("fault", ["program", "load", "death"])
 def test_no_path_is_in_an_error_about_the_backend_itself(
-    proxy: Proxy, program: Path, script: Callable[..., None], models: Path, fault: str
+    proxy: Proxy, program: Path, script: Callable[..., None], models: Path, fault: str, path: str
 ) -> None:
-    reason = f"[Errno 5] cannot read '{PLACE}/a b.metallib'"
+    reason = f"[Errno 5] cannot read {path}"
     told = []
     try:
         if fault == "death":
@@ -1018,8 +1042,15 @@ def test_no_path_is_in_an_error_about_the_backend_itself(
     finally:
         program.chmod(0o755)
     assert all("error" in text for text in told)
-    for secret in (PLACE, "/opt", str(models), str(program.parent)):
+    for secret in (PLACE, "/opt", " Disk", str(models), str(program.parent)):
         assert secret not in "".join(told)
+
+
+def test_an_error_names_no_log_that_says_nothing(proxy: Proxy, script: Callable[..., None]) -> None:
+    """`mlx_lm.server` logs nothing of what it answers with 404."""
+    script(error="[broadcast_shapes] Shapes (1,2) and (3,4) cannot be broadcast.")
+    message = shape(chat(proxy).json())["message"]
+    assert "log" not in message.lower() or "LOG_LEVEL=DEBUG" in message
 
 
 def test_an_unforeseen_fault_tells_its_number_and_nothing_else(
@@ -1057,6 +1088,11 @@ def test_every_answer_has_a_request_id_and_the_clients_own_if_it_is_sane(proxy: 
             assert answer.headers["X-Request-Id"] == "mine-1"
             answer.close()
     assert chat(proxy, headers=own).headers["X-Request-Id"] == "mine-1"
+    (answer,) = exchange(
+        proxy,
+        head("POST", "/v1/models/load", content_length=str(MAX_BODY + 1), x_request_id="mine-2"),
+    )
+    assert answer.headers["X-Request-Id"] == "mine-2"
     for odd in ("a b", "<script>", "x" * 129, "a\tb", "\xe9"):
         answer = ask(proxy, "GET", "/health", headers={"X-Request-Id": odd.encode("latin-1")})
         assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-Id"])
@@ -1241,6 +1277,18 @@ def test_a_client_with_many_requests_cannot_keep_others_out(
     assert sorted(one.result() for one in many) == ["done"] * 7 + ["too_many_requests"]
     served = [it["body"]["user"] for it in standin.record(program, "request")[seen:]]
     assert served == ["alice"] * PLACES + ["bob"] + ["alice"] * (QUEUE - 1)
+
+
+def test_an_unload_gets_through_whoever_waits_for_a_load(
+    proxy: Proxy, script: Callable[..., None], pool: concurrent.futures.ThreadPoolExecutor
+) -> None:
+    script(load_seconds=8)
+    body = {"model_id": "tiny/beta"}
+    many = [pool.submit(ask, proxy, "POST", "/v1/models/load", json=body) for _ in range(12)]
+    until(lambda: any(one.done() for one in many), what="the first that is turned away")
+    assert ask(proxy, "POST", "/v1/models/unload", BOB).status_code == 200
+    codes = {shape(one.result().json())["code"] for one in many}
+    assert codes == {"too_many_requests", "load_cancelled"}
 
 
 def test_a_seed_stops_nobody_elses_stream(

@@ -107,7 +107,8 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 def unload() -> dict[str, Any]:
     """Unloads what is loaded; cancels a load in progress."""
     json_body(required=False)
-    with _waiting_room(services().waiters):
+    # Not in the loads' room: an unload must get through whoever waits for a load.
+    with _waiting_room(services().unloaders):
         transition = services().controller.unload()
         _wait(transition, presence())
     return {"status": "unloaded" if transition.changed else "already_unloaded"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import quote
@@ -21,7 +19,7 @@ from werkzeug.exceptions import (
     MethodNotAllowed as WerkzeugMethodNotAllowed,
 )
 
-from mlxproxy.access import SECURITY_HEADERS
+from mlxproxy.access import SECURITY_HEADERS, request_id
 from mlxproxy.errors import (
     InternalError,
     InvalidJSON,
@@ -42,7 +40,6 @@ QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log line
 # Parsed, a body of nothing but small values is thirty times as large, and all else stands still
 # meanwhile. Ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def services() -> Services:
@@ -67,7 +64,8 @@ def json_body(required: bool = True) -> dict[str, Any]:
         InvalidJSON, InvalidRequest: it is not JSON, or not an object.
     """
     raw = request.get_data(cache=False)
-    if raw.count(b",") > MAX_VALUES:
+    # (A tool call's arguments are a text in the text, whose commas may be written as escapes.)
+    if sum(raw.count(comma) for comma in (b",", rb"\u002c", rb"\u002C")) > MAX_VALUES:
         raise InvalidRequest(f"The body has more than {MAX_VALUES:,} values.")
     if not raw and not required:
         return {}
@@ -89,8 +87,7 @@ def install(app: Flask) -> None:
 
 
 def _admit() -> Response | None:
-    given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.request_id = request_id(request.headers.get("X-Request-Id", ""))
     g.started = time.monotonic()
     access = services().access
     host = request.headers.get("Host", "")
