@@ -107,24 +107,29 @@ def first_bytes(port: int, streams: int) -> FirstBytes:
     return FirstBytes(p50=percentile(took, 50), last=max(took))
 
 
-def whole_answers(port: int, count: int, tokens: int) -> float:
-    """Milliseconds for a whole answer of so many tokens, the median of `count` in a row.
+def whole_answers(port: int, count: int, tokens: int, interval: float) -> float:
+    """Milliseconds to the last byte of a whole answer, the median of `count` in a row.
+
+    Args:
+        tokens: of each answer.
+        interval: milliseconds that the backend takes for each token, from the request on.
 
     Raises:
         RuntimeError: there was none.
     """
-    request = wire.request(port, {"events": tokens, "interval": 0}, stream=False)
+    wish = {"events": tokens, "interval": interval, "from_now": True}
+    request = wire.request(port, wish, stream=False)
     took = []
     for _ in range(count):
         start = time.monotonic_ns()
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(request)
-            pieces = []
-            while data := connection.recv(RECV_BYTES):
-                pieces.append(data)
+            raw = b""
+            while not wire.is_answered(raw):
+                if not (data := connection.recv(RECV_BYTES)):
+                    raise RuntimeError(f"no whole answer: {raw[:300]!r}")
+                raw += data
             took.append((time.monotonic_ns() - start) / 1e6)
-        if not pieces[0].startswith((b"HTTP/1.0 200", b"HTTP/1.1 200")):
-            raise RuntimeError(f"no whole answer: {pieces[0][:300]!r}")
     return percentile(took, 50)
 
 

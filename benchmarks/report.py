@@ -35,6 +35,11 @@ class Report:
         """Milliseconds by which a whole answer is later than by a direct connection."""
         return self.rounds.whole_answer(name).above(self.rounds.whole_answer("direct"))
 
+    def whole_at_once_added(self, name: str) -> Figure:
+        """The same for an answer whose tokens all come at one moment, which no model does."""
+        direct = self.rounds.whole_answer_at_once("direct")
+        return self.rounds.whole_answer_at_once(name).above(direct)
+
     def goals(self) -> list[Goal]:
         """The goals, each with what was measured; NaN where nginx is not there to compare."""
         rounds, life = self.rounds, self.lifecycle

@@ -28,7 +28,8 @@ TOGETHER = Work(streams=32, events=150, interval=10, together=True)
 ROUNDS = {1: 2, 8: 2, 32: 5, 128: 2, 256: 2}
 MAIN = 32  # the streams that the goals speak of
 WHOLE_TOKENS = 64
-WHOLE_ANSWERS = 40
+WHOLE_INTERVAL = 1  # milliseconds for each token
+WHOLE_ANSWERS = 20
 FIRST_BYTES_ROUNDS = 10
 
 
@@ -40,6 +41,7 @@ class Rounds:
     together: dict[str, list[Outcome]] = field(default_factory=dict)
     first_bytes: dict[str, list[FirstBytes]] = field(default_factory=dict)
     whole: dict[str, list[float]] = field(default_factory=dict)
+    whole_at_once: dict[str, list[float]] = field(default_factory=dict)
 
     def of(self, streams: int, name: str, attribute: str) -> Figure:
         """One attribute of a contestant's outcomes."""
@@ -55,6 +57,9 @@ class Rounds:
     def whole_answer(self, name: str) -> Figure:
         return Figure(self.whole.get(name, []))
 
+    def whole_answer_at_once(self, name: str) -> Figure:
+        return Figure(self.whole_at_once.get(name, []))
+
 
 def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str], None]) -> Rounds:
     """All works by all contestants; `quick` does one round of the least that shows something.
@@ -67,6 +72,10 @@ def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str],
 
         def streams(work: Work) -> Callable[[Contestant], Outcome]:
             return lambda it: pool.submit(load.run, it.port, it.pids, work).result()
+
+        def whole(interval: float) -> Callable[[Contestant], float]:
+            asked = (WHOLE_ANSWERS, WHOLE_TOKENS, interval)
+            return lambda it: pool.submit(load.whole_answers, it.port, *asked).result()
 
         for number, work in WORKS.items():
             if quick and number not in (MAIN, 256):
@@ -83,13 +92,8 @@ def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str],
             lambda it: pool.submit(load.first_bytes, it.port, MAIN).result(),
         )
         say("whole answers")
-        measured.whole = _turns(
-            contestants,
-            1 if quick else 5,
-            lambda it: pool.submit(
-                load.whole_answers, it.port, WHOLE_ANSWERS, WHOLE_TOKENS
-            ).result(),
-        )
+        measured.whole = _turns(contestants, 1 if quick else 3, whole(WHOLE_INTERVAL))
+        measured.whole_at_once = _turns(contestants, 1 if quick else 5, whole(0))
     return measured
 
 

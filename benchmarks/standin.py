@@ -11,6 +11,7 @@ interval of 0 all come at once. The time in an event is that of its sending; wit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import json
@@ -63,7 +64,9 @@ class Answer:
         self.end = end
         self.sent = 0
         self.due = time.monotonic_ns()
-        if self.interval:
+        if wish.get("from_now"):
+            self.due += self.interval
+        elif self.interval:
             self.due += -self.due % self.interval + int(wish.get("phase", 0) * NANOSECONDS)
 
     def send(self) -> bool:
@@ -86,6 +89,19 @@ class Answer:
     def _tokens(self) -> Iterator[bytes]:
         for number in range(self.events):
             yield _TOKEN % (self.stream, number, time.monotonic_ns())
+
+
+class WholeAnswer(Answer):
+    """An answer that goes out with its last token."""
+
+    def __init__(self, connection: socket.socket, wish: dict[str, Any], end: bytes) -> None:
+        super().__init__(connection, wish, end)
+        self.due += (self.events - 1) * self.interval
+
+    def send(self) -> bool:
+        with contextlib.suppress(OSError):  # the client has left
+            self.connection.sendall(self.end)
+        return False
 
 
 class Server:
@@ -154,8 +170,8 @@ class Server:
             message = {"role": "assistant", "content": f"{wish.get('stream', 0)} 0 0 "}
             choice = {"index": 0, "finish_reason": "length", "message": message}
             answer = {**_EVENT, "object": "chat.completion", "choices": [choice], "usage": usage}
-            connection.sendall(_whole(200, answer))
-            return False
+            self._add(WholeAnswer(connection, wish, _whole(200, answer)))
+            return True
         last = _LAST
         if (request.get("stream_options") or {}).get("include_usage"):
             end = {**_EVENT, "object": "chat.completion", "choices": [], "usage": usage}

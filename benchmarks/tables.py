@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.figures import Figure
 from benchmarks.report import Report, machine
-from benchmarks.rounds import MAIN, TOGETHER, WHOLE_TOKENS
+from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
 from mlxproxy import __version__
 
 NOTES = f"""\
@@ -19,7 +19,8 @@ The time of an event is from the backend's sending to the client's receiving; "a
 more than by the direct connection, whose own figures show how quiet the machine was. In step: all
 {TOGETHER.streams} at the same moment, as a batch of the backend's. nginx: one worker, no buffering.
 "threads" passes bytes on without HTTP, one Python thread a stream: the floor of the language.
-A whole answer has {WHOLE_TOKENS} tokens, all at once; mlxproxy asks for it as a stream."""
+A whole answer has {WHOLE_TOKENS} tokens, one each {WHOLE_INTERVAL} ms, and is there when its last
+byte is; mlxproxy asks for it as a stream and puts it together."""
 
 
 def show(report: Report, console: Console) -> None:
@@ -45,6 +46,8 @@ def _comparison(report: Report) -> Table:
         (f"first byte of {MAIN} at once, ms", rounds.first_byte, 1),
         ("  the last one's, ms", rounds.last_byte, 1),
         ("whole answer, ms", rounds.whole_answer, 2),
+        ("  of it added", report.whole_added, 2),
+        ("  added, all tokens at once", report.whole_at_once_added, 2),
     ]
     table = _table(
         f"{MAIN} streams, an event each 10 ms, in front of the same backend",

@@ -13,6 +13,7 @@ from typing import Any
 Piece = tuple[int, bytes]  # when it was received (nanoseconds), what it was
 
 _EVENT = re.compile(rb'^data: .*"content": "(\d+) (\d+) (\d+) ".*\n\n', re.M)
+_LENGTH = re.compile(rb"^content-length: (\d+)", re.M | re.I)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ def request(port: int, wish: Mapping[str, Any], *, stream: bool) -> bytes:
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
+
+
+def is_answered(raw: bytes) -> bool:
+    """Whether this is a whole answer of the length that it says: what a client waits for."""
+    head, end, body = raw.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head)
+    good = end and length and head.startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
+    return bool(good) and len(body) >= int(length[1])
 
 
 def answer(pieces: Sequence[Piece]) -> Answer:

@@ -7,11 +7,12 @@ from (`Origin`), nor, when it lets its own name point at this machine (DNS rebin
 
 from __future__ import annotations
 
+import functools
 import hmac
 import ipaddress
+import os
 import re
 import socket
-import uuid
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -99,7 +100,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 def request_id(given: str) -> str:
     """The id of a request: the client's own if it is a sane one, else a new one."""
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 def own_names() -> frozenset[str]:
@@ -122,6 +123,7 @@ def _is_local(name: str) -> bool:
     return _is_address(name) or name in LOCAL_NAMES or name.endswith(LOCAL_SUFFIXES)
 
 
+@functools.lru_cache(64)  # each request asks for the same few
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.partition("%")[0])

@@ -125,39 +125,53 @@ class Channel(HTTPChannel):
 
 
 class DirectRequest(Request):
-    """A request whose chunks go the short way once the head is out."""
+    """A request whose body goes the short way: its beginning together with the head (one packet,
+    one wake of the client), each further chunk as it comes."""
+
+    wrote_header = False
 
     def write(self, data: bytes) -> None:
-        if self.chunked_response and self.wrote_header:
-            self.channel.send_chunk(data)
-        else:
+        if self.wrote_header or not data or not self.has_body:
             super().write(data)
+            return
+        head: bytes = self.build_response_header()
+        self.wrote_header = True
+        if self.chunked_response:
+            self.channel.send_chunk(data, head)
+            self.write = self.channel.send_chunk  # type: ignore[method-assign]
+        else:
+            data = data[: self.content_length]
+            self.content_bytes_written += len(data)
+            self.channel.send_now(head + data)
 
 
 class DirectChannel(Channel):
-    """A connection that takes chunks straight from the request's thread."""
+    """A connection that takes bytes straight from the request's thread."""
 
     task_class = DirectRequest
 
-    def send_chunk(self, data: bytes) -> None:
-        """Sends a piece of a chunked body, at once unless something waits already.
+    def send_chunk(self, data: bytes, head: bytes = b"") -> None:
+        """Sends a piece of a chunked body; raises as :meth:`send_now` does."""
+        self.send_now(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+
+    def send_now(self, data: bytes) -> None:
+        """Sends bytes, at once unless something waits already.
 
         Raises:
             ClientDisconnected: the client has left.
         """
-        chunk = b"%x\r\n%b\r\n" % (len(data), data)
         sent = 0
         with self.outbuf_lock:  # the I/O thread closes under it
             if self.connected and not self.total_outbufs_len:
                 try:
-                    sent = self.socket.send(chunk)
+                    sent = self.socket.send(data)
                 except BlockingIOError:
                     pass
                 except OSError:
                     self.will_close = True
                     self.server.pull_trigger()
                     raise ClientDisconnected from None
-                if sent < len(chunk):
+                if sent < len(data):
                     self.last_activity = time.time()  # from here on the client is a slow one
-        if sent < len(chunk):
-            self.write_soon(chunk[sent:])
+        if sent < len(data):
+            self.write_soon(data[sent:])

@@ -433,7 +433,7 @@ class Controller:
                 self._leases.remove(lease)
                 self._last_use = time.monotonic()
                 self._settle()
-                if self._transitions or not self._leases:
+                if self._transitions or self._idle_left() is not None:
                     self._changed.notify_all()  # a drain, or the idle time, waits for this
             elif lease in self._queue:
                 self._leave_queue(lease)

@@ -11,10 +11,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxproxy.assembly import DONE, Assembly
 from mlxproxy.controller import Lease
 from mlxproxy.errors import (
     BackendFailed,
@@ -26,14 +27,12 @@ from mlxproxy.upstream import Silence, Upstream
 
 log = logging.getLogger("mlxproxy.relay")
 
-DONE = b"data: [DONE]\n\n"
-DONE_BYTES = len(DONE)
 HEARTBEAT = b": waiting for the backend\n\n"
 OPENING = b":\n\n"
 INTERVAL = 5.0  # seconds of silence after which a stream's client gets a comment
 WAIT_SILENTLY = 2.0  # seconds for which a stream waits before it commits to a status of 200
 
-_PROMPT_TOKENS = re.compile(rb"^: keepalive \d+/(\d+)", re.M)
+_PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d+)\n")
 
 Prepare = Callable[[Lease], bytes]
 
@@ -137,17 +136,16 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
                     continue
                 if not data:
                     break
-                lease.heard = backend.heard = monotonic()
                 if rest or not data.endswith(b"\n\n"):
                     # With half an event before it, no client could read the error that follows.
                     data, rest = _whole_events(rest + data)
-                    if not data:
-                        continue
+                if data:
+                    yield data  # first of all: what is to be noted of it can wait
+                lease.heard = backend.heard = monotonic()
                 if not events:
                     _opening(trace, data)
                 trace.tokens_out = events = events + data.count(b"data: {")
                 done = data.endswith(DONE)
-                yield data
             if not done:
                 raise _cut_off(lease)
             trace.outcome = "done"
@@ -186,11 +184,9 @@ def whole(lease: Lease, path: str, prepare: Prepare, trace: Trace, plain: bool) 
             pass
         if upstream.status != 200:
             raise _translated(upstream, lease)
-        body = _collect(upstream, lease, trace)
-        answer = _checked(body, upstream, lease) if plain else _assembled(body, lease)
-        trace.usage(answer.get("usage"))
+        answer = (_passed_on if plain else _put_together)(upstream, lease, trace)
         trace.outcome = "done"
-        return body if plain else json.dumps(answer).encode()
+        return answer
     except ProxyError as error:
         trace.outcome = "client_gone" if lease.presence.gone else error.code
         raise
@@ -222,7 +218,7 @@ def _head(upstream: Upstream, lease: Lease) -> bool:
 
 def _opening(trace: Trace, data: bytes) -> None:
     """The prompt's length from the keepalives, and when the first token came."""
-    if match := _PROMPT_TOKENS.search(data):
+    if data.startswith(b": keepalive") and (match := _PROMPT_TOKENS.match(data)):
         trace.tokens_in = int(match[1])
     if trace.first_byte is None and b"data: " in data:
         trace.first_byte = time.monotonic()
@@ -243,11 +239,33 @@ def _whole_events(data: bytes) -> tuple[bytes, bytes]:
     return (data[:end], data[end:]) if end > 1 else (b"", data)
 
 
-def _collect(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
-    """All bytes of the body."""
+def _put_together(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
+    """The whole answer that the events amount to."""
+    assembly, rest = Assembly(), b""
+    for data in _pieces(upstream, lease, trace):
+        data, rest = _whole_events(rest + data)
+        assembly.add(data)
+    if not assembly.complete:
+        raise _cut_off(lease)
+    trace.usage(assembly.usage)
+    return assembly.answer()
+
+
+def _passed_on(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
+    """A whole answer of the backend's own: all of its bytes, and JSON."""
+    body = b"".join(_pieces(upstream, lease, trace))
+    if len(body) == int(upstream.headers.get("content-length", -1)):
+        answer = json.loads(body)
+        if isinstance(answer, dict):
+            trace.usage(answer.get("usage"))
+            return body
+    raise _cut_off(lease)
+
+
+def _pieces(upstream: Upstream, lease: Lease, trace: Trace) -> Iterator[bytes]:
+    """The body as it comes."""
     backend = lease.backend
     assert backend is not None
-    parts: list[bytes] = []
     while True:
         try:
             data = upstream.read()
@@ -256,65 +274,11 @@ def _collect(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
                 raise error from None
             continue
         if not data:
-            return b"".join(parts)
+            return
         lease.heard = backend.heard = time.monotonic()
         if trace.first_byte is None:
             _opening(trace, data)
-        parts.append(data)
-
-
-def _checked(body: bytes, upstream: Upstream, lease: Lease) -> dict[str, Any]:
-    """A whole answer of the backend's own: all of its bytes, and JSON."""
-    if len(body) == int(upstream.headers.get("content-length", -1)):
-        answer = json.loads(body)
-        if isinstance(answer, dict):
-            return answer
-    raise _cut_off(lease)
-
-
-def _assembled(body: bytes, lease: Lease) -> dict[str, Any]:
-    """The whole answer that the events of a stream amount to."""
-    if not body.endswith(DONE):
-        raise _cut_off(lease)
-    lines = body[:-DONE_BYTES].split(b"\n")
-    events = b",".join([line[6:] for line in lines if line.startswith(b"data: ")])
-    try:
-        return assemble(json.loads(b"[%b]" % events))  # one call for all is four times as quick
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise BackendFailed("The backend sent events of a shape that is not known.") from None
-
-
-def assemble(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The answer that `mlx_lm.server` sends for the same tokens when no stream is asked for.
-
-    Args:
-        events: the chunks in order, the last with the usage.
-    """
-    chunks = [event["choices"][0] for event in events if event["choices"]]
-    first, usage = events[0], events[-1]["usage"]
-    finish = chunks[-1]["finish_reason"]
-    answer = {key: first[key] for key in ("id", "system_fingerprint", "object", "model", "created")}
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
-    if first["object"] == "text_completion":
-        choice["text"] = "".join(chunk["text"] for chunk in chunks)
-    else:
-        answer["object"] = "chat.completion"
-        choice["message"] = _message([chunk["delta"] for chunk in chunks])
-    return {**answer, "choices": [choice], "usage": usage}
-
-
-def _message(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    content = "".join(delta.get("content") or "" for delta in deltas)
-    reasoning = "".join(delta.get("reasoning") or "" for delta in deltas)
-    calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
-    message: dict[str, Any] = {"role": "assistant", "content": content or None}
-    if reasoning:
-        message["reasoning"] = reasoning
-    if calls:  # a stream numbers its calls, a whole answer does not
-        message["tool_calls"] = [
-            {key: value for key, value in call.items() if key != "index"} for call in calls
-        ]
-    return message
+        yield data
 
 
 def _translated(upstream: Upstream, lease: Lease) -> ProxyError:

@@ -36,6 +36,16 @@ class CannotListen(Exception):
     """The address cannot be listened on; the message is the sentence for the user."""
 
 
+class Listener(TcpWSGIServer):  # type: ignore[misc]
+    """Takes all connections that wait; waitress takes one a turn of its loop, which looks at every
+    connection there is."""
+
+    def handle_accept(self) -> None:
+        count = -1
+        while count != (count := len(self.active_channels)):
+            super().handle_accept()
+
+
 class Server:
     """The listening proxy.
 
@@ -76,7 +86,7 @@ class Server:
         self._map: dict[int, Any] = {}
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
-        self._server = TcpWSGIServer(
+        self._server = Listener(
             app,
             self._map,
             _sock=listener,
@@ -98,9 +108,12 @@ class Server:
             numbers.append(signal.SIGHUP)
         for number in numbers:
             signal.signal(number, lambda *_: self.stop())
+        look = 0.0
         while not self._finished.is_set():
             self._turn(1.0)
-            self._part_with_the_deaf()
+            if time.monotonic() >= look:
+                self._part_with_the_deaf()
+                look = time.monotonic() + 1.0
         self._drain_buffers()
         wasyncore.close_all(self._map)
 

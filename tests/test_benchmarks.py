@@ -148,7 +148,9 @@ def test_whole_answers_and_first_bytes_are_measured_through_the_proxy(
 ) -> None:
     with Proxy(tmp_path, models, standin_in(tmp_path)).running() as proxy:
         proxy.load(MODEL)
-        assert 0 < load.whole_answers(proxy.port, count=3, tokens=16) < 1000
+        assert 0 < load.whole_answers(proxy.port, count=3, tokens=16, interval=0) < 1000
+        paced = load.whole_answers(proxy.port, count=3, tokens=16, interval=5)
+        assert 80 <= paced < 1000
         first = load.first_bytes(proxy.port, 4)
         assert 0 < first.p50 <= first.last < 1000
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from mlxproxy.relay import _whole_events, assemble
+from mlxproxy.assembly import DONE, Assembly
+from mlxproxy.relay import _whole_events
 
 HEAD = {"id": "x", "system_fingerprint": "f", "model": "m", "created": 1}
 
@@ -16,6 +18,18 @@ def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
 
 def usage(**counts: int) -> dict[str, Any]:
     return {**HEAD, "object": "chat.completion", "choices": [], "usage": counts}
+
+
+def assemble(events: list[dict[str, Any]], together: bool = False) -> dict[str, Any]:
+    """The answer of these events, which come one by one or all in one piece."""
+    pieces = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events] + [DONE]
+    assembly = Assembly()
+    for piece in [b"".join(pieces)] if together else pieces:
+        assert not assembly.complete
+        assembly.add(piece)
+    assert assembly.complete
+    answer: dict[str, Any] = json.loads(assembly.answer())
+    return answer
 
 
 def test_half_an_event_waits_for_its_other_half() -> None:
@@ -35,6 +49,7 @@ def test_a_whole_answer_has_the_text_the_thoughts_and_the_calls_of_all_events() 
         usage(prompt_tokens=1, completion_tokens=2, total_tokens=3),
     ]
     answer = assemble(events)
+    assert answer == assemble(events, together=True)
     assert answer["object"] == "chat.completion"
     assert answer["choices"][0]["finish_reason"] == "tool_calls"
     message = answer["choices"][0]["message"]

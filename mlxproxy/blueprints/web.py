@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import quote
 
-from flask import Flask, Response, current_app, g, jsonify, request
+from flask import Flask, Request, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
@@ -52,6 +52,10 @@ def presence() -> Presence:
     return cast(Presence, request.environ.get("mlxproxy.presence") or Presence())
 
 
+def _this_request() -> Request:
+    return cast(Request, request._get_current_object())  # type: ignore[attr-defined]
+
+
 def client() -> str:
     """Who asks, for a fair share of the places: the API key where keys count, else the address."""
     return g.get("key") or request.remote_addr or "unknown"
@@ -87,34 +91,40 @@ def install(app: Flask) -> None:
 
 
 def _admit() -> Response | None:
-    g.request_id = request_id(request.headers.get("X-Request-Id", ""))
+    # Each use of `request` and `g` looks the context up, and `request.headers` searches for each
+    # name: used throughout, they cost as much again as all of Flask's own work.
+    asked = _this_request()
+    environ, parts = asked.environ, services()
+    g.request_id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
     g.started = time.monotonic()
-    access = services().access
-    host = request.headers.get("Host", "")
-    origin = request.headers.get("Origin")
+    g.who = {  # the request in its events and its log line
+        "id": g.request_id,
+        "client": asked.remote_addr,
+        "method": asked.method,
+        "path": quote(asked.path[:200], safe="/:@,;~+"),
+    }
+    access = parts.access
+    host = environ.get("HTTP_HOST", "")
+    origin = environ.get("HTTP_ORIGIN")
     if host:  # HTTP/1.0 clients need not send one; every browser does
         access.check_host(host)
     access.check_origin(origin, host)
-    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+    if asked.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
         return Response(status=204)
-    if request.path not in OPEN_PATHS:
-        g.key = access.check_key(
-            request.headers.get("Authorization"), request.headers.get("x-api-key")
-        )
-    if request.path not in QUIET_PATHS:
-        services().hub.publish("request_started", _who())
+    if asked.path not in OPEN_PATHS:
+        g.key = access.check_key(environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_X_API_KEY"))
+    if asked.path not in QUIET_PATHS:
+        parts.hub.publish("request_started", dict(g.who))
     return None
 
 
 def _finish(response: Response) -> Response:
-    headers = response.headers
-    headers["X-Request-Id"] = g.request_id
-    for name, value in SECURITY_HEADERS.items():
-        headers.setdefault(name, value)
-    origin = request.headers.get("Origin")
+    environ, headers = _this_request().environ, response.headers
+    headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    origin = environ.get("HTTP_ORIGIN")
     if origin is not None:
         headers.add("Vary", "Origin")
-        if services().access.allows(origin, request.headers.get("Host", "")):
+        if services().access.allows(origin, environ.get("HTTP_HOST", "")):
             _share(response, origin)
     if not response.is_streamed:
         recorder()(response.status_code, g.get("trace"))
@@ -137,8 +147,9 @@ def _share(response: Response, origin: str) -> None:
 
 def recorder() -> Callable[[int, Trace | None], None]:
     """What writes this request's one log line and event at its end, in whatever thread that is."""
-    parts, started, path, facts = services(), g.started, request.path, _who()
-    route = request.url_rule.rule if request.url_rule else "other"
+    asked = _this_request()
+    parts, started, path, facts = services(), g.started, asked.path, g.who
+    route = asked.url_rule.rule if asked.url_rule else "other"
     if (live := g.get("trace")) is not None:
         parts.metrics.stream_begun(live)
 
@@ -155,16 +166,6 @@ def recorder() -> Callable[[int, Trace | None], None]:
             log.log(level, "%s", shown.encode("unicode_escape").decode())  # one line, whatever
 
     return record
-
-
-def _who() -> dict[str, Any]:
-    """The request in its events and its log line."""
-    return {
-        "id": g.request_id,
-        "client": request.remote_addr,
-        "method": request.method,
-        "path": quote(request.path[:200], safe="/:@,;~+"),
-    }
 
 
 def _render(error: Exception) -> Response:
