@@ -93,8 +93,10 @@ class Proxy:
             **settings,
         }
         self._output = folder / "proxy.out"
+        # Python may keep its bytecode, as on a user's machine: without, it compiles us each time.
+        strange = ("MLXPROXY_", "PYTHONDONTWRITEBYTECODE")
         self._environment = {
-            **{name: it for name, it in os.environ.items() if not name.startswith("MLXPROXY_")},
+            **{name: it for name, it in os.environ.items() if not name.startswith(strange)},
             **{f"MLXPROXY_{name}": str(value) for name, value in given.items()},
         }
         program = ["benchmarks.delayed", str(delay)] if delay else ["mlxproxy"]

@@ -8,6 +8,7 @@ from typing import Any
 from mlxproxy.errors import BackendFailed
 
 DONE = b"data: [DONE]\n\n"
+_COMMON = ("id", "system_fingerprint", "object", "model", "created")  # in the backend's order
 
 
 class Assembly:
@@ -70,14 +71,13 @@ class Assembly:
         first, content = self._first, "".join(self._content)
         choice: dict[str, Any] = {"index": 0, "finish_reason": self._finish}
         try:
-            kind = first["object"]
-            answer = {key: first[key] for key in ("id", "system_fingerprint", "model", "created")}
+            answer = {key: first[key] for key in _COMMON}
         except KeyError:
             raise BackendFailed("The backend sent events of a shape that is not known.") from None
-        if kind == "text_completion":
+        if answer["object"] == "text_completion":
             choice["text"] = content
         else:
-            kind = "chat.completion"
+            answer["object"] = "chat.completion"
             message: dict[str, Any] = {"role": "assistant", "content": content or None}
             if self._reasoning:
                 message["reasoning"] = "".join(self._reasoning)
@@ -87,6 +87,4 @@ class Assembly:
                     for call in self._calls
                 ]
             choice["message"] = message
-        return json.dumps(
-            {**answer, "object": kind, "choices": [choice], "usage": self.usage}
-        ).encode()
+        return json.dumps({**answer, "choices": [choice], "usage": self.usage}).encode()

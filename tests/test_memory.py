@@ -12,12 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxproxy.catalog import memory
 from mlxproxy.catalog.inspection import Folder, Inspector
 from mlxproxy.catalog.kvcache import KVCache
-from mlxproxy.catalog.memory import Fit, available, estimate, fit, working_set
+from mlxproxy.catalog.memory import Fit, available, fit, working_set
 from mlxproxy.catalog.mlxlm import MlxLm
-from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
 from tests.folders import model
 
 GB = 1 << 30
@@ -25,13 +24,13 @@ MODEL = Model(id="a/b", path=Path("/a/b"), weights_bytes=1000, kv_cache=KVCache(
 
 
 def test_a_model_takes_its_weights_and_its_context() -> None:
-    assert estimate(MODEL, context=0) == 1000
-    assert estimate(MODEL, context=50) == 1500
-    assert estimate(MODEL) == 1000 + 10 * memory.DEFAULT_CONTEXT
+    assert MODEL.memory_bytes(0) == 1000
+    assert MODEL.memory_bytes(50) == 1500
+    assert MODEL.memory_bytes() == 1000 + 10 * DEFAULT_CONTEXT
 
 
 def test_a_context_beyond_the_models_own_is_not_counted() -> None:
-    assert estimate(replace(MODEL, max_context_length=100), context=10**9) == 2000
+    assert replace(MODEL, max_context_length=100).memory_bytes(10**9) == 2000
 
 
 def test_layers_with_a_window_stop_growing() -> None:
@@ -40,7 +39,7 @@ def test_layers_with_a_window_stop_growing() -> None:
 
 
 def test_a_cache_of_unknown_size_is_left_out() -> None:
-    assert estimate(replace(MODEL, kv_cache=None), context=50) == 1000
+    assert replace(MODEL, kv_cache=None).memory_bytes(50) == 1000
 
 
 def test_what_fits_and_what_does_not_is_told_with_the_numbers() -> None:

@@ -32,36 +32,35 @@ POLL = 0.5
 
 
 @blueprint.get("")
-def listing() -> dict[str, Any]:
+def listing() -> Response:
     """All models that can be loaded; with `?all=true` the others too, with reasons."""
     everything = request.args.get("all", "").lower() in ("1", "true", "yes")
     models = services().catalog.models()
-    return {
-        "object": "list",
-        "data": _items([model for model in models if everything or model.loadable]),
-    }
+    items = _items([model for model in models if everything or model.loadable])
+    return _json(f'{{"object": "list", "data": [{", ".join(items)}]}}')
 
 
-def _items(models: Iterable[Model]) -> list[dict[str, Any]]:
-    """Models as the listing shows them: what their files tell, and what depends on the moment."""
+def _items(models: Iterable[Model]) -> list[str]:
+    """Models as the listing shows them, in JSON: what their files tell, and what is so now."""
     controller = services().controller
     state = controller.describe()
-    transition = state["transition"] or {}
+    loaded = state["model_id"]
+    loading = (state["transition"] or {}).get("model_id")
     available = memory.available(controller.memory())
     items = []
     for model in models:
-        item = model.to_dict()
-        path = item["path"]
-        item["loaded"] = path == state["model_id"]
-        item["state"] = "not-loaded"
-        if item["loaded"]:
-            item["state"] = "loaded"
-        elif path == transition.get("model_id"):
-            item["state"] = "loading"
-        item["memory_bytes"] = memory.estimate(model)
-        item["fits"] = item["memory_bytes"] <= available
-        items.append(item)
+        path = str(model.path)
+        now = "loaded" if path == loaded else "loading" if path == loading else "not-loaded"
+        fits = "true" if model.needed_bytes <= available else "false"
+        is_loaded = "true" if path == loaded else "false"
+        items.append(
+            f'{model.encoded[:-1]}, "loaded": {is_loaded}, "state": "{now}", "fits": {fits}}}'
+        )
     return items
+
+
+def _json(text: str) -> Response:
+    return Response(text, mimetype="application/json")
 
 
 @blueprint.get("/loaded")
@@ -75,11 +74,11 @@ def loaded() -> dict[str, Any]:
 
 
 @blueprint.get("/<path:name>")
-def one(name: str) -> dict[str, Any]:
+def one(name: str) -> Response:
     """One model, by the same names as a load takes."""
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} takes POST, not GET.")
-    return _items([services().catalog.find(name)])[0]
+    return _json(_items([services().catalog.find(name)])[0])
 
 
 @blueprint.post("/load")

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
 
-DEFAULT_CONTEXT = 8192  # tokens: a conversation, where nobody says how long it will be
 _GB = 1e9
 
 
@@ -33,18 +32,6 @@ class Fit:
         )
 
 
-def estimate(model: Model, context: int = DEFAULT_CONTEXT) -> int:
-    """About how many bytes a model takes with a context of that many tokens.
-
-    Its weights and its key-value cache. The working memory of a prefill is left out, as is a cache
-    whose size the config does not tell: a refusal should be certain, a permission need not be.
-    """
-    if model.max_context_length is not None:
-        context = min(context, model.max_context_length)
-    cache = model.kv_cache.bytes(context) if model.kv_cache else 0
-    return model.weights_bytes + cache
-
-
 def available(returned: int = 0) -> int:
     """Bytes that a new backend may use.
 
@@ -62,7 +49,7 @@ def available(returned: int = 0) -> int:
 
 def fit(model: Model, available: int, context: int = DEFAULT_CONTEXT) -> Fit:
     """Whether a model with a context of that many tokens fits into that many bytes."""
-    return Fit(estimate(model, context), available)
+    return Fit(model.memory_bytes(context), available)
 
 
 def working_set(total: int, wired_limit_mb: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -11,6 +12,8 @@ from typing import Any
 from mlxproxy.catalog.capabilities import Capabilities
 from mlxproxy.catalog.kvcache import KVCache
 from mlxproxy.errors import ModelsRootUnavailable, ModelUnusable
+
+DEFAULT_CONTEXT = 8192  # tokens: a conversation, where nobody says how long it will be
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,30 @@ class Model:
     stale: bool = False
     missing_root: Path | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The item of ``/v1/models``, but for what depends on the loaded model."""
-        return dict(self._item)
+    def memory_bytes(self, context: int = DEFAULT_CONTEXT) -> int:
+        """About how many bytes it takes with a context of that many tokens.
+
+        Its weights and its key-value cache. The working memory of a prefill is left out, as is a
+        cache whose size the config does not tell: a refusal should be certain, a permission need
+        not be.
+        """
+        if self.max_context_length is not None:
+            context = min(context, self.max_context_length)
+        cache = self.kv_cache.bytes(context) if self.kv_cache else 0
+        return self.weights_bytes + cache
 
     @cached_property
-    def _item(self) -> dict[str, Any]:
+    def needed_bytes(self) -> int:
+        """The same with a conversation's context; looked at for each model at each listing."""
+        return self.memory_bytes()
+
+    @cached_property
+    def encoded(self) -> str:
+        """:meth:`to_dict` as JSON. Encoded anew each time, thousands of models take long."""
+        return json.dumps(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The item of ``/v1/models``, but for what depends on the moment."""
         return {
             "id": self.id,
             "object": "model",
@@ -83,6 +104,7 @@ class Model:
             "vocab_size": self.vocab_size,
             "capabilities": self.capabilities.to_dict(),
             "stale": self.stale,
+            "memory_bytes": self.needed_bytes,
         }
 
     def require_loadable(self) -> None:
