@@ -42,6 +42,11 @@ _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
 # What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
 # names. What follows a letter is no path (user/assistant), nor is an endpoint.
 _PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\s'":,;()]*""")
+MENDED = Path(__file__).with_name("mended.py")
+# The first line of a script that pip has made; the first two, where the path has a space.
+_PYTHON = re.compile(
+    rb"#!(?:/bin/sh\n'''exec' \"?)?(/[^\n\"]*/python[\d.]*)(?: ?\n|\"? \"\$0\" \"\$@\"\n)"
+)
 HEALTH_TIMEOUT = 2.0
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
 
@@ -143,7 +148,7 @@ class Backend:
     def command(self) -> list[str]:
         """The command line. Clients that stream from the backend's port rely on its options."""
         return [
-            str(server_program(self.config.server_bin)),
+            *program_command(server_program(self.config.server_bin)),
             *("--model", self.load.path),
             *("--host", "127.0.0.1"),
             *("--port", str(self.config.port)),
@@ -476,6 +481,20 @@ def server_program(configured: Path | None) -> Path:
             "`pip install mlx-lm`, or set MLX_SERVER_BIN."
         )
     return Path(found)
+
+
+def program_command(program: Path) -> list[str]:
+    """How to start that `mlx_lm.server`: by way of `mended.py`, if it is the script that pip makes
+    (a wrapper of another kind is run as it is)."""
+    try:
+        with program.open("rb") as file:
+            script = file.read(2048)
+    except OSError:
+        return [str(program)]
+    shebang = _PYTHON.match(script)
+    if shebang is None or b"mlx_lm.server" not in script:
+        return [str(program)]
+    return [os.fsdecode(shebang[1]), str(MENDED), str(program)]
 
 
 def _environment() -> dict[str, str]:

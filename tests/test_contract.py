@@ -311,6 +311,24 @@ def test_text_completions_go_the_same_way(proxy: Proxy) -> None:
     assert text == whole["choices"][0]["text"]
 
 
+def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
+    """`mlx_lm.server`, started by itself, dies of it: nothing of the prompt is left to compute."""
+    proxy.load("tiny/alpha")
+    pid = proxy.loaded()["pid"]
+
+    def continued(prompt: str, tokens: int) -> dict[str, Any]:
+        answer = proxy.post("/v1/completions", {"prompt": prompt, "max_tokens": tokens})
+        assert answer.ok, answer.text
+        return dict(answer.json())
+
+    prompt, said = "<|im_start|><|call|>", "<tool_call>"  # (which is left out of its text)
+    assert continued(prompt, 1)["choices"][0]["finish_reason"] == "length"
+    rest = continued(prompt + said, 3)
+    assert rest["choices"][0]["text"].startswith('{"name"')
+    assert rest["usage"]["prompt_tokens_details"]["cached_tokens"] == 2  # of three
+    assert proxy.loaded()["pid"] == pid
+
+
 def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from mlxproxy import guard
+from mlxproxy.backend import program_command
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard import Kind, Limits
 from tests import tiny
@@ -54,7 +55,8 @@ class Backend:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [str(SERVER_BIN), "--model", str(self.model), "--port", str(self.port)]
+        command = [*program_command(SERVER_BIN), "--model", str(self.model)]
+        command += ["--port", str(self.port)]
         command += ["--max-tokens", str(MAX_TOKENS)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
