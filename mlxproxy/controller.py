@@ -123,6 +123,7 @@ class Lease:
         self.since = time.monotonic()
         self.granted = 0.0
         self.heard = 0.0  # when the last byte of this answer came
+        self.in_one_piece = False  # nothing of it comes before all of it
         self.backend: Backend | None = None
         self.error: ProxyError | None = None
         self.upstream: Upstream | None = None
@@ -480,7 +481,8 @@ class Controller:
         return lease.error or seen
 
     def stalled(self, lease: Lease) -> ProxyError | None:
-        """See Lease.stalled. One silent answer ends alone while the backend feeds others."""
+        """See Lease.stalled. One silent answer ends alone while the backend feeds others, or if
+        it would be silent anyhow: then its silence tells nothing about the backend."""
         backend = lease.backend
         silence = self.limits.stall_timeout
         if lease.error is not None or backend is None:
@@ -488,6 +490,11 @@ class Controller:
         now = time.monotonic()
         if now - max(lease.heard, lease.granted) < silence:
             return None
+        if lease.in_one_piece:
+            return BackendTimeout(
+                f"The answer was not complete within {silence:g} s (STALL_TIMEOUT); with logprobs "
+                "it comes in one piece. Ask for fewer tokens, or raise STALL_TIMEOUT."
+            )
         if now - max(backend.heard, lease.granted) < silence:
             return BackendTimeout(
                 f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), "

@@ -7,7 +7,11 @@ import time
 from collections import deque
 from typing import Any
 
+from mlxproxy.errors import TooManyRequests
+
 KEPT = 512  # events that a slow reader may fall behind
+FOLLOWERS = 16  # each holds a thread of the server's reserve
+FOLLOWERS_OF_ONE = 8  # of one client at most, so that others find a place
 
 Event = tuple[str, dict[str, Any]]
 
@@ -15,8 +19,9 @@ Event = tuple[str, dict[str, Any]]
 class Subscription:
     """One follower's place: the events since it came, the oldest dropped past KEPT."""
 
-    def __init__(self, kinds: frozenset[str] | None) -> None:
+    def __init__(self, kinds: frozenset[str] | None, client: str) -> None:
         self.kinds = kinds
+        self.client = client
         self.lost = 0
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
@@ -59,20 +64,28 @@ class Hub:
             for follower in followers:
                 follower.put(event)
 
-    def subscribe(self, *kinds: str) -> Subscription:
-        """A new follower of these kinds of event (of all, if none is named)."""
-        subscription = Subscription(frozenset(kinds) or None)
+    def subscribe(self, *kinds: str, client: str = "") -> Subscription:
+        """A new follower of these kinds of event (of all, if none is named).
+
+        Raises:
+            TooManyRequests: so many follow, or so many of this client's, that more would leave
+                no thread for others.
+        """
+        subscription = Subscription(frozenset(kinds) or None, client)
         with self._lock:
+            own = sum(it.client == client for it in self._followers)
+            if own >= FOLLOWERS_OF_ONE or len(self._followers) >= FOLLOWERS:
+                raise TooManyRequests(
+                    f"Logs and events are followed {len(self._followers)} times already, {own} of "
+                    "them by you. End one of those.",
+                    retry_after=30,
+                )
             self._followers.add(subscription)
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
         with self._lock:
             self._followers.discard(subscription)
-
-    def followers(self) -> int:
-        with self._lock:
-            return len(self._followers)
 
     def close(self) -> None:
         """Ends all following: the proxy is about to stop."""

@@ -178,6 +178,7 @@ def whole(lease: Lease, path: str, prepare: Prepare, trace: Trace, plain: bool) 
         lease.wait()
         trace.granted = time.monotonic()
         trace.model = lease.load.model_id
+        lease.in_one_piece = plain
         upstream = lease.connect(INTERVAL)
         upstream.send(path, prepare(lease))
         while not _head(upstream, lease):

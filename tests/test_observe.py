@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mlxproxy import create_app, services, settings
 from mlxproxy.backendlog import LogFile
-from mlxproxy.blueprints.observe import FOLLOWERS
-from mlxproxy.hub import KEPT
+from mlxproxy.errors import TooManyRequests
+from mlxproxy.hub import FOLLOWERS, FOLLOWERS_OF_ONE, KEPT, Hub
 from mlxproxy.logtail import LogTail
 from mlxproxy.metrics import Metrics
 from mlxproxy.relay import Trace
@@ -180,7 +180,8 @@ def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: 
         assert b'"number 10"' in told[2]
         assert f'"number {KEPT + 9}"'.encode() in told[-1]
         answer.close()
-        assert parts.hub.followers() == 0
+        for _ in range(FOLLOWERS_OF_ONE):  # its own place is free again
+            parts.hub.subscribe(client="127.0.0.1")
     finally:
         parts.close()
 
@@ -264,6 +265,19 @@ def test_history_goes_back_beyond_the_last_rotation(tmp_path: Path) -> None:
 # -- followers
 
 
+def test_one_client_cannot_have_all_places_of_followers() -> None:
+    hub = Hub()
+    kept = [hub.subscribe(client="greedy") for _ in range(FOLLOWERS_OF_ONE)]
+    with pytest.raises(TooManyRequests):
+        hub.subscribe(client="greedy")
+    for number in range(FOLLOWERS - FOLLOWERS_OF_ONE):
+        hub.subscribe(client=f"another {number}")
+    with pytest.raises(TooManyRequests):
+        hub.subscribe(client="one too many")
+    hub.unsubscribe(kept[0])
+    hub.subscribe(client="one too many")
+
+
 def test_followers_beyond_the_limit_are_refused_until_one_leaves(
     proxy: Proxy, follow: Callable[..., Following]
 ) -> None:
@@ -280,7 +294,7 @@ def test_followers_beyond_the_limit_are_refused_until_one_leaves(
         found: Following = until(accepted, what=f"place number {number}")
         return found
 
-    for number in range(FOLLOWERS):
+    for number in range(FOLLOWERS_OF_ONE):
         all_of_them.append(another(number))
     refused = proxy.get("/v1/events")
     assert refused.status_code == 429

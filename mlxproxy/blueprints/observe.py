@@ -27,8 +27,9 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from mlxproxy.blueprints.web import client as asker
 from mlxproxy.blueprints.web import presence, recorder, services
-from mlxproxy.errors import InvalidRequest, TooManyRequests
+from mlxproxy.errors import InvalidRequest
 from mlxproxy.hub import Subscription
 from mlxproxy.logtail import LogTail
 from mlxproxy.presence import Presence
@@ -36,7 +37,6 @@ from mlxproxy.services import Services
 
 blueprint = Blueprint("observe", __name__)
 
-FOLLOWERS = 16  # each holds a thread of the server's reserve
 KEEPALIVE = 15.0  # seconds of silence after which a follower gets a comment
 TICK = 1.0  # seconds between two progress events of a load
 LOG_POLL = 0.25  # seconds; the file's writer may be a little behind the event
@@ -109,13 +109,9 @@ def _followed(
     """The stream as a response that gives its place back when it ends, however it does.
 
     Raises:
-        TooManyRequests: so many follow that more would leave no thread for others.
+        TooManyRequests: so many follow already.
     """
-    if parts.hub.followers() >= FOLLOWERS:
-        raise TooManyRequests(
-            f"{FOLLOWERS} clients follow logs or events already. End one of them.", retry_after=30
-        )
-    subscription = parts.hub.subscribe(*kinds)
+    subscription = parts.hub.subscribe(*kinds, client=asker())
     response = Response(stream(subscription), mimetype="text/event-stream", headers=STREAM_HEADERS)
     client.on_leave(subscription.wake)
     record = recorder()
