@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -59,6 +60,9 @@ class Limits:
     """Tokens that one answer may have at most, whatever the model."""
     max_image_bytes: int = 20 << 20
     """Bytes of one image, decoded from its data URL."""
+    max_pixels: int = 64_000_000
+    """Pixels of all images of a request together: the backend unpacks each to three bytes a pixel,
+    whatever its file's size."""
     vocab_size: int | None = None
     """Ids below it are known to the tokenizer and to the model: the smaller of the two counts.
     0 if a loaded model's is not to be found out."""
@@ -269,7 +273,21 @@ def messages(name: str, value: Any, limits: Limits) -> list[dict[str, Any]]:
     """A conversation, in the shape that chat templates read."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         raise refusal(name, f"a list of 1 to {MAX_MESSAGES} messages")
-    return [_message(f"{name}[{index}]", item, limits) for index, item in enumerate(value)]
+    checked = [_message(f"{name}[{index}]", item, limits) for index, item in enumerate(value)]
+    if sum(_pixels(name, url) for url in images(checked)) > limits.max_pixels:
+        raise refusal(name, f"with images of at most {limits.max_pixels:,} pixels together")
+    return checked
+
+
+def images(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The data URLs of checked messages: a content that is still a list has images."""
+    return [
+        part["image_url"]["url"]
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
 
 
 def _message(name: str, value: Any, limits: Limits) -> dict[str, Any]:
@@ -335,6 +353,21 @@ def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
     if not IMAGE_FORMATS.match(image):
         raise refusal(name, "a PNG, JPEG, GIF or WebP image")
     return url
+
+
+def _pixels(name: str, url: str) -> int:
+    """How many pixels an image has, told by what the backend, too, reads it with."""
+    from PIL import Image  # only whoever sends images needs it
+
+    file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
+    try:
+        with Image.open(file, formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
+            width, height = image.size
+            return int(width * height)
+    except Image.DecompressionBombError:  # more than twice of what that library thinks sane
+        return 1 << 62
+    except Exception:  # whatever a broken file brings about in there
+        raise refusal(name, "with images that can be read") from None
 
 
 def _tool_calls(name: str, value: Any) -> list[dict[str, Any]]:

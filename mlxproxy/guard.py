@@ -120,7 +120,7 @@ def check(body: object, kind: Kind, limits: Limits) -> dict[str, Any]:
     if REQUIRED[kind] not in request:
         raise InvalidRequest(f"{REQUIRED[kind]} is missing.", param=REQUIRED[kind])
     if limits.max_context is not None:
-        length -= sum(len(url) for url in _images(request))
+        length -= sum(map(len, fields.images(request.get("messages", ()))))
         if length > limits.max_context * CHARACTERS_PER_TOKEN:
             raise InvalidRequest(
                 f"{length} characters cannot fit into the model's context of "
@@ -135,7 +135,7 @@ def is_exclusive(request: Mapping[str, Any]) -> bool:
     """Whether the backend answers this checked request alone: it waits until all others have
     their answers, and lets nobody else begin meanwhile."""
     return not request.keys().isdisjoint({"seed", "adapters", "draft_model"}) or bool(
-        _images(request)
+        fields.images(request.get("messages", ()))
     )
 
 
@@ -205,14 +205,3 @@ def _require_utf8(name: str, text: str) -> None:
         raise InvalidRequest(
             f"{name} has half of a surrogate pair in a text, which is no character.", param=name
         ) from None
-
-
-def _images(request: Mapping[str, Any]) -> list[str]:
-    """The data URLs of a checked request: a content that is still a list has images."""
-    return [
-        part["image_url"]["url"]
-        for message in request.get("messages", ())
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image_url"
-    ]

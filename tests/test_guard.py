@@ -6,6 +6,8 @@ import base64
 import copy
 import dataclasses
 import json
+import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -30,7 +32,23 @@ HELLO = [{"role": "user", "content": "Hello"}]
 NAN, INFINITY = float("nan"), float("inf")
 HUGE = 10**400  # an integer that no float holds
 SURROGATE = "\ud800"
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(16)
+
+
+def png(width: int, height: int) -> bytes:
+    """A picture in one colour, which takes few bytes whatever its size."""
+    pieces = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(height * (1 + (width + 7) // 8)), 9)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in pieces
+    )
+
+
+PNG = png(1, 1)
+PADDING = bytes(1000 - len(PNG))
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 
 
@@ -97,7 +115,10 @@ SAME: list[tuple[Kind, dict[str, Any]]] = [
     ("chat", {"unknown": nested(64)}),
     ("chat", said("Ünïcödé 🙂", name="Ada", extra={"of": ["a", "client"]})),
     ("chat", image({"type": "image_url", "image_url": {"url": data_url()}})),
-    ("chat", image({"type": "image_url", "image_url": {"url": data_url(PNG + bytes(976))}})),
+    (
+        "chat",
+        image({"type": "image_url", "image_url": {"url": data_url(PNG + PADDING)}}),
+    ),
 ]
 
 TRANSLATED: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
@@ -261,7 +282,7 @@ REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
             "data:image/png,abc",
             "data:image/png;base64,?",
             "data:image/png;base64,ü",
-            data_url(PNG + bytes(977)),
+            data_url(PNG + PADDING + b"x"),
             data_url(PNG + bytes(10_000)),
             data_url(b"%!PS-Adobe-3.0 EPSF-3.0"),
         ]
@@ -542,6 +563,26 @@ def test_images_do_not_count_as_text() -> None:
     roomy = dataclasses.replace(LIMITS, max_image_bytes=100_000, max_context=512)
     fields = image({"type": "image_url", "image_url": {"url": data_url(PNG + bytes(50_000))}})
     assert checked("chat", fields, roomy) == fields
+
+
+def test_small_files_with_huge_pictures_in_them_are_refused() -> None:
+    """The backend would unpack each: 200 kB of files to 30 GB of memory."""
+    roomy = dataclasses.replace(LIMITS, max_image_bytes=100_000, max_context=None)
+
+    def pictures(*sizes: tuple[int, int]) -> dict[str, Any]:
+        urls = [data_url(png(*size)) for size in sizes]
+        return said([{"type": "image_url", "image_url": {"url": url}} for url in urls])
+
+    assert checked("chat", pictures((8000, 8000)), roomy)
+    for too_large in ([(8001, 8000)], [(8000, 7999), (100, 81)], [(20_000, 20_000)]):
+        with pytest.raises(InvalidRequest, match="pixels together"):
+            checked("chat", pictures(*too_large), roomy)
+
+
+def test_an_image_that_cannot_be_read_is_refused() -> None:
+    broken = data_url(PNG[:12] + bytes(50))
+    with pytest.raises(InvalidRequest, match="can be read"):
+        checked("chat", image({"type": "image_url", "image_url": {"url": broken}}))
 
 
 def test_the_effort_reaches_only_templates_that_may_be_told() -> None:
