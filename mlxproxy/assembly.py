@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from mlxproxy.errors import BackendFailed
@@ -24,7 +26,7 @@ class Assembly:
         self.complete = False
         self.usage: dict[str, Any] = {}
         self._first: dict[str, Any] = {}
-        self._finish: str | None = None
+        self._last: dict[str, Any] = {}  # choice
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[dict[str, Any]] = []
@@ -39,52 +41,58 @@ class Assembly:
             self.complete = True
             data = data[: -len(DONE)]
         events = b",".join(line[6:] for line in data.split(b"\n") if line.startswith(b"data: "))
-        try:
+        with _known_shape():
             for event in json.loads(b"[%b]" % events):  # one call for all is four times as quick
                 self._take(event)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise BackendFailed("The backend sent events of a shape that is not known.") from None
 
     def _take(self, event: dict[str, Any]) -> None:
         self._first = self._first or event
-        if not event["choices"]:
+        if "usage" in event:
             self.usage = event["usage"]
-            return
-        chunk = event["choices"][0]
-        self._finish = chunk["finish_reason"]
-        if "text" in chunk:
-            self._content.append(chunk["text"])
-            return
-        delta = chunk["delta"]
-        if content := delta.get("content"):
-            self._content.append(content)
-        if reasoning := delta.get("reasoning"):
-            self._reasoning.append(reasoning)
-        self._calls += delta.get("tool_calls") or ()
+        for choice in event["choices"]:
+            self._last = choice
+            if "text" in choice:
+                self._content.append(choice["text"])
+                continue
+            delta = choice["delta"]
+            self._content.append(delta.get("content") or "")
+            self._reasoning.append(delta.get("reasoning") or "")
+            self._calls += delta.get("tool_calls") or ()
 
     def answer(self) -> bytes:
         """The JSON of the whole answer.
 
         Raises:
-            BackendFailed: there was no event at all.
+            BackendFailed: the events amount to none.
         """
-        first, content = self._first, "".join(self._content)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": self._finish}
-        try:
-            answer = {key: first[key] for key in _COMMON}
-        except KeyError:
-            raise BackendFailed("The backend sent events of a shape that is not known.") from None
-        if answer["object"] == "text_completion":
-            choice["text"] = content
-        else:
-            answer["object"] = "chat.completion"
-            message: dict[str, Any] = {"role": "assistant", "content": content or None}
-            if self._reasoning:
-                message["reasoning"] = "".join(self._reasoning)
-            if self._calls:  # a stream numbers its calls, a whole answer does not
-                message["tool_calls"] = [
-                    {key: value for key, value in call.items() if key != "index"}
-                    for call in self._calls
-                ]
-            choice["message"] = message
-        return json.dumps({**answer, "choices": [choice], "usage": self.usage}).encode()
+        with _known_shape():
+            answer = {key: self._first[key] for key in _COMMON}
+            choice = {"index": 0, "finish_reason": self._last["finish_reason"]}
+            if answer["object"] == "text_completion":
+                choice["text"] = "".join(self._content)
+            else:
+                answer["object"] = "chat.completion"
+                choice["message"] = self._message()
+            if not self.usage:
+                raise KeyError("usage")
+            return json.dumps({**answer, "choices": [choice], "usage": self.usage}).encode()
+
+    def _message(self) -> dict[str, Any]:
+        content, reasoning = "".join(self._content), "".join(self._reasoning)
+        message: dict[str, Any] = {"role": "assistant", "content": content or None}
+        if reasoning:
+            message["reasoning"] = reasoning
+        if self._calls:  # a stream numbers its calls, a whole answer does not
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"}
+                for call in self._calls
+            ]
+        return message
+
+
+@contextlib.contextmanager
+def _known_shape() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise BackendFailed("The backend sent events of a shape that is not known.") from None

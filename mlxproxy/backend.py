@@ -45,9 +45,14 @@ _PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\
 MENDED = Path(__file__).with_name("mended.py")
 # The first line of a script that pip has made; the first two, where the path has a space.
 _PYTHON = re.compile(
-    rb"#!(?:/bin/sh\n'''exec' \"?)?(/[^\n\"]*/python[\d.]*)(?: ?\n|\"? \"\$0\" \"\$@\"\n)"
+    rb"#! ?(?:/bin/sh\n'''exec' [\"']?)?(/[^\n\"']*/(?:python|pypy)[\w.]*)"
+    rb"(?: ?\n|[\"']? \"\$0\" \"\$@\"\n)"
 )
 HEALTH_TIMEOUT = 2.0
+FIRST_CHAT: tuple[str, dict[str, object]] = (
+    "/v1/chat/completions",
+    {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+)
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
 
 
@@ -253,8 +258,7 @@ class Backend:
         # Queued behind the load and then refused: it tells the end of the load, not its success.
         self._ask("/v1/completions", {"prompt": None, "max_tokens": 1}, cancelled, deadline)
         on_phase("warming")
-        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-        status, answer = self._ask("/v1/chat/completions", body, cancelled, deadline)
+        status, answer = self._ask(*FIRST_CHAT, cancelled, deadline)
         if status != 200:
             if b"generation thread died" in answer:
                 self._end.wait(VERDICT)  # the log tells of what, a moment later
@@ -302,6 +306,14 @@ class Backend:
             finally:
                 connection.close()
         return self._ended
+
+    def generates(self, patience: float) -> bool:
+        """Whether it answers a chat of one token within so many seconds."""
+        try:
+            deadline = time.monotonic() + patience
+            return self._ask(*FIRST_CHAT, threading.Event(), deadline)[0] == 200
+        except ProxyError:
+            return False
 
     def give_up(self, reason: str) -> None:
         """Takes the backend for dead, for a reason that only its users can see: it hangs."""
@@ -366,7 +378,7 @@ class Backend:
     def _ask(
         self, path: str, body: dict[str, object], cancelled: threading.Event, deadline: float
     ) -> tuple[int, bytes]:
-        """One request of the readiness check: its status and body."""
+        """One request of our own: its status and body."""
         try:
             probe = Upstream(self.port, interval=POLL * 4)
         except BackendFailed as error:

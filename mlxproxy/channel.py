@@ -131,21 +131,24 @@ class DirectRequest(Request):
     """A request whose body goes the short way: its beginning together with the head (one packet,
     one wake of the client), each further chunk as it comes."""
 
-    wrote_header = False
+    wrote_header = False  # as in waitress, which has no types
 
     def write(self, data: bytes) -> None:
-        if self.wrote_header or not self.has_body or not 0 < len(data) <= JOINED:
+        joined = self.complete and self.has_body and 0 < len(data) <= JOINED
+        if self.wrote_header or not joined:
             super().write(data)
-            return
-        head: bytes = self.build_response_header()
-        self.wrote_header = True
-        if self.chunked_response:
-            self.channel.send_chunk(data, head)
-            self.write = self.channel.send_chunk  # type: ignore[method-assign]
         else:
-            data = data[: self.content_length]
-            self.content_bytes_written += len(data)
-            self.channel.send_now(head + data)
+            head: bytes = self.build_response_header()
+            self.wrote_header = True
+            if self.chunked_response:
+                self.channel.send_chunk(data, head)
+            else:
+                if self.content_length is not None:
+                    data = data[: self.content_length]
+                    self.content_bytes_written += len(data)
+                self.channel.send_now(head + data)
+        if self.chunked_response:
+            self.write = self.channel.send_chunk  # type: ignore[method-assign]
 
 
 class DirectChannel(Channel):
@@ -168,15 +171,17 @@ class DirectChannel(Channel):
         lock.acquire()
         try:
             if self.connected and not self.total_outbufs_len:
-                sent = self.socket.send(data)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.will_close = True
-            self.server.pull_trigger()
-            raise ClientDisconnected from None
+                try:
+                    sent = self.socket.send(data)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self.will_close = True
+                    self.server.pull_trigger()
+                    raise ClientDisconnected from None
+                if sent < len(data):
+                    self.last_activity = time.time()  # from here on the client is a slow one
         finally:
             lock.release()
         if sent < len(data):
-            self.last_activity = time.time()  # from here on the client is a slow one
             self.write_soon(data[sent:])

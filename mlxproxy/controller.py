@@ -41,6 +41,7 @@ DEATHS, DEATHS_WITHIN = 3, 300.0  # so many deaths in so many seconds, and it st
 RETRY_AFTER = 5
 # A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
 PATIENCE_OF_EXCLUSIVE = 10.0
+LONGEST = 12  # times the stall timeout that an answer in one piece may take
 
 Launch = Callable[[Load, Callable[[str], None]], Backend]
 Emit = Callable[[str, dict[str, Any]], None]
@@ -481,8 +482,8 @@ class Controller:
         return lease.error or seen
 
     def stalled(self, lease: Lease) -> ProxyError | None:
-        """See Lease.stalled. One silent answer ends alone while the backend feeds others, or if
-        it would be silent anyhow: then its silence tells nothing about the backend."""
+        """See Lease.stalled. One silent answer ends alone while the backend feeds others; one
+        that would be silent anyhow goes on while the backend answers anybody."""
         backend = lease.backend
         silence = self.limits.stall_timeout
         if lease.error is not None or backend is None:
@@ -490,19 +491,20 @@ class Controller:
         now = time.monotonic()
         if now - max(lease.heard, lease.granted) < silence:
             return None
-        if lease.in_one_piece:
-            return BackendTimeout(
-                f"The answer was not complete within {silence:g} s (STALL_TIMEOUT); with logprobs "
-                "it comes in one piece. Ask for fewer tokens, or raise STALL_TIMEOUT."
+        in_one_piece = lease.in_one_piece and not lease.exclusive
+        answers_others = now - max(backend.heard, lease.granted) < silence
+        if not answers_others and not (in_one_piece and backend.generates(silence)):
+            backend.give_up(f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
+            return lease.error or BackendTimeout(
+                f"The backend sent nothing for {silence:g} s (STALL_TIMEOUT) and was taken for "
+                "dead."
             )
-        if now - max(backend.heard, lease.granted) < silence:
-            return BackendTimeout(
-                f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), "
-                "though it answers others. Ask again."
-            )
-        backend.give_up(f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
-        return lease.error or BackendTimeout(
-            f"The backend sent nothing for {silence:g} s (STALL_TIMEOUT) and was taken for dead."
+        if in_one_piece and now - lease.granted < LONGEST * silence:
+            lease.heard = time.monotonic()
+            return lease.error
+        return BackendTimeout(
+            f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), though "
+            "it answers others. Ask again."
         )
 
     def comment(self, lease: Lease) -> bytes:

@@ -139,11 +139,11 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
                 if rest or not data.endswith(b"\n\n"):
                     # With half an event before it, no client could read the error that follows.
                     data, rest = _whole_events(rest + data)
-                if data:
-                    yield data  # first of all: what is to be noted of it can wait
-                lease.heard = backend.heard = monotonic()
                 if not events:
                     _opening(trace, data)
+                if data:
+                    yield data  # before the rest of what is to be noted
+                lease.heard = backend.heard = monotonic()
                 trace.tokens_out = events = events + data.count(b"data: {")
                 done = data.endswith(DONE)
             if not done:

@@ -29,6 +29,7 @@ RESERVE = 48
 # Bytes a slow reader may have waiting in memory before the backend is no longer read for it.
 WATERMARK = 256 << 10
 DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
+ACCEPTS = 64  # connections at one turn
 STOPPED = 10.0  # seconds for the last bytes to reach the clients
 
 
@@ -37,13 +38,16 @@ class CannotListen(Exception):
 
 
 class Listener(TcpWSGIServer):  # type: ignore[misc]
-    """Takes all connections that wait; waitress takes one a turn of its loop, which looks at every
-    connection there is."""
+    """Takes several connections a turn of its loop; waitress takes one, and looks at all there are
+    in between."""
 
     def handle_accept(self) -> None:
-        count = -1
-        while count != (count := len(self.active_channels)):
-            super().handle_accept()
+        for _ in range(ACCEPTS):
+            before = len(self.active_channels)
+            if len(self._map) < self.adj.connection_limit:
+                super().handle_accept()
+            if len(self.active_channels) == before:  # none waits, or there is no room
+                break
 
 
 class Server:

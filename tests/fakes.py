@@ -30,6 +30,7 @@ class FakeBackend:
         self.world, self.load, self._on_end = world, load, on_end
         self.ended: str | None = None
         self.hung = False
+        self.deaf = False
         self.heard = time.monotonic()
         self.port = 1
         self.pid = 1
@@ -69,6 +70,9 @@ class FakeBackend:
 
     def check(self) -> str | None:
         return self.ended
+
+    def generates(self, patience: float) -> bool:
+        return not self.deaf
 
     def give_up(self, reason: str) -> None:
         self.hung = True

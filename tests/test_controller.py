@@ -601,6 +601,35 @@ def test_the_ttl_of_a_load_that_joined_counts(world: Callable[..., World]) -> No
     until(lambda: state(it) == "empty", 2, what="the idle unload")
 
 
+def test_an_answer_in_one_piece_is_waited_for_while_the_backend_answers(
+    world: Callable[..., World],
+) -> None:
+    it = world(stall_timeout=0.05)
+    it.load("a")
+    lease = it.lease()
+    lease.in_one_piece = True
+
+    def stalled() -> object:
+        return lease.stalled()
+
+    deadline = time.monotonic() + 0.2
+    while time.monotonic() < deadline:
+        assert stalled() is None
+    backend = it.running[0]
+    backend.deaf = True
+    assert isinstance(until(stalled, 2, "the stall"), BackendTimeout)
+    assert backend.hung
+
+
+def test_an_answer_in_one_piece_ends_some_day(world: Callable[..., World]) -> None:
+    it = world(stall_timeout=0.01)
+    it.load("a")
+    lease = it.lease()
+    lease.in_one_piece = True
+    assert isinstance(until(lease.stalled, 2, "the end"), BackendTimeout)
+    assert not it.running[0].hung
+
+
 def test_an_answer_that_hangs_alone_ends_alone(world: Callable[..., World]) -> None:
     it = world(stall_timeout=0.2)
     it.load("a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +24,8 @@ SHELL = "#!/bin/sh\n'''exec' %s \"$0\" \"$@\"\n' '''\n"
         ("#!/my models/bin/python3.12\n", "/my models/bin/python3.12"),
         (SHELL % '"/my models/bin/python3.12"', "/my models/bin/python3.12"),
         (SHELL % "/very/long/bin/python", "/very/long/bin/python"),
+        (SHELL % "'/my models/bin/python3.13t'", "/my models/bin/python3.13t"),
+        ("#! /venv/bin/pypy3\n", "/venv/bin/pypy3"),
     ],
 )
 def test_the_script_of_pip_is_run_by_its_own_python(tmp_path: Path, head: str, python: str) -> None:
@@ -52,7 +55,15 @@ def test_a_program_that_cannot_be_read_is_run_as_it_is(tmp_path: Path) -> None:
 
 
 def test_another_mlx_lm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlx_lm", None)  # importing it fails
+    older = ModuleType("mlx_lm.models.cache")
+    models = ModuleType("mlx_lm.models")
+    models.cache = older  # type: ignore[attr-defined]
+    for module in (ModuleType("mlx_lm"), models, older):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    before = dict(vars(older))
+    mended.mend()
+    assert vars(older) == before
+    monkeypatch.setitem(sys.modules, "mlx_lm.models", None)  # importing it fails
     mended.mend()
 
 

@@ -763,6 +763,44 @@ def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
     assert ended.is_set()
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    monkeypatch.setattr(server, "DEAF_AFTER", 0.3)
+    ended = threading.Event()
+
+    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        try:
+            yield from itertools.repeat(b"x" * 150_000, 2)  # less than stops the application
+            while not ended.wait(0.02):
+                yield b": waiting\n\n"
+        finally:
+            ended.set()
+
+    one = alone(application, direct_send=direct)
+    one.server._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", one.port))
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert ended.wait(5)
+
+
+def test_connections_that_come_all_at_once_are_no_more_than_the_limit(
+    alone: Callable[..., Alone],
+) -> None:
+    one = alone(lambda *_: [])
+    one.server._server.adj.connection_limit = 40
+    with contextlib.ExitStack() as held:
+        for _ in range(200):
+            held.enter_context(socket.create_connection(("127.0.0.1", one.port), 5))
+        until(lambda: len(one.server._map) >= 40, what="as many as there may be")
+        time.sleep(0.2)  # ten turns of the loop: none of them takes one more
+        assert len(one.server._map) == 40
+
+
 def test_clients_that_ask_again_and_again_and_read_nothing_hold_no_threads(
     alone: Callable[..., Alone],
 ) -> None:

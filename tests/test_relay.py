@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 from mlxproxy.assembly import DONE, Assembly
+from mlxproxy.errors import BackendFailed
 from mlxproxy.relay import _whole_events
 
 HEAD = {"id": "x", "system_fingerprint": "f", "model": "m", "created": 1}
@@ -20,7 +23,7 @@ def usage(**counts: int) -> dict[str, Any]:
     return {**HEAD, "object": "chat.completion", "choices": [], "usage": counts}
 
 
-def assemble(events: list[dict[str, Any]], together: bool = False) -> dict[str, Any]:
+def assemble(events: list[Any], together: bool = False) -> dict[str, Any]:
     """The answer of these events, which come one by one or all in one piece."""
     pieces = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events] + [DONE]
     assembly = Assembly()
@@ -57,6 +60,24 @@ def test_a_whole_answer_has_the_text_the_thoughts_and_the_calls_of_all_events() 
     assert message["reasoning"] == "hm"
     assert message["tool_calls"] == [call]
     assert answer["usage"]["total_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [],
+        [usage(total_tokens=1)],
+        [chunk({"content": "a"}, "stop")],
+        [chunk({"content": 5}, "stop"), usage(total_tokens=1)],
+        [chunk({"tool_calls": "abc"}, "stop"), usage(total_tokens=1)],
+        [{**HEAD, "object": "text_completion", "choices": [{"text": None}]}, usage(total_tokens=1)],
+        [{"error": "no event"}],
+        ["no event"],
+    ],
+)
+def test_events_that_amount_to_no_answer_are_the_backends_failure(events: list[Any]) -> None:
+    with pytest.raises(BackendFailed):
+        assemble(events)
 
 
 def test_an_answer_without_text_has_null_for_content() -> None:

@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from mlxproxy import ports, settings
-from mlxproxy.backend import server_program
+from mlxproxy.backend import program_command, server_program
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.client import ClientError, connect
@@ -121,16 +121,18 @@ def _mlx_lm(found: Settings) -> Finding:
         return Finding("mlx-lm", error.message, f"{sys.executable} -m pip install mlx-lm")
     python = program.parent / "python"
     update = f"{python if python.exists() else sys.executable} -m pip install --upgrade mlx-lm"
+    command = program_command(program)
     try:
         done = subprocess.run(
-            [str(program), "--help"], capture_output=True, text=True, timeout=PATIENCE
+            [*command, "--help"], capture_output=True, text=True, timeout=PATIENCE
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("mlx-lm", f"{program} does not run: {error}", update)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         return Finding("mlx-lm", f"{program} does not run here: {words[-1]}", update)
-    return Finding("mlx-lm", f"{_version(found)}runs ({program})")
+    wrapper = ", a wrapper: without what mlxproxy mends in it" if len(command) == 1 else ""
+    return Finding("mlx-lm", f"{_version(found)}runs ({program}{wrapper})")
 
 
 def _version(found: Settings) -> str:
