@@ -29,25 +29,11 @@ RESERVE = 48
 # Bytes a slow reader may have waiting in memory before the backend is no longer read for it.
 WATERMARK = 256 << 10
 DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
-ACCEPTS = 64  # connections at one turn
 STOPPED = 10.0  # seconds for the last bytes to reach the clients
 
 
 class CannotListen(Exception):
     """The address cannot be listened on; the message is the sentence for the user."""
-
-
-class Listener(TcpWSGIServer):  # type: ignore[misc]
-    """Takes several connections a turn of its loop; waitress takes one, and looks at all there are
-    in between."""
-
-    def handle_accept(self) -> None:
-        for _ in range(ACCEPTS):
-            before = len(self.active_channels)
-            if len(self._map) < self.adj.connection_limit:
-                super().handle_accept()
-            if len(self.active_channels) == before:  # none waits, or there is no room
-                break
 
 
 class Server:
@@ -90,7 +76,7 @@ class Server:
         self._map: dict[int, Any] = {}
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
-        self._server = Listener(
+        self._server = TcpWSGIServer(
             app,
             self._map,
             _sock=listener,

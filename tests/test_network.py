@@ -788,19 +788,6 @@ def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
         assert ended.wait(5)
 
 
-def test_connections_that_come_all_at_once_are_no_more_than_the_limit(
-    alone: Callable[..., Alone],
-) -> None:
-    one = alone(lambda *_: [])
-    one.server._server.adj.connection_limit = 40
-    with contextlib.ExitStack() as held:
-        for _ in range(200):
-            held.enter_context(socket.create_connection(("127.0.0.1", one.port), 5))
-        until(lambda: len(one.server._map) >= 40, what="as many as there may be")
-        time.sleep(0.2)  # ten turns of the loop: none of them takes one more
-        assert len(one.server._map) == 40
-
-
 def test_clients_that_ask_again_and_again_and_read_nothing_hold_no_threads(
     alone: Callable[..., Alone],
 ) -> None:
