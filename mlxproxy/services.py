@@ -31,6 +31,7 @@ from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy")
 
+CATALOG_FILE = "catalog.json"  # in the instance folder
 PRELOAD_RETRY = 2.0  # seconds between looks for a model whose disk is not there yet
 
 
@@ -200,7 +201,7 @@ def build(settings: Settings) -> Services:
         roots=roots,
         catalog=Catalog(
             roots,
-            cache_file=instance / "catalog.json",
+            cache_file=instance / CATALOG_FILE,
             mlx_lm=mlx_lm_package(settings.mlx_server_bin),
         ),
         controller=Controller(limits, launch, ownership, history, emit),

@@ -15,7 +15,7 @@ from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.ownership import AlreadyRunning
 from mlxproxy.server import CannotListen, Server
-from mlxproxy.services import Services, build
+from mlxproxy.services import CATALOG_FILE, Services, build, mlx_lm_package
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy")
@@ -70,7 +70,7 @@ def with_models(settings: Settings) -> Settings:
     folder = models_folder()
     there = folder.is_dir()
     unplugged = not there and not folder.is_relative_to(Path.home())
-    if unplugged or (there and _has_models(folder)):
+    if unplugged or (there and _may_have_models(folder, settings)):
         return replace(settings, models_root=(folder,))
     from mlxproxy import demo  # rich and its bars, on the first start at most
 
@@ -83,8 +83,15 @@ def with_models(settings: Settings) -> Settings:
     return replace(settings, models_root=(folder, own) if there else (own,))
 
 
-def _has_models(folder: Path) -> bool:
-    return any(model.compatibility_type == "mlx" for model in Catalog((folder,)).models())
+def _may_have_models(folder: Path, settings: Settings) -> bool:
+    """Whether it has an MLX model, or is so slow or so full that it cannot be told at once."""
+    catalog = Catalog(
+        (folder,),
+        cache_file=settings.instance_path / CATALOG_FILE,
+        mlx_lm=mlx_lm_package(settings.mlx_server_bin),
+    )
+    found = any(model.compatibility_type == "mlx" for model in catalog.models())
+    return found or not catalog.known
 
 
 def _announce(parts: Services, address: tuple[str, int]) -> None:
@@ -97,7 +104,8 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
         print(f"models folder: {root}")
     for root in parts.catalog.missing_roots():
         log.warning("%s is not there (yet): its models appear when it is mounted", root)
-    print(f"models found: {len(models)}")
+    more = "" if parts.catalog.known else " (and a folder is still being read)"
+    print(f"models found: {len(models)}{more}")
     if not parts.access.keys and not _is_loopback(host):
         print(
             "no API_KEY is set: every machine that reaches this one on the network can list, load "

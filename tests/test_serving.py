@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mlxproxy import demo, serving, settings
+from mlxproxy.catalog import catalog
+from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from tests import tiny
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -58,6 +63,26 @@ def test_with_only_gguf_models_the_demo_model_stands_beside_lm_studios_folder(
     (folder / "org" / "model" / "model.gguf").write_bytes(b"GGUF")
     found = serving.with_models(given(tmp_path))
     assert found.models_root == (folder, tmp_path / "instance" / "models")
+    assert provided
+
+
+def test_a_library_that_takes_long_to_read_is_not_taken_for_an_empty_one(
+    home: Path, provided: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = home / ".lmstudio" / "models"
+    folder.mkdir()
+    may_end = threading.Event()
+
+    def slow(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
+        may_end.wait(30)
+        return scan(root, previous, inspect)
+
+    monkeypatch.setattr(catalog, "scan", slow)
+    monkeypatch.setattr(serving, "Catalog", partial(catalog.Catalog, patience=0.05))
+    assert serving.with_models(given(tmp_path)).models_root == (folder,)
+    assert not provided
+    may_end.set()
+    until(lambda: serving.with_models(given(tmp_path)).models_root != (folder,), what="the demo")
     assert provided
 
 

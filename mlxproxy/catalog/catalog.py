@@ -103,6 +103,11 @@ class Catalog:
         """The models folders, in order of precedence."""
         return [Path(shelf.root) for shelf in self._shelves]
 
+    @property
+    def known(self) -> bool:
+        """Whether every models folder has been read: what is not listed was not there."""
+        return all(shelf.known for shelf in self._shelves)
+
     def missing_roots(self) -> list[Path]:
         """The models folders that are not there, or cannot be read; answers almost at once."""
         self._look(min(_GLANCE, self._patience))
