@@ -31,6 +31,7 @@ import requests
 
 from mlxproxy import create_app, logs, server, serving
 from mlxproxy.access import Access
+from mlxproxy.catalog import Catalog
 from mlxproxy.hub import Hub
 from mlxproxy.metrics import Metrics
 from mlxproxy.settings import Settings
@@ -362,8 +363,7 @@ def test_a_key_given_to_make_is_in_no_environment_but_the_proxys(tmp_path: Path)
 def test_the_start_says_who_can_reach_what(
     host: str, keys: tuple[str, ...], told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    catalog = SimpleNamespace(models=list, missing_roots=list)
-    parts: Any = SimpleNamespace(catalog=catalog, roots=(), access=Access(keys=keys))
+    parts: Any = SimpleNamespace(catalog=Catalog(()), roots=(), access=Access(keys=keys))
     serving._announce(parts, (host, 8080))
     said = capsys.readouterr().out
     assert ("every machine that reaches this one" in said) is told
