@@ -219,7 +219,7 @@ def _head(upstream: Upstream, lease: Lease) -> bool:
 
 def _opening(trace: Trace, data: bytes) -> None:
     """The prompt's length from the keepalives, and when the first token came."""
-    if data.startswith(b": keepalive") and (match := _PROMPT_TOKENS.match(data)):
+    if match := _PROMPT_TOKENS.match(data):
         trace.tokens_in = int(match[1])
     if trace.first_byte is None and b"data: " in data:
         trace.first_byte = time.monotonic()

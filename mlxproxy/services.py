@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy")
 
-CATALOG_FILE = "catalog.json"  # in the instance folder
 PRELOAD_RETRY = 2.0  # seconds between looks for a model whose disk is not there yet
 
 
@@ -199,11 +198,7 @@ def build(settings: Settings) -> Services:
     return Services(
         settings=settings,
         roots=roots,
-        catalog=Catalog(
-            roots,
-            cache_file=instance / CATALOG_FILE,
-            mlx_lm=mlx_lm_package(settings.mlx_server_bin),
-        ),
+        catalog=catalog_of(settings, roots),
         controller=Controller(limits, launch, ownership, history, emit),
         history=history,
         access=access,
@@ -213,6 +208,15 @@ def build(settings: Settings) -> Services:
         log_file=log_file,
         waiters=threading.BoundedSemaphore(max(8, settings.max_queue)),
         unloaders=threading.BoundedSemaphore(8),
+    )
+
+
+def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
+    """The catalogue of these folders, with what earlier starts have read of them."""
+    return Catalog(
+        roots,
+        cache_file=settings.instance_path / "catalog.json",
+        mlx_lm=mlx_lm_package(settings.mlx_server_bin),
     )
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from mlxproxy import create_app, logs
 from mlxproxy.backendlog import LogFile
-from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.ownership import AlreadyRunning
 from mlxproxy.server import CannotListen, Server
-from mlxproxy.services import CATALOG_FILE, Services, build, mlx_lm_package
+from mlxproxy.services import Services, build, catalog_of
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy")
@@ -85,11 +84,7 @@ def with_models(settings: Settings) -> Settings:
 
 def _may_have_models(folder: Path, settings: Settings) -> bool:
     """Whether it has an MLX model, or is so slow or so full that it cannot be told at once."""
-    catalog = Catalog(
-        (folder,),
-        cache_file=settings.instance_path / CATALOG_FILE,
-        mlx_lm=mlx_lm_package(settings.mlx_server_bin),
-    )
+    catalog = catalog_of(settings, (folder,))
     found = any(model.compatibility_type == "mlx" for model in catalog.models())
     return found or not catalog.known
 

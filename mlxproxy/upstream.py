@@ -110,12 +110,7 @@ class Upstream:
         if self._pending:
             data, self._pending = self._pending, b""
             return data
-        try:  # as _recv() does, a call less: this runs once a token
-            return self._socket.recv(RECV_BYTES)
-        except BlockingIOError:
-            raise Silence from None
-        except OSError:
-            return b""
+        return self._recv()
 
     def _recv(self) -> bytes:
         try:

@@ -18,6 +18,7 @@ import pytest
 import requests
 
 from tests import tiny
+from tests.terminal import Terminal, environment
 
 SERVER_BIN = Path(sys.executable).parent / "mlx_lm.server"
 
@@ -178,3 +179,26 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
     yield starter
     for proxy in started:
         proxy.clean_up()
+
+
+# -- for tests of the command
+
+
+@pytest.fixture
+def env(proxy: Proxy, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user whose commands talk with the proxy."""
+    return environment(tmp_path, proxy.url)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    """Starts commands at a terminal and leaves nothing of them behind."""
+    opened: list[Terminal] = []
+
+    def opener(*arguments: str, env: dict[str, str]) -> Terminal:
+        opened.append(Terminal(*arguments, env=env))
+        return opened[-1]
+
+    yield opener
+    for one in opened:
+        one.close()

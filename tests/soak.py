@@ -413,15 +413,10 @@ class Clients:
             (self.proxy.instance.parent / f"{seen.request_id}.body").write_bytes(seen.body)
 
 
-class Chaos:
-    """What happens to the backend, until it is told to end."""
+class Meanwhile:
+    """What goes on in a thread of its own until it is told to end."""
 
-    def __init__(self, proxy: Proxy, program: Path | None, faults: bool, seed: str) -> None:
-        self._proxy = proxy
-        self._program = program
-        self._faults = faults
-        self._dice = random.Random(seed)
-        self.done: Counter[str] = Counter()
+    def __init__(self) -> None:
         self.over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -429,6 +424,21 @@ class Chaos:
     def stop(self) -> None:
         self.over.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Chaos(Meanwhile):
+    """What happens to the backend."""
+
+    def __init__(self, proxy: Proxy, program: Path | None, faults: bool, seed: str) -> None:
+        self._proxy = proxy
+        self._program = program
+        self._faults = faults
+        self._dice = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        super().__init__()
 
     def _run(self) -> None:
         while not self.over.wait(self._dice.uniform(0.5, 3.0)):
@@ -503,24 +513,18 @@ class Figures:
 
 
 @dataclass
-class Samples:
+class Samples(Meanwhile):
     """The proxy, looked at from outside all the while."""
 
     proxy: Proxy
     process: psutil.Process
-    over: threading.Event = field(default_factory=threading.Event)
     rss: list[int] = field(default_factory=list)
     threads: int = 0
     files: int = 0
     excess: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.over.set()
-        self._thread.join()
+        super().__init__()
 
     def _run(self) -> None:
         while not self.over.wait(SAMPLE):

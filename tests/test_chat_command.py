@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def env(proxy: Proxy, tmp_path: Path) -> dict[str, str]:
-    return environment(tmp_path, proxy.url)
-
-
-@pytest.fixture
-def talk() -> Iterator[Callable[..., Terminal]]:
-    """Starts chats at a terminal and leaves nothing of them behind."""
-    opened: list[Terminal] = []
-
-    def opener(*arguments: str, env: dict[str, str]) -> Terminal:
-        opened.append(Terminal("chat", *arguments, env=env))
-        return opened[-1]
-
-    yield opener
-    for one in opened:
-        one.close()
+def talk(terminal: Callable[..., Terminal]) -> Callable[..., Terminal]:
+    """Starts chats at a terminal."""
+    return partial(terminal, "chat")
 
 
 def delta(**fields: str) -> dict[str, Any]:

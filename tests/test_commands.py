@@ -43,25 +43,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         proxy.clean_up()
 
 
-@pytest.fixture
-def env(proxy: Proxy, tmp_path: Path) -> dict[str, str]:
-    return environment(tmp_path, proxy.url)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
-    """Starts commands at a terminal and leaves nothing of them behind."""
-    opened: list[Terminal] = []
-
-    def opener(*arguments: str, env: dict[str, str]) -> Terminal:
-        opened.append(Terminal(*arguments, env=env))
-        return opened[-1]
-
-    yield opener
-    for one in opened:
-        one.close()
-
-
 # -- the command itself
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxproxy import demo, serving, settings
+from mlxproxy import demo, services, serving, settings
 from mlxproxy.catalog import catalog
 from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from tests import tiny
@@ -78,7 +78,7 @@ def test_a_library_that_takes_long_to_read_is_not_taken_for_an_empty_one(
         return scan(root, previous, inspect)
 
     monkeypatch.setattr(catalog, "scan", slow)
-    monkeypatch.setattr(serving, "Catalog", partial(catalog.Catalog, patience=0.05))
+    monkeypatch.setattr(services, "Catalog", partial(catalog.Catalog, patience=0.05))
     assert serving.with_models(given(tmp_path)).models_root == (folder,)
     assert not provided
     may_end.set()

@@ -114,7 +114,7 @@ def _admit() -> Response | None:
     if asked.path not in OPEN_PATHS:
         g.key = access.check_key(environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_X_API_KEY"))
     if asked.path not in QUIET_PATHS:
-        parts.hub.publish("request_started", dict(g.who))
+        parts.hub.publish("request_started", g.who)  # which copies it
     return None
 
 
