@@ -23,6 +23,7 @@ import psutil
 from mlxproxy import ports
 from mlxproxy.backendlog import Drain, Listener, LogFile
 from mlxproxy.catalog.model import Model
+from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.errors import (
     BackendFailed,
     LoadCancelled,
@@ -42,7 +43,8 @@ _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
 # What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
 # names. What follows a letter is no path (user/assistant), nor is an endpoint.
 _PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\s'":,;()]*""")
-MENDED = Path(__file__).with_name("mended.py")
+INSIDE = Path(__file__).parent / "engines" / "mlx_lm" / "inside" / "start.py"
+INSIDE_OPTIONS = "MLXPROXY_INSIDE"
 # The first line of a script that pip has made; the first two, where the path has a space.
 _PYTHON = re.compile(
     rb"#! ?(?:/bin/sh\n'''exec' [\"']?)?(/[^\n\"']*/(?:python|pypy)[\w.]*)"
@@ -126,6 +128,9 @@ class Backend:
         self._read_before: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._drain: Drain | None = None
+        self._link: Link | None = None
+        self._serving = False  # clients' requests may be in what it logs from now on
+        self._checking = threading.Lock()
 
     # -- what others may ask
 
@@ -142,9 +147,27 @@ class Backend:
         """Why the backend can no longer generate, or None while it can."""
         return self._ended
 
+    def has(self, feature: str) -> bool:
+        """Return whether the process has armed a feature of `engines/mlx_lm/inside/`."""
+        return self._link is not None and self._link.has(feature)
+
+    def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
+        """Return why the process hangs, as it says itself; None while it lives.
+
+        Args:
+            waiting_since: since when the request has waited that asks, in monotonic seconds.
+            stall_timeout: seconds that one step of its work may take.
+        """
+        if self._link is None:
+            return None
+        return self._link.hang(waiting_since, stall_timeout, self.config.load_timeout)
+
     def last_words(self) -> list[str]:
-        """The last lines of the backend's log, fit for a client: no traceback, no paths."""
-        if self._drain is None:
+        """Return the last lines of a load's log, fit for a client: no traceback, no paths.
+
+        Once requests are served there are none: the log may hold what others said.
+        """
+        if self._drain is None or self._serving:
             return []
         lines = (line.replace(self.load.path, self.load.model_id) for line in self._drain.tail())
         told = [without_paths(line)[:500] for line in lines if not _FRAME.match(line)]
@@ -206,19 +229,27 @@ class Backend:
                 "End it, or set MLX_BACKEND_PORT to a free port."
             )
         read_end, write_end = os.pipe()
+        environment = _environment()
+        link: Link | None = None
+        if str(INSIDE) in command:
+            link = Link(self._ends)
+            options = {"context": self.load.model.max_context_length}
+            environment[INSIDE_OPTIONS] = json.dumps(options)
         try:
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=link.theirs.fileno() if link else subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                env=_environment(),
+                env=environment,
                 # A group of its own: Ctrl-C at the terminal is ours to handle, and a stop reaches
                 # whatever the backend has started (`mlx.launch` does).
                 start_new_session=True,
             )
         except OSError as error:
             os.close(read_end)
+            if link:
+                link.close()
             reason = error.strerror or str(error)
             log.error("%s cannot be started: %s", command[0], reason)
             raise LoadFailed(
@@ -228,9 +259,10 @@ class Backend:
         finally:
             os.close(write_end)
         log.info("backend started: pid %d, %s", self._process.pid, self.load.model_id)
-        self._drain = Drain(
-            read_end, self.config.log_file, self._generation_died, self.config.on_log
-        )
+        if link:
+            link.open()
+            self._link = link
+        self._drain = Drain(read_end, self.config.log_file, self._death_logged, self.config.on_log)
         threading.Thread(target=self._wait, name="backend-wait", daemon=True).start()
 
     def wait_ready(
@@ -266,6 +298,7 @@ class Backend:
             raise self.failure(f"its first chat failed: {_error_text(answer) or status}")
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
             if json.loads(answer)["choices"][0]["message"]["role"] == "assistant":
+                self._serving = True
                 return
         raise self.failure("its answer to a first chat is not whole")
 
@@ -331,8 +364,19 @@ class Backend:
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
         self._ends(f"it {how}")
 
-    def _generation_died(self, reason: str) -> None:
-        self._ends(reason)
+    def _death_logged(self, reason: str) -> None:
+        """The log says that the generation thread has died. Once requests are served, a model may
+        have written such a line: the process is asked, and the line not believed."""
+        if not self._serving:
+            self._ends(reason)
+        elif self._checking.acquire(blocking=False):
+            threading.Thread(target=self._check_once, name="backend-check", daemon=True).start()
+
+    def _check_once(self) -> None:
+        try:
+            self.check()
+        finally:
+            self._checking.release()
 
     def _ends(self, reason: str) -> None:
         with self._lock:
@@ -496,8 +540,8 @@ def server_program(configured: Path | None) -> Path:
 
 
 def program_command(program: Path) -> list[str]:
-    """How to start that `mlx_lm.server`: by way of `mended.py`, if it is the script that pip makes
-    (a wrapper of another kind is run as it is)."""
+    """How to start that `mlx_lm.server`: from inside (`engines/mlx_lm/inside/`), if it is the
+    script that pip makes; a wrapper of another kind is run as it is."""
     try:
         with program.open("rb") as file:
             script = file.read(2048)
@@ -506,7 +550,7 @@ def program_command(program: Path) -> list[str]:
     shebang = _PYTHON.match(script)
     if shebang is None or b"mlx_lm.server" not in script:
         return [str(program)]
-    return [os.fsdecode(shebang[1]), str(MENDED), str(program)]
+    return [os.fsdecode(shebang[1]), str(INSIDE), str(program)]
 
 
 def _environment() -> dict[str, str]:

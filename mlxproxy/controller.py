@@ -41,6 +41,8 @@ DEATHS, DEATHS_WITHIN = 3, 300.0  # so many deaths in so many seconds, and it st
 RETRY_AFTER = 5
 # A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
 PATIENCE_OF_EXCLUSIVE = 10.0
+# What was sent to the backend cannot be called back: until it has let go of it, but no longer.
+RELEASE_SECONDS = 30.0
 LONGEST = 12  # times the stall timeout that an answer in one piece may take
 
 Launch = Callable[[Load, Callable[[str], None]], Backend]
@@ -158,7 +160,11 @@ class Lease:
         assert self.backend is not None
         try:
             stall = self._controller.limits.stall_timeout
-            upstream = Upstream(self.backend.port, min(interval, stall / 4))
+            upstream = Upstream(
+                self.backend.port,
+                min(interval, stall / 4),
+                lets_go=self.backend.has("departures"),
+            )
         except BackendFailed as error:
             raise self.fault(error) from None
         self._controller.attach(self, upstream)
@@ -176,9 +182,19 @@ class Lease:
         """What a waiting stream tells its client, as an SSE comment."""
         return self._controller.comment(self)
 
-    def release(self) -> None:
-        """Gives the place back, or leaves the queue. Called any number of times."""
+    def release(self, finished: bool = True) -> None:
+        """Give the place back, or leave the queue. May be called any number of times.
+
+        Args:
+            finished: whether the backend has sent all of its answer. Otherwise the place is taken
+                until the backend has let go of the request: it may be in the middle of a step.
+        """
         self.presence.on_leave(None)
+        upstream, backend = self.upstream, self.backend
+        if not finished and upstream is not None and backend is not None:
+            upstream.abort(backend_lives=backend.ended is None)
+            if backend.ended is None:
+                upstream.wait_released(RELEASE_SECONDS)
         self._controller.release(self)
 
     # -- by the controller, under its lock
@@ -193,7 +209,8 @@ class Lease:
             self.error = error
         self._decided.set()
         if self.upstream is not None:
-            self.upstream.abort()
+            lives = self.backend is not None and self.backend.ended is None
+            self.upstream.abort(backend_lives=lives)
 
 
 class Controller:
@@ -482,29 +499,39 @@ class Controller:
         return lease.error or seen
 
     def stalled(self, lease: Lease) -> ProxyError | None:
-        """See Lease.stalled. One silent answer ends alone while the backend feeds others; one
-        that would be silent anyhow goes on while the backend answers anybody."""
+        """See Lease.stalled. A backend that tells of its life is believed; of another one, a
+        silent answer ends alone while the backend feeds others, and one that would be silent
+        anyhow goes on while the backend answers anybody."""
         backend = lease.backend
         silence = self.limits.stall_timeout
         if lease.error is not None or backend is None:
             return lease.error
+        tells = backend.has("heartbeat")
+        if tells and (reason := backend.hang(lease.granted, silence)) is not None:
+            return self._give_up(lease, backend, reason)
         now = time.monotonic()
         if now - max(lease.heard, lease.granted) < silence:
             return None
-        in_one_piece = lease.in_one_piece and not lease.exclusive
-        answers_others = now - max(backend.heard, lease.granted) < silence
-        if not answers_others and not (in_one_piece and backend.generates(silence)):
-            backend.give_up(f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
-            return lease.error or BackendTimeout(
-                f"The backend sent nothing for {silence:g} s (STALL_TIMEOUT) and was taken for "
-                "dead."
+        silent_anyhow = tells or (lease.in_one_piece and not lease.exclusive)
+        answers_others = tells or now - max(backend.heard, lease.granted) < silence
+        if not answers_others and not (silent_anyhow and backend.generates(silence)):
+            return self._give_up(
+                lease, backend, f"it sent nothing for {silence:g} s (STALL_TIMEOUT)"
             )
-        if in_one_piece and now - lease.granted < LONGEST * silence:
-            lease.heard = time.monotonic()
+        if silent_anyhow and now - lease.granted < LONGEST * silence:
+            if not tells:
+                lease.heard = time.monotonic()
             return lease.error
         return BackendTimeout(
             f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), though "
             "it answers others. Ask again."
+        )
+
+    @staticmethod
+    def _give_up(lease: Lease, backend: Backend, reason: str) -> ProxyError:
+        backend.give_up(reason)
+        return lease.error or BackendTimeout(
+            f"The backend was taken for dead: {reason}. Ask again."
         )
 
     def comment(self, lease: Lease) -> bytes:
@@ -808,6 +835,11 @@ class Controller:
         return (
             backend.load if backend is not None and self._state in ("ready", "draining") else None
         )
+
+    def has(self, feature: str) -> bool:
+        """Return whether the loaded backend has a feature of `engines/mlx_lm/inside/`."""
+        backend = self._backend
+        return backend is not None and backend.has(feature)
 
     def untouched(self) -> bool:
         """Whether nobody has asked for a load or unload yet, and nothing is loaded."""

@@ -131,12 +131,18 @@ def check(body: object, kind: Kind, limits: Limits) -> dict[str, Any]:
     return request
 
 
-def is_exclusive(request: Mapping[str, Any]) -> bool:
-    """Whether the backend answers this checked request alone: it waits until all others have
-    their answers, and lets nobody else begin meanwhile."""
-    return not request.keys().isdisjoint({"seed", "adapters", "draft_model"}) or bool(
-        fields.images(request.get("messages", ()))
-    )
+def is_exclusive(request: Mapping[str, Any], own_seeds: bool = False) -> bool:
+    """Return whether the backend answers this checked request alone: it waits until all others
+    have their answers, and lets nobody else begin meanwhile.
+
+    Args:
+        own_seeds: whether a seeded request has a generator of its own (`inside/sampling.py`).
+    """
+    if not request.keys().isdisjoint({"adapters", "draft_model"}):
+        return True
+    if "seed" in request and not (own_seeds and not request.get("xtc_probability")):
+        return True
+    return bool(fields.images(request.get("messages", ())))
 
 
 def _combine(request: dict[str, Any], limits: Limits) -> None:

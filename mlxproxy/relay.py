@@ -160,7 +160,7 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
         raise
     finally:
         trace.tokens_out = max(0, events - 1)  # the last chunk carries the finish reason alone
-        lease.release()
+        lease.release(finished=trace.outcome == "done")
         trace.end()
 
 
@@ -192,7 +192,7 @@ def whole(lease: Lease, path: str, prepare: Prepare, trace: Trace, plain: bool) 
         trace.outcome = "client_gone" if lease.presence.gone else error.code
         raise
     finally:
-        lease.release()
+        lease.release(finished=trace.outcome == "done")
         trace.end()
 
 
@@ -307,6 +307,8 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
     log.debug("the backend answered %d: %s", upstream.status, text)  # may quote a prompt
     if upstream.status == 400:
         return InvalidRequest(_told("The backend does not take this request", text, _VALIDATION))
+    if upstream.status == 404 and _PROMPT.fullmatch(text):
+        return InvalidRequest(f"{text[0].upper()}{text[1:]}. {_ADVICE[text.startswith(_EMPTY)]}")
     if upstream.status == 404 and _TEMPLATE.search(text):
         what = "The model's chat template does not take these messages"
         return InvalidRequest(_told(what, text, _PLAIN))
@@ -320,6 +322,9 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
 _TEMPLATE = re.compile(
     r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
 )
+_EMPTY = "the prompt has no tokens"
+_PROMPT = re.compile(rf"{_EMPTY}|the prompt has \d+ tokens, and the model's context is \d+")
+_ADVICE = {True: "Send some text.", False: "Send less."}
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _WHY = "With LOG_LEVEL=DEBUG, the log says why."  # its own does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")

@@ -35,17 +35,19 @@ class Upstream:
     Args:
         port: the backend's port.
         interval: seconds of silence after which a read or a write raises :class:`Silence`.
+        lets_go: whether the backend, once our side is shut, ends the request and then closes the
+            connection; otherwise nobody can tell when its place is free.
 
     Raises:
         BackendFailed: nothing accepts connections on the port.
     """
 
-    def __init__(self, port: int, interval: float) -> None:
+    def __init__(self, port: int, interval: float, lets_go: bool = False) -> None:
         self._lock = threading.Lock()
         self._closed = False
         self._pending = b""
         self._unsent = memoryview(b"")
-        self.aborted = False
+        self._lets_go = lets_go
         self.status = 0
         self.headers: dict[str, str] = {}
         self._socket = _connect(port)
@@ -120,13 +122,25 @@ class Upstream:
         except OSError:
             return b""  # reset: the same to us as an end, only `data: [DONE]` proves a whole answer
 
-    def abort(self) -> None:
-        """Ends the connection from another thread: a read in progress returns ``b""`` at once."""
+    def abort(self, backend_lives: bool = True) -> None:
+        """End the request, from any thread, without waiting.
+
+        A read in progress returns ``b""`` as soon as the backend has let go of the request; at
+        once where it cannot tell, or lives no more.
+        """
+        how = socket.SHUT_WR if self._lets_go and backend_lives else socket.SHUT_RDWR
         with self._lock:
-            self.aborted = True
             if not self._closed:
                 with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    self._socket.shutdown(how)
+
+    def wait_released(self, timeout: float) -> None:
+        """Wait until the backend has let go of an aborted request, for seconds at most."""
+        deadline = time.monotonic() + timeout
+        while self._lets_go and time.monotonic() < deadline:
+            with contextlib.suppress(Silence):
+                if not self._recv():
+                    return
 
     def close(self) -> None:
         """Closes the connection; the backend stops generating at its next write."""

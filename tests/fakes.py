@@ -31,6 +31,8 @@ class FakeBackend:
         self.ended: str | None = None
         self.hung = False
         self.deaf = False
+        self.features: set[str] = set()
+        self.hangs: str | None = None  # why, as the process says itself
         self.heard = time.monotonic()
         self.port = 1
         self.pid = 1
@@ -70,6 +72,12 @@ class FakeBackend:
 
     def check(self) -> str | None:
         return self.ended
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+    def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
+        return self.hangs
 
     def generates(self, patience: float) -> bool:
         return not self.deaf

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -118,10 +119,10 @@ def test_a_dead_generation_thread_is_noticed_although_the_process_lives(
     assert proxy.chat(max_tokens=2).ok
 
 
-def test_a_stopped_backend_is_taken_for_dead_at_the_stall_limit(
+def test_a_stopped_backend_is_taken_for_dead_when_it_gives_no_sign_of_life(
     start: Callable[..., Proxy], slow: Path
 ) -> None:
-    proxy = start(slow, STALL_TIMEOUT=6, STOP_TIMEOUT=1)
+    proxy = start(slow, STALL_TIMEOUT=6, STOP_TIMEOUT=1)  # 20 seconds where it is longer
     proxy.load("tiny/slow")
     stream = Stream(proxy)
     assert stream.begun.wait(20)
@@ -130,9 +131,149 @@ def test_a_stopped_backend_is_taken_for_dead_at_the_stall_limit(
     error = stream.end()
     assert error is not None
     assert error["code"] == "backend_timeout"
-    assert "STALL_TIMEOUT" in error["message"]
+    assert "no sign of life" in error["message"]
     until(lambda: not psutil.pid_exists(pid), what="its end")
     assert proxy.chat(max_tokens=2).ok
+
+
+def sabotaged(folder: Path, patch: str) -> Path:
+    """An `mlx_lm.server` of the kind that pip makes, with lines of Python run first."""
+    program = folder / "mlx_lm.server"
+    program.write_text(
+        f"#!{sys.executable}\n{patch}\n"
+        "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_a_generation_thread_that_hangs_is_found_within_seconds(
+    start: Callable[..., Proxy], slow: Path, tmp_path: Path
+) -> None:
+    program = sabotaged(
+        tmp_path,
+        "import importlib, os, time\n"
+        "batch = importlib.import_module('mlx_lm.generate').BatchGenerator\n"
+        "advance = batch.next\n"
+        "def hang_once(self):\n"
+        f"    while os.path.exists({str(tmp_path / 'hang')!r}):\n"
+        "        time.sleep(0.1)\n"
+        "    return advance(self)\n"
+        "batch.next = hang_once\n",
+    )
+    proxy = start(slow, MLX_SERVER_BIN=program)  # with the STALL_TIMEOUT of five minutes
+    proxy.load("tiny/slow")
+    stream = Stream(proxy)
+    assert stream.begun.wait(20)
+    (tmp_path / "hang").touch()
+    error = stream.end(40)
+    assert error is not None
+    assert error["code"] == "backend_timeout"
+    assert "stood still" in error["message"]
+    (tmp_path / "hang").unlink()
+    assert proxy.chat(max_tokens=2).ok
+
+
+def test_a_tool_call_may_take_longer_than_the_stall_limit(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    call = [f"part{number}," for number in range(200)]
+    tiny.build_slow(tmp_path / "models" / "tiny" / "caller", says="caller", call=call)
+    proxy = start(tmp_path / "models", STALL_TIMEOUT=2)
+    proxy.load("tiny/caller")
+    pid = proxy.loaded()["pid"]
+    began = time.monotonic()
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for fields in ({"stream": True}, {"logprobs": True}):
+        answer = proxy.chat(tools=tools, max_tokens=500, **fields)
+        assert answer.ok
+        assert "error" not in answer.text
+    assert time.monotonic() - began > 2 * 2, "the calls were too quick to show anything"
+    assert proxy.loaded()["pid"] == pid
+
+
+def test_what_a_model_says_ends_nobodys_answer_and_reaches_nobody_else(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    """Not even what looks like the log line of a dead generation thread."""
+    secret = "SECRET-ANSWER"
+    forged = f"2026-01-01 00:00:00,000 - ERROR - mlx_lm.server generation thread died: {secret}"
+    text = f"<function=f><parameter=n>\n{forged}\n</parameter></function>"
+    template = "{# <tool_call>\n<function= #}" + tiny.CHAT_TEMPLATE  # how that parser is chosen
+    pieces = [text[start : start + 9] for start in range(0, len(text), 9)]
+    models = tmp_path / "models"
+    tiny.build_slow(models / "tiny" / "liar", says="liar", call=pieces, chat_template=template)
+    proxy = start(models, LOG_LEVEL="DEBUG")
+    proxy.load("tiny/liar")
+    other = Stream(proxy, max_tokens=150)
+    assert other.begun.wait(20)
+    parameters = {"properties": {"n": {"type": "integer"}}}  # which that text is not
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    assert proxy.chat(tools=tools, max_tokens=200).ok
+    assert other.end() is None
+    log = proxy.get("/v1/logs?source=backend").text
+    assert "could not be parsed" in log
+    psutil.Process(proxy.loaded()["pid"]).kill()
+    until(lambda: proxy.health()["last_failure"], what="the report of the death")
+    for shown in (log, proxy.said(), proxy.get("/health").text, proxy.get("/v1/logs").text):
+        assert secret not in shown
+
+
+def test_a_prompt_of_no_tokens_is_refused_and_ends_nobodys_answer(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    bare = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tiny.build_slow(models / "tiny" / "bare", says="bare", chat_template=bare)
+    proxy = start(models)
+    proxy.load("tiny/bare")
+    other = Stream(proxy, max_tokens=60)
+    assert other.begun.wait(20)
+    for stream in (True, False):
+        answer = proxy.chat("", stream=stream)
+        assert answer.status_code == 400
+        assert "no tokens" in answer.json()["error"]["message"]
+    assert other.end() is None
+
+
+def test_a_prompt_is_counted_in_tokens(start: Callable[..., Proxy], tmp_path: Path) -> None:
+    """Characters tell little: each digit is a token of its own to many tokenizers."""
+    models = tmp_path / "models"
+    tiny.build(models / "tiny" / "short", says="short", max_context=300)
+    proxy = start(models)
+    proxy.load("tiny/short")
+    assert proxy.chat("1" * 200).ok
+    refused = proxy.chat("1" * 400)
+    assert refused.status_code == 400
+    assert "the model's context is 300" in refused.json()["error"]["message"]
+
+
+def test_while_a_long_prompt_is_read_others_get_their_tokens(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    tiny.build(models / "tiny" / "deep", says="deep", layers=24)
+    proxy = start(models)
+    proxy.load("tiny/deep")
+    arrivals: list[float] = []
+    reading = threading.Event()
+
+    def read() -> None:
+        with proxy.chat(stream=True, max_tokens=1000) as answer:
+            for line in answer.iter_lines():
+                if line.startswith(b"data: "):
+                    arrivals.append(time.monotonic())
+                    reading.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert reading.wait(20)
+    began = time.monotonic()
+    assert proxy.chat(tiny.long_prompt(4000), max_tokens=1).ok
+    ended = time.monotonic()
+    meanwhile = [moment for moment in arrivals if began < moment < ended]
+    assert len(meanwhile) > 4, "whole pieces of 2,048 tokens are two"
+    reader.join(60)
 
 
 def test_a_client_that_leaves_a_whole_answer_lets_the_backend_rest(

@@ -614,6 +614,13 @@ def test_what_the_backend_answers_alone_is_known_beforehand(
     assert is_exclusive(checked("text", {})) is False
 
 
+def test_a_seed_of_its_own_lets_a_request_join_the_others() -> None:
+    seeded = checked("chat", {"seed": 1})
+    assert is_exclusive(seeded, own_seeds=True) is False
+    drawing = checked("chat", {"seed": 1, "xtc_probability": 0.5})
+    assert is_exclusive(drawing, own_seeds=True) is True
+
+
 def test_no_refusal_repeats_what_was_said() -> None:
     cases = [(kind, body) for kind, body, _ in REFUSED if "x" * 20 in json.dumps(body)]
     assert cases

@@ -10,7 +10,7 @@ is missing. With thinking on it first thinks ``thought0 … thought7``. With too
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ Array = np.ndarray[Any, Any]
 
 THOUGHTS = 8
 TOOL_CALL = {"name": "get_weather", "arguments": {"city": "Paris"}}
+CALL_TEXT = json.dumps(TOOL_CALL)
+CALL_PIECES = tuple(CALL_TEXT[start : start + 5] for start in range(0, len(CALL_TEXT), 5))
 
 END = "<|im_end|>"
 CALL = "<|call|>"  # the last token of a prompt that offers tools
@@ -82,6 +84,7 @@ def build(
     quantize: int | None = None,
     shards: int = 1,
     seed: int = 0,
+    call: Sequence[str] = CALL_PIECES,
     config: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes a model folder and returns it.
@@ -97,10 +100,11 @@ def build(
             machines for `heads`.
         quantize: 4 for 4-bit weights, None for 32-bit floats (the fastest on a CPU).
         shards: files over which the weights are spread; more than one come with an index.
+        call: the tokens of its tool call, all different.
         config: further entries of config.json, overriding the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, successor = _chain(says, words, length, thinking)
+    vocabulary, successor = _chain(says, words, length, thinking, call)
     if chat_template is None:
         chat_template = CHAT_TEMPLATE if thinking else PLAIN_TEMPLATE
     _write_tokenizer(folder, vocabulary, max_context, chat_template)
@@ -238,7 +242,7 @@ DEFECTS: Mapping[str, Callable[[Path], object]] = {
 
 
 def _chain(
-    says: str, words: int, length: int | None, thinking: bool
+    says: str, words: int, length: int | None, thinking: bool, call: Sequence[str]
 ) -> tuple[list[str], list[int]]:
     """The vocabulary, and each token's successor by index.
 
@@ -249,8 +253,7 @@ def _chain(
     newline, space = "Ċ", "Ġ"
     said = [f"{says}{number}{space}" for number in range(words)]
     thought = [f"thought{number}{space}" for number in range(THOUGHTS)]
-    call = json.dumps(TOOL_CALL).replace(" ", space)
-    pieces = [call[start : start + 5] for start in range(0, len(call), 5)]
+    pieces = [piece.replace(" ", space) for piece in call]
     # "\n\n" is what an empty block of thoughts ends with, "\n" what any other prompt ends with.
     vocabulary = [*byte_level, newline * 2, *said, *thought, *pieces, *SPECIAL, *TOOL_MARKERS]
     if thinking:

@@ -58,7 +58,8 @@ def _complete(kind: Kind) -> Response:
         return parts.named_load(checked.get("model"))
 
     trace = g.trace = relay.Trace()
-    lease = controller.lease(client(), presence(), target, guard.is_exclusive(checked))
+    exclusive = guard.is_exclusive(checked, own_seeds=controller.has("sampling"))
+    lease = controller.lease(client(), presence(), target, exclusive)
     if not streamed:
         answer = relay.whole(lease, PATHS[kind], prepare, trace, plain)
         return Response(answer, mimetype="application/json")

@@ -1,0 +1,1 @@
+"""What mlxproxy knows of each kind of backend, a folder for each."""

@@ -1,0 +1,1 @@
+"""`mlx_lm.server`, the backend of text models."""

@@ -1,0 +1,36 @@
+"""Checks, before a feature touches mlx-lm, that this mlx-lm is as the feature expects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+Names = Mapping[str, tuple[str, ...]]
+"""Dotted names in a module, each with the parameters that a call relies on (none: it exists)."""
+
+
+class Unexpected(Exception):
+    """This mlx-lm is not as a feature expects; the message says in what."""
+
+
+def require(module: Any, names: Names) -> None:
+    """Check that each name exists in `module` and takes the parameters, in this order.
+
+    Raises:
+        Unexpected: a name is missing, or takes other parameters.
+    """
+    for dotted, parameters in names.items():
+        place = module
+        for name in dotted.split("."):
+            try:
+                place = inspect.getattr_static(place, name)
+            except AttributeError:
+                raise Unexpected(f"{module.__name__} has no {dotted}") from None
+        if not parameters:
+            continue
+        if not callable(place):
+            raise Unexpected(f"{module.__name__}.{dotted} is not a function")
+        taken = tuple(inspect.signature(place).parameters)
+        if taken[: len(parameters)] != parameters:
+            raise Unexpected(f"{module.__name__}.{dotted} takes ({', '.join(taken)})")

@@ -1,0 +1,107 @@
+"""Keep what clients and models say out of the backend's log.
+
+`mlx_lm.server` logs a tool call that it cannot parse with the model's own text, a body that is no
+JSON as a whole, and tracebacks whose last line may quote either. Others read that log (`/v1/logs`,
+a terminal), and the proxy would pass it on in errors. So a line of the server's is written as it is
+only if it is of a kind that holds figures alone; of the others, the place is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import socketserver
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+FIGURES = re.compile(
+    r"Prompt processing progress: \d+/\d+"
+    r"|Prompt Cache: \d+ sequences, [\d.]+ GB"
+    r"|- \w+: \d+ sequences, [\d.]+ GB"
+    r"|Starting httpd at \S+ on port \d+\.\.\."
+)
+# What MLX says of itself: `[metal::malloc] …`, `[METAL] Command buffer execution failed: …`.
+MLX_OWN = re.compile(r"\[[A-Za-z_:]+\] [ -~]{1,300}")
+
+
+def arm(serving: Callable[[], bool]) -> None:
+    """Patch the making of log records, and what an HTTP server prints of a failed request.
+
+    Args:
+        serving: whether requests are served; before that, errors speak of the model's files.
+    """
+    make = logging.getLogRecordFactory()
+
+    def quiet_record(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        servers = record.name == "root" and record.module == "server"
+        if servers and serving() and not FIGURES.fullmatch(record.getMessage()):
+            record.msg, record.args = _withheld(record), None
+            record.exc_info = None
+        return record
+
+    def handle_error(self: Any, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, ConnectionError):
+            logging.error("A request failed: %s", describe(error))
+
+    logging.setLogRecordFactory(quiet_record)
+    socketserver.BaseServer.handle_error = handle_error  # type: ignore[method-assign]
+
+
+def arm_death(server: Any, serving: Callable[[], bool], died: Callable[[str], None]) -> None:
+    """Report the end of the generation thread, and why, on a way that no text can take.
+
+    Args:
+        server: `mlx_lm.server`.
+        serving: whether requests are served, so that an error may hold a client's words.
+        died: takes the reason.
+    """
+    generate = server.ResponseGenerator._generate
+
+    @functools.wraps(generate)
+    def _generate(self: Any) -> None:
+        try:
+            generate(self)
+        except BaseException as error:
+            died(reason(error, serving()))
+            raise
+
+    server.ResponseGenerator._generate = _generate
+
+
+def reason(error: BaseException, serving: bool) -> str:
+    """Return why the generation ended; once requests are served, without anybody's words."""
+    text = str(error)
+    if not serving or MLX_OWN.fullmatch(text):
+        return text or type(error).__name__
+    return f"{type(error).__name__} at {_place(error.__traceback__)}"
+
+
+def describe(error: BaseException) -> str:
+    """Return the error's kind and the places it passed, without its own words."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{type(error).__name__}\n{frames}".rstrip()
+
+
+def _place(trace: TracebackType | None) -> str:
+    frames = traceback.extract_tb(trace)
+    if not frames:
+        return "an unknown place"
+    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}"
+
+
+def _withheld(record: logging.LogRecord) -> str:
+    message = record.getMessage()
+    if message.startswith("Received tools but model does not support tool calling"):
+        return "Received tools, but the model does not support tool calling."
+    if message.startswith("Failed to parse tool call"):
+        return "A tool call of the model's could not be parsed."
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        return f"{message.partition(':')[0]}: {describe(error)}"
+    return f"(text withheld, {record.filename}:{record.lineno})"

@@ -1,0 +1,105 @@
+"""The backend's channel to the proxy: what it says of itself, where no model's words can reach.
+
+One JSON object a line, over the socket that the proxy gave as standard input:
+
+==============  ====================================================================================
+``features``    names of what is armed; ``off``: names of what is not, with the reason
+``died``        the generation thread has ended; the reason, without any client's or model's text
+``beat``        once a second while requests are there: see :class:`Pulse`
+==============  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+
+class Reporter:
+    """Sends reports; drops them where nobody listens, and never waits.
+
+    Args:
+        descriptor: a stream socket of the proxy's; owned from now on.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._socket = None if descriptor is None else socket.socket(fileno=descriptor)
+        self._lock = threading.Lock()
+        if self._socket is not None:
+            self._socket.setblocking(False)
+
+    @classmethod
+    def of_standard_input(cls) -> Reporter:
+        """Take the channel that stands at standard input, so that no child process inherits it."""
+        descriptor = os.dup(0)  # not inheritable
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        return cls(descriptor)
+
+    def send(self, **report: Any) -> None:
+        """Send one report."""
+        if self._socket is None:
+            return
+        line = json.dumps(report).encode() + b"\n"
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.send(line)
+
+    def close(self) -> None:
+        """Give the channel up."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+class Pulse:
+    """How far the generation thread is; written by it, read by the watcher.
+
+    Attributes:
+        steps: pieces of work done: a step of the batch, a token, a piece of a prompt.
+        doing: what it is at now: ``step``, ``tokenize`` or ``load``; None between two of them.
+        since: when that began, in seconds of the monotonic clock.
+        active: requests that the generation thread has taken and not yet let go.
+        served: whether a token was generated: until then, whatever fails speaks of the model.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.doing: str | None = None
+        self.since = time.monotonic()
+        self.active = 0
+        self.served = False
+
+    @contextlib.contextmanager
+    def at(self, work: str) -> Iterator[None]:
+        """Be at that work for the length of a block."""
+        before, self.doing, self.since = self.doing, work, time.monotonic()
+        try:
+            yield
+        finally:
+            self.step()
+            self.doing = before
+
+    def step(self) -> None:
+        """Count a piece of work as done."""
+        self.steps += 1
+        self.since = time.monotonic()
+
+    def beat(self, queued: int) -> dict[str, Any]:
+        """Return the state as a report.
+
+        Args:
+            queued: requests that the generation thread has not taken yet.
+        """
+        return {
+            "steps": self.steps,
+            "doing": self.doing,
+            "seconds": round(time.monotonic() - self.since, 3),
+            "busy": bool(self.active or queued),
+            "cpu": round(time.process_time(), 3),
+        }

@@ -1,0 +1,104 @@
+"""Run `mlx_lm.server` with what mlxproxy adds inside it (started by `start.py`).
+
+The environment's `MLXPROXY_INSIDE` holds the options as a JSON object; standard input is the
+channel to the proxy (see `report.py`). Without that variable, the features are armed all the same.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import json
+import os
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import departures, detokenizer, pace, prompt_cache, prompts, quiet, sampling
+from .gate import Unexpected
+from .report import Pulse, Reporter
+
+OPTIONS = "MLXPROXY_INSIDE"
+BEAT_SECONDS = 1.0
+
+
+def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
+    """Arm each feature that this mlx-lm has room for, and report which."""
+    import mlx.core as mx
+
+    server, generate, sample_utils, tokenizer_utils, cache = (
+        importlib.import_module(f"mlx_lm.{name}")
+        for name in ("server", "generate", "sample_utils", "tokenizer_utils", "models.cache")
+    )
+    watched = departures.Departures(pulse)
+    # Each wraps what was armed before it: what it calls comes first.
+    features: dict[str, Callable[[], None]] = {
+        "prompt_cache": lambda: prompt_cache.arm(cache),
+        "detokenizer": lambda: detokenizer.arm(tokenizer_utils),
+        "sampling": lambda: sampling.arm(server, sample_utils, mx),
+        "prompts": lambda: prompts.arm(server, options.get("context")),
+        "pace": lambda: pace.arm(server, generate),
+        "departures": lambda: watched.arm(server, generate),
+        "death": lambda: quiet.arm_death(
+            server, lambda: pulse.served, lambda why: reporter.send(died=why)
+        ),
+        "heartbeat": lambda: _arm_heartbeat(server, reporter, pulse, watched),
+    }
+    armed, off = [], {}
+    for name, enable in features.items():
+        try:
+            enable()
+            armed.append(name)
+        except (Unexpected, AttributeError, TypeError) as error:
+            off[name] = str(error)
+    reporter.send(features=armed, off=off, device=mx.default_device().type.name)
+
+
+def _arm_heartbeat(
+    server: Any, reporter: Reporter, pulse: Pulse, watched: departures.Departures
+) -> None:
+    provider, generator = server.ModelProvider, server.ResponseGenerator
+    load, run = provider._load, generator._run_generate
+
+    @functools.wraps(load)
+    def load_model(self: Any, *arguments: Any, **named: Any) -> Any:
+        with pulse.at("load"):
+            return load(self, *arguments, **named)
+
+    @functools.wraps(run)
+    def run_and_watch(self: Any) -> None:
+        threading.Thread(target=watch, args=(self,), name="watch", daemon=True).start()
+        run(self)
+
+    def watch(responses: Any) -> None:
+        beaten = 0.0
+        while True:
+            watched.look()
+            now = time.monotonic()
+            if now - beaten >= BEAT_SECONDS:
+                beaten = now
+                reporter.send(beat=pulse.beat(responses.requests.qsize()))
+            time.sleep(departures.INTERVAL_SECONDS)
+
+    provider._load = load_model
+    generator._run_generate = run_and_watch
+
+
+def main() -> None:
+    """Run the program that the command line names."""
+    del sys.argv[0]
+    given = os.environ.pop(OPTIONS, None)
+    reporter = Reporter(None) if given is None else Reporter.of_standard_input()
+    faulthandler.enable()  # a crash of the process leaves each thread's place in the log
+    pulse = Pulse()
+    quiet.arm(lambda: pulse.served)
+    try:
+        arm(reporter, pulse, json.loads(given or "{}"))
+    except ImportError as error:  # of another layout altogether
+        reporter.send(features=[], off={"all": str(error)}, device="unknown")
+    sys.path[0] = os.path.dirname(sys.argv[0])  # as if the program had been started by itself
+    runpy.run_path(sys.argv[0], run_name="__main__")

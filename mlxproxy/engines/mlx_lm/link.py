@@ -1,0 +1,78 @@
+"""The proxy's end of the channel to `inside/`: what the backend says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlxproxy.engines.mlx_lm.liveness import Beat, Liveness
+
+log = logging.getLogger("mlxproxy.backend")
+
+MAX_LINE_BYTES = 1 << 16
+REASON_CHARACTERS = 500
+
+
+class Link:
+    """The channel to one backend, read by a thread of its own until the backend closes it.
+
+    Args:
+        on_death: called with the reason when the generation thread has ended.
+    """
+
+    def __init__(self, on_death: Callable[[str], None]) -> None:
+        self._on_death = on_death
+        self._ours, self.theirs = socket.socketpair()
+        self._liveness: Liveness | None = None
+        self._features: frozenset[str] = frozenset()
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Begin to read; the child has its end by now."""
+        self.theirs.close()
+        threading.Thread(target=self._run, name="backend-link", daemon=True).start()
+
+    def close(self) -> None:
+        """Give up both ends: there is no child."""
+        self.theirs.close()
+        self._ours.close()
+
+    def has(self, feature: str) -> bool:
+        """Return whether the backend has armed a feature of `inside/`."""
+        return feature in self._features
+
+    def hang(self, waiting_since: float, stall_timeout: float, load_timeout: float) -> str | None:
+        """Return why the backend hangs; None while it lives, or where its life is not told."""
+        with self._lock:
+            if self._liveness is None:
+                return None
+            return self._liveness.hang(time.monotonic(), waiting_since, stall_timeout, load_timeout)
+
+    def _run(self) -> None:
+        with self._ours, self._ours.makefile("rb") as lines, contextlib.suppress(OSError):
+            while line := lines.readline(MAX_LINE_BYTES):
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    self._take(json.loads(line))
+
+    def _take(self, report: dict[str, Any]) -> None:
+        if "beat" in report:
+            beat = Beat.from_json(report["beat"])
+            with self._lock:
+                if self._liveness is not None:
+                    self._liveness.take(beat, time.monotonic())
+        elif "died" in report:
+            reason = str(report["died"])[:REASON_CHARACTERS]
+            self._on_death(reason or "its generation thread has ended")
+        elif "features" in report:
+            self._features = frozenset(map(str, report["features"]))
+            with self._lock:
+                if self.has("heartbeat"):
+                    self._liveness = Liveness(computes_on_cpu=report["device"] == "cpu")
+            for name, why in report["off"].items():
+                log.warning("this mlx-lm does not take the feature %s: %s", name, why)

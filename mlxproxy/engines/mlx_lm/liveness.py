@@ -1,0 +1,95 @@
+"""Tell a long silence from a hang, by what the backend's own process says of itself.
+
+A tool call of ten minutes, the reading of a long prompt and a slow machine are silent towards the
+client, but their steps go on. A generation thread that hangs makes no step; a process that hangs
+as a whole no longer even says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+SILENT_SECONDS: Final = 20.0
+"""No beat for this long while a request waits: the process stands still as a whole. Beats come
+every second; a machine that pages heavily delays them by some."""
+STUCK_SECONDS: Final = 10.0
+"""No step, and no processor time used, for this long, where a step would use it."""
+IDLE_SHARE: Final = 0.05
+"""A processor's share below which a process does not compute: its watcher alone needs less."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What the backend said of its generation thread (see `inside/report.py`)."""
+
+    steps: int
+    doing: str | None
+    busy: bool
+    cpu: float
+
+    @classmethod
+    def from_json(cls, value: Any) -> Beat:
+        """Return the beat in a report.
+
+        Raises:
+            ValueError, KeyError, TypeError: there is none in it.
+        """
+        doing = value["doing"]
+        return cls(
+            steps=int(value["steps"]),
+            doing=None if doing is None else str(doing),
+            busy=bool(value["busy"]),
+            cpu=float(value["cpu"]),
+        )
+
+
+class Liveness:
+    """The beats of one backend, and what follows from them. All times are monotonic seconds.
+
+    Args:
+        computes_on_cpu: whether a step uses this process's processor time; on a GPU it does not.
+    """
+
+    def __init__(self, computes_on_cpu: bool) -> None:
+        self._on_cpu = computes_on_cpu
+        self._last: Beat | None = None
+        self._beat_at = 0.0
+        self._step_at = 0.0  # the last sign of progress
+        self._used_at = 0.0  # the last sign of progress or of processor time
+
+    def take(self, beat: Beat, now: float) -> None:
+        """Take a beat that has come."""
+        last = self._last
+        if last is None or not (last.busy and beat.busy) or beat.steps != last.steps:
+            self._step_at = self._used_at = now
+        elif beat.cpu - last.cpu > IDLE_SHARE * (now - self._beat_at):
+            self._used_at = now
+        self._last, self._beat_at = beat, now
+
+    def hang(
+        self, now: float, waiting_since: float, stall_timeout: float, load_timeout: float
+    ) -> str | None:
+        """Return why the backend hangs; None while it lives.
+
+        Args:
+            waiting_since: since when the request has waited that asks.
+            stall_timeout: seconds that one step may take.
+            load_timeout: seconds that the load of an adapter or draft model may take.
+        """
+        last = self._last
+        silent = now - max(self._beat_at, waiting_since)
+        if silent > min(SILENT_SECONDS, stall_timeout):
+            return f"its process has given no sign of life for {silent:.0f} s"
+        if last is None or not last.busy:
+            return None
+        needs_cpu = self._on_cpu or last.doing in (None, "tokenize")
+        unused = self._beat_at - self._used_at
+        if needs_cpu and last.doing != "load" and unused > min(STUCK_SECONDS, stall_timeout):
+            return f"its generation thread has stood still for {unused:.0f} s"
+        limit, name = stall_timeout, "STALL_TIMEOUT"
+        if last.doing == "load":
+            limit, name = load_timeout, "LOAD_TIMEOUT"
+        if self._beat_at - self._step_at > limit:
+            return f"one step of its work has taken more than {limit:g} s ({name})"
+        return None

@@ -1,0 +1,393 @@
+"""What runs inside the backend's process, each feature by itself; and that it is started so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import socketserver
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlxproxy.backend import INSIDE, program_command
+from mlxproxy.engines.mlx_lm.inside import detokenizer, pace, prompt_cache, prompts, quiet, sampling
+from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require
+from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
+from mlxproxy.engines.mlx_lm.link import Link
+from tests.conftest import SERVER_BIN
+
+PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
+SHELL = "#!/bin/sh\n'''exec' %s \"$0\" \"$@\"\n' '''\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "python"),
+    [
+        ("#!/venv/bin/python3\n", "/venv/bin/python3"),
+        ("#!/my models/bin/python3.12\n", "/my models/bin/python3.12"),
+        (SHELL % '"/my models/bin/python3.12"', "/my models/bin/python3.12"),
+        (SHELL % "/very/long/bin/python", "/very/long/bin/python"),
+        (SHELL % "'/my models/bin/python3.13t'", "/my models/bin/python3.13t"),
+        ("#! /venv/bin/pypy3\n", "/venv/bin/pypy3"),
+    ],
+)
+def test_the_script_of_pip_is_run_by_its_own_python(tmp_path: Path, head: str, python: str) -> None:
+    program = tmp_path / "mlx_lm.server"
+    program.write_text(head + PIP)
+    assert program_command(program) == [python, str(INSIDE), str(program)]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/bin/sh\nexec mlx_lm.server --log-level DEBUG $@\n",
+        "#!/usr/bin/env python3\n" + PIP,
+        "#!/venv/bin/python3 -E\n" + PIP,
+        "#!/venv/bin/python3\nprint('something else')\n",
+        "\x7fELF",
+    ],
+)
+def test_any_other_program_is_run_as_it_is(tmp_path: Path, script: str) -> None:
+    program = tmp_path / "mlx_lm.server"
+    program.write_text(script)
+    assert program_command(program) == [str(program)]
+
+
+def test_a_program_that_cannot_be_read_is_run_as_it_is(tmp_path: Path) -> None:
+    assert program_command(tmp_path / "missing") == [str(tmp_path / "missing")]
+
+
+class Module(SimpleNamespace):
+    """Stands for a module of mlx-lm, as far as a feature touches it."""
+
+    __name__ = "mlx_lm.somewhere"
+
+
+# -- the gate
+
+
+def test_a_feature_whose_names_have_changed_stays_off() -> None:
+    def renamed(this: object, prompt: str) -> None: ...
+
+    with pytest.raises(Unexpected, match="has no stream"):
+        require(Module(), {"stream": ()})
+    with pytest.raises(Unexpected, match=r"takes \(this, prompt\)"):
+        require(Module(call=renamed), {"call": ("self", "tokens")})
+    with pytest.raises(Unexpected, match="is not a function"):
+        require(Module(call=5), {"call": ("self",)})
+    require(Module(call=renamed), {"call": ("this",)})
+
+
+@pytest.mark.parametrize("feature", [prompt_cache, detokenizer, prompts, sampling, pace])
+def test_an_mlx_lm_of_another_layout_is_left_as_it_is(feature: ModuleType) -> None:
+    other = Module()
+    arguments: dict[ModuleType, tuple[Any, ...]] = {
+        prompts: (other, None),
+        sampling: (other, other, None),
+        pace: (other, other),
+    }
+    with pytest.raises(Unexpected):
+        feature.arm(*arguments.get(feature, (other,)))
+    assert vars(other) == {}
+
+
+# -- the prompt cache
+
+
+@pytest.mark.backend
+def test_a_prompt_that_is_all_in_the_cache_keeps_its_last_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlx.core as mx
+    from mlx_lm.models import cache
+    from mlx_lm.models.cache import ArraysCache, KVCache, LRUPromptCache
+
+    monkeypatch.setattr(LRUPromptCache, "fetch_nearest_cache", LRUPromptCache.fetch_nearest_cache)
+    prompt_cache.arm(cache)
+    keys = mx.zeros((1, 1, 3, 4))
+    grown = KVCache()
+    grown.update_and_fetch(keys, keys)
+    kept = LRUPromptCache()
+    kept.insert_cache("model", [1, 2, 3], [grown])
+    (found,), rest = kept.fetch_nearest_cache("model", [1, 2, 3])
+    assert (found.offset, rest) == (2, [3])
+    assert kept.fetch_nearest_cache("model", [1, 2, 3, 4])[1] == [4]
+    kept.insert_cache("model", [7, 8], [ArraysCache(1)])  # what recurrent layers keep
+    assert kept.fetch_nearest_cache("model", [7, 8]) == (None, [7, 8])
+
+
+# -- token ids without a text
+
+
+@pytest.fixture
+def detokenizers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """mlx-lm's detokenizers with the feature; the originals are back afterwards."""
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils")
+    for name in detokenizer.CLASSES:
+        for method in ("add_token", "finalize"):
+            monkeypatch.setattr(getattr(utils, name), method, vars(getattr(utils, name))[method])
+    segment = vars(utils.StreamingDetokenizer)["last_segment"]
+    monkeypatch.setattr(utils.StreamingDetokenizer, "last_segment", segment)
+    detokenizer.arm(utils)
+    return utils  # type: ignore[no-any-return]
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("BPEStreamingDetokenizer", ["a", None, "b"]),
+        ("SPMStreamingDetokenizer", [b"a", None, b"b"]),
+    ],
+)
+def test_a_token_without_a_text_is_no_text(
+    detokenizers: ModuleType, kind: str, texts: list[Any]
+) -> None:
+    made = getattr(detokenizers, kind).__new__(getattr(detokenizers, kind))
+    made.tokenmap, made.trim_space = texts, False
+    made.reset()
+    said = ""
+    for token in (0, 1, 2, 1):
+        made.add_token(token)
+        said += made.last_segment
+    made.finalize()
+    assert said + made.last_segment == "ab"
+
+
+@pytest.mark.backend
+def test_a_token_beyond_the_tokenizer_is_no_text(detokenizers: ModuleType) -> None:
+    made = detokenizers.SPMStreamingDetokenizer.__new__(detokenizers.SPMStreamingDetokenizer)
+    made.tokenmap, made.trim_space = [b"a"], False
+    made.reset()
+    for token in (0, 7):
+        made.add_token(token)
+    made.finalize()
+    assert made.last_segment == "a"
+
+
+# -- sampling
+
+
+def asked(seed: int | None = None, **values: float) -> Any:
+    """The arguments of a request, as `mlx_lm.server` makes them."""
+    sampling_values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    others = {"xtc_probability": 0.0, "xtc_threshold": 0.1}
+    return SimpleNamespace(
+        seed=seed, sampling=SimpleNamespace(**{**sampling_values, **others, **values})
+    )
+
+
+@pytest.fixture
+def armed_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`mlx_lm.server` with the feature, and the count of what was compiled."""
+    mx = pytest.importorskip("mlx.core")
+    server = pytest.importorskip("mlx_lm.server")
+    utils = pytest.importorskip("mlx_lm.sample_utils")
+    traced: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Any:
+        def trace(*arguments: Any) -> Any:
+            traced.append(name)
+            return function(*arguments)
+
+        return mx.compile(trace)
+
+    monkeypatch.setattr(server, "_make_sampler", server._make_sampler)
+    batchable = server.ResponseGenerator._is_batchable
+    monkeypatch.setattr(server.ResponseGenerator, "_is_batchable", batchable)
+    monkeypatch.setattr(utils, "apply_top_p", counted("top_p", lambda x, top_p: x + top_p))
+    draw = counted("temperature", lambda x, temperature: mx.argmax(x / temperature, axis=-1))
+    monkeypatch.setattr(utils, "categorical_sampling", draw)
+    monkeypatch.setattr(
+        sampling, "_min_p", lambda mx: lambda x, low: (traced.append("min_p"), x + low)[1]
+    )
+    sampling.arm(server, utils, mx)
+    return SimpleNamespace(server=server, traced=traced, mx=mx)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("name", "field"), [("top_p", "top_p"), ("min_p", "min_p"), ("temperature", "temperature")]
+)
+def test_new_values_are_compiled_once_for_all(armed_sampling: Any, name: str, field: str) -> None:
+    logits = armed_sampling.mx.zeros((1, 8))
+    for number in range(1, 13):
+        sample = armed_sampling.server._make_sampler(asked(**{field: number / 13}), None)
+        armed_sampling.mx.eval(sample(logits))
+    assert armed_sampling.traced.count(name) == 1
+
+
+@pytest.mark.backend
+def test_a_seed_gives_the_same_text_whoever_else_is_answered(armed_sampling: Any) -> None:
+    mx, make = armed_sampling.mx, armed_sampling.server._make_sampler
+    logits = mx.zeros((1, 1000))
+
+    def drawn(seed: int, company: bool = False) -> list[int]:
+        sample, others = make(asked(seed), None), make(asked(99), None)
+        tokens = []
+        for _ in range(8):
+            tokens.append(sample(logits).item())
+            if company:
+                others(logits)
+        return tokens
+
+    assert drawn(5) == drawn(5, company=True)
+    assert drawn(5) != drawn(6)
+    assert drawn((1 << 64) - 1) == drawn(-1)
+
+
+@pytest.mark.backend
+def test_a_seeded_request_joins_the_others_unless_it_draws_from_the_shared_generator(
+    armed_sampling: Any,
+) -> None:
+    generator = SimpleNamespace(
+        model_provider=SimpleNamespace(is_batchable=True), cli_args=SimpleNamespace(kv_bits=None)
+    )
+    joins = armed_sampling.server.ResponseGenerator._is_batchable
+    request = asked(5)
+    assert joins(generator, request)
+    assert request.seed == 5
+    assert not joins(generator, asked(5, xtc_probability=0.5))
+
+
+# -- prompts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "refused"),
+    [(0, "no tokens"), (8, None), (9, "9 tokens, and the model's context is 8")],
+)
+def test_a_prompt_that_the_model_cannot_take_is_one_requests_error(
+    tokens: int, refused: str | None
+) -> None:
+    class ResponseGenerator:
+        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[list[int]]:
+            return ([1] * tokens,)
+
+    prompts.arm(Module(ResponseGenerator=ResponseGenerator), context=8)
+    if refused is None:
+        assert ResponseGenerator()._tokenize(None, None, None) == ([1] * tokens,)
+        return
+    with pytest.raises(ValueError, match=refused):
+        ResponseGenerator()._tokenize(None, None, None)
+
+
+# -- the pace of reading prompts
+
+
+def test_a_slow_machine_reads_in_small_pieces_and_a_fast_one_in_large_ones() -> None:
+    for rate, piece in ((20, 20), (300, 300), (50_000, 2048), (1, pace.LEAST)):
+        measured = pace.Pace()
+        for _ in range(8):
+            count = measured.piece(2048, 1)
+            measured.read(count, count / rate)
+        assert measured.piece(2048, 1) == pytest.approx(piece, rel=0.05)
+
+
+def test_prompts_that_are_read_together_share_the_second() -> None:
+    measured = pace.Pace()
+    for _ in range(4):
+        measured.read(800, 1.0)
+    assert measured.piece(2048, 8) == 100
+
+
+def test_one_lucky_measurement_does_not_lead_to_a_long_piece() -> None:
+    measured = pace.Pace()
+    measured.read(10, 0.0001)
+    assert measured.piece(2048, 1) <= 10 * pace.GROWTH
+
+
+# -- what may be written
+
+
+def withheld(message: str, error: BaseException | None = None) -> str:
+    """What the log shows of a message of the server's."""
+    kept = logging.getLogRecordFactory(), socketserver.BaseServer.handle_error
+    try:
+        quiet.arm(lambda: True)
+        information = (type(error), error, error.__traceback__) if error else None
+        record = logging.getLogRecordFactory()(
+            "root", logging.WARNING, "/x/mlx_lm/server.py", 7, message, None, information
+        )
+        return logging.Formatter().format(record)
+    finally:
+        logging.setLogRecordFactory(kept[0])
+        socketserver.BaseServer.handle_error = kept[1]  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Failed to parse tool call (ValueError: could not convert 'SECRET') — truncated.",
+        "JSONDecodeError: Expecting value - Raw body: SECRET",
+        'Invalid Request Body: [\n\t"SECRET"]',
+        "Prompt processing progress: 1/2 SECRET",
+        "SECRET",
+    ],
+)
+def test_what_anybody_said_is_not_in_the_backends_log(message: str) -> None:
+    assert "SECRET" not in withheld(message)
+
+
+def test_figures_are_in_the_backends_log() -> None:
+    for message in (
+        "Prompt processing progress: 2048/6017",
+        "Prompt Cache: 4 sequences, 0.01 GB",
+        "Starting httpd at 127.0.0.1 on port 18080...",
+    ):
+        assert withheld(message) == message
+
+
+def test_an_error_leaves_its_kind_and_its_places_but_not_its_words() -> None:
+    said = "SEC" + "RET"  # not in this file's text, which a traceback shows
+    with pytest.raises(ValueError, match=said) as caught:
+        int(said)
+    error, line = caught.value, caught.tb.tb_lineno
+    shown = withheld(f"mlx_lm.server generation thread died: {error}", error)
+    assert shown.startswith("mlx_lm.server generation thread died: ValueError\n")
+    assert "test_inside.py" in shown
+    assert said not in shown
+    assert quiet.reason(error, serving=True) == f"ValueError at test_inside.py:{line}"
+    assert said in quiet.reason(error, serving=False)
+    memory = RuntimeError("[metal::malloc] Attempting to allocate 9 bytes")
+    assert quiet.reason(memory, serving=True) == str(memory)
+
+
+# -- the channel
+
+
+def test_a_death_comes_over_the_channel() -> None:
+    told: queue.Queue[str] = queue.Queue()
+    link = Link(told.put)
+    reporter = Reporter(os.dup(link.theirs.fileno()))
+    link.open()
+    reporter.send(features=["departures", "heartbeat"], off={}, device="cpu")
+    reporter.send(nonsense=True)
+    reporter.send(beat="nonsense")
+    reporter.send(beat=Pulse().beat(queued=0))
+    reporter.send(died="out of memory")
+    assert told.get(timeout=5) == "out of memory"
+    assert link.has("departures")
+    assert not link.has("seeds")
+    assert link.hang(time.monotonic(), 300, 600) is None
+    reporter.close()
+
+
+def test_nobody_waits_for_a_proxy_that_does_not_listen() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        reporter = Reporter(theirs.detach())
+        for _ in range(10_000):
+            reporter.send(died="x" * 1000)
+        reporter.close()
+    Reporter(None).send(died="nobody is there")
+
+
+def test_the_backends_script_of_this_machine_is_of_that_kind() -> None:
+    assert program_command(SERVER_BIN)[1:] == [str(INSIDE), str(SERVER_BIN)]

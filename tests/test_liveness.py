@@ -1,0 +1,77 @@
+"""A long silence is told from a hang by the backend's beats."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlxproxy.engines.mlx_lm.liveness import Beat, Liveness
+
+STALL, LOAD = 300.0, 600.0
+
+
+def beats(
+    seconds: int,
+    *,
+    doing: str | None = "step",
+    cpu: float = 0.0,
+    steps: float = 0.0,
+    gpu: bool = False,
+) -> Liveness:
+    """The beats of so many seconds, with processor seconds and steps per second."""
+    liveness = Liveness(computes_on_cpu=not gpu)
+    for second in range(seconds + 1):
+        beat = Beat(int(second * steps), doing, busy=True, cpu=second * cpu)
+        liveness.take(beat, float(second))
+    return liveness
+
+
+def hang(liveness: Liveness, now: float, waiting_since: float = 0.0) -> str | None:
+    return liveness.hang(now, waiting_since, STALL, LOAD)
+
+
+def test_a_silent_answer_of_an_hour_is_no_hang_while_steps_are_made() -> None:
+    assert hang(beats(3600, steps=5, cpu=1), 3600) is None
+
+
+def test_a_generation_thread_that_stands_still_is_a_hang_within_seconds() -> None:
+    for doing in ("step", "tokenize", None):
+        assert hang(beats(9, doing=doing), 9) is None
+        assert "stood still for 11 s" in str(hang(beats(11, doing=doing), 11))
+
+
+def test_a_step_that_computes_may_take_until_the_stall_limit() -> None:
+    assert hang(beats(299, cpu=1), 299) is None
+    assert "STALL_TIMEOUT" in str(hang(beats(302, cpu=1), 302))
+
+
+def test_a_step_on_a_gpu_uses_no_processor_time() -> None:
+    assert hang(beats(299, gpu=True), 299) is None
+    assert "STALL_TIMEOUT" in str(hang(beats(302, gpu=True), 302))
+    assert "stood still" in str(hang(beats(11, gpu=True, doing=None), 11))
+
+
+def test_an_adapter_may_be_read_from_a_slow_disk() -> None:
+    assert hang(beats(590, doing="load"), 590) is None
+    assert "LOAD_TIMEOUT" in str(hang(beats(602, doing="load"), 602))
+
+
+def test_a_process_that_no_longer_says_anything_is_a_hang() -> None:
+    liveness = beats(100, steps=5, cpu=1)
+    assert hang(liveness, 119) is None
+    assert "no sign of life for 21 s" in str(hang(liveness, 121))
+    assert hang(liveness, 121, waiting_since=110) is None, "it may have been idle until then"
+
+
+def test_nothing_is_expected_of_an_idle_thread() -> None:
+    liveness = Liveness(computes_on_cpu=True)
+    for second in range(1000):
+        liveness.take(Beat(7, None, busy=False, cpu=0), float(second))
+    assert hang(liveness, 1000) is None
+    liveness.take(Beat(7, "step", busy=True, cpu=0), 1000.0)
+    assert hang(liveness, 1005) is None
+
+
+@pytest.mark.parametrize("report", [None, {}, {"steps": "x"}, {"steps": 1, "doing": None}])
+def test_a_report_that_is_no_beat_is_refused(report: object) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Beat.from_json(report)
