@@ -64,8 +64,8 @@ class Limits:
     """Pixels of all images of a request together: the backend unpacks each to three bytes a pixel,
     whatever its file's size."""
     vocab_size: int | None = None
-    """Ids below it are known to the tokenizer and to the model: the smaller of the two counts.
-    0 if a loaded model's is not to be found out."""
+    """Ids below it are the model's, with or without a text. 0 if a loaded model's is not to be
+    found out."""
     max_context: int | None = None
     """Tokens of prompt and answer together."""
     images: bool | None = None

@@ -44,7 +44,7 @@ _COMMON: Final = {
     "stream_options": Rule(fields.stream_options, "{} ends a whole stream without [DONE]"),
     "max_tokens": Rule(fields.max_tokens, "2**31 holds a place for days"),
     "max_completion_tokens": Rule(fields.max_tokens, "wins over max_tokens"),
-    "temperature": Rule(fields.number(0, 2, 2), "compiles; high: ids beyond the tokenizer kill"),
+    "temperature": Rule(fields.number(0, 2, 2), "compiles"),
     "top_p": Rule(fields.top_p, "compiles; 0 is off, and 1e-9 leaves no token at all"),
     "top_k": Rule(fields.top_k, "kills from the vocabulary's size on"),
     "min_p": Rule(fields.number(0, 1, 3), "compiles; NaN kills"),

@@ -31,6 +31,7 @@ CALL = "<|call|>"  # the last token of a prompt that offers tools
 SPECIAL = ("<|endoftext|>", "<|im_start|>", END, CALL)
 TOOL_MARKERS = ("<tool_call>", "</tool_call>")  # kept in decoded text, as Qwen's are
 THINK_MARKERS = ("<think>", "</think>")
+NAMELESS = "\0"  # what the name of an id begins with that the tokenizer shall not have
 
 CERTAINTY = 60.0  # the logit of a token's successor; the others stay below two thirds of it
 HEAD = 16  # entries of an attention head; few, as attention over a long prompt is slow on a CPU
@@ -85,6 +86,7 @@ def build(
     shards: int = 1,
     seed: int = 0,
     call: Sequence[str] = CALL_PIECES,
+    nameless: int = 0,
     config: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes a model folder and returns it.
@@ -101,10 +103,11 @@ def build(
         quantize: 4 for 4-bit weights, None for 32-bit floats (the fastest on a CPU).
         shards: files over which the weights are spread; more than one come with an index.
         call: the tokens of its tool call, all different.
+        nameless: token ids, from 256 on, that the tokenizer has no text for.
         config: further entries of config.json, overriding the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, successor = _chain(says, words, length, thinking, call)
+    vocabulary, successor = _chain(says, words, length, thinking, call, nameless)
     if chat_template is None:
         chat_template = CHAT_TEMPLATE if thinking else PLAIN_TEMPLATE
     _write_tokenizer(folder, vocabulary, max_context, chat_template)
@@ -242,7 +245,7 @@ DEFECTS: Mapping[str, Callable[[Path], object]] = {
 
 
 def _chain(
-    says: str, words: int, length: int | None, thinking: bool, call: Sequence[str]
+    says: str, words: int, length: int | None, thinking: bool, call: Sequence[str], nameless: int
 ) -> tuple[list[str], list[int]]:
     """The vocabulary, and each token's successor by index.
 
@@ -255,7 +258,8 @@ def _chain(
     thought = [f"thought{number}{space}" for number in range(THOUGHTS)]
     pieces = [piece.replace(" ", space) for piece in call]
     # "\n\n" is what an empty block of thoughts ends with, "\n" what any other prompt ends with.
-    vocabulary = [*byte_level, newline * 2, *said, *thought, *pieces, *SPECIAL, *TOOL_MARKERS]
+    gap = [f"{NAMELESS}{number}" for number in range(nameless)]
+    vocabulary = [*byte_level, *gap, newline * 2, *said, *thought, *pieces, *SPECIAL, *TOOL_MARKERS]
     if thinking:
         vocabulary += THINK_MARKERS
     index = {token: number for number, token in enumerate(vocabulary)}
@@ -281,8 +285,9 @@ def _write_tokenizer(
     folder: Path, vocabulary: list[str], max_context: int, chat_template: str
 ) -> None:
     markers = [token for token in vocabulary if token in (*TOOL_MARKERS, *THINK_MARKERS)]
-    added = {*SPECIAL, *markers}
-    plain = {token: number for number, token in enumerate(vocabulary) if token not in added}
+    plain = {
+        token: number for number, token in enumerate(vocabulary) if not token.startswith(NAMELESS)
+    }
     tokenizer = Tokenizer(models.BPE(vocab=plain, merges=[("Ċ", "Ċ")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
