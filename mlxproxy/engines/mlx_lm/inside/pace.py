@@ -18,7 +18,9 @@ PIECE_SECONDS = 1.0
 FIRST_PIECE = 64  # tokens, until the pace is known
 FIRST_PIECE_ALONE = 512  # the same, where the pieces of one prompt are all alike
 LEAST = 8
-GROWTH = 8  # times the last piece at most: one lucky measurement must not lead to a long piece
+# Times the largest piece so far at most: one lucky measurement must not lead to a long piece, and the deeper
+# in a prompt, the longer each token takes.
+GROWTH = 2
 
 
 class Pace:
@@ -26,7 +28,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._rate: float | None = None
-        self._last = FIRST_PIECE
+        self._largest = FIRST_PIECE
 
     def piece(self, most: int, prompts: int, first: int = FIRST_PIECE) -> int:
         """Return how many tokens of each prompt to read at once.
@@ -38,7 +40,7 @@ class Pace:
         """
         wanted = float(first)
         if self._rate is not None:
-            wanted = min(self._rate * PIECE_SECONDS, self._last * GROWTH) / max(1, prompts)
+            wanted = min(self._rate * PIECE_SECONDS, self._largest * GROWTH) / max(1, prompts)
         return min(max(LEAST, int(wanted)), most)
 
     def read(self, tokens: int, seconds: float) -> None:
@@ -46,8 +48,10 @@ class Pace:
         if tokens < LEAST or seconds <= 0:
             return
         rate = tokens / seconds
-        self._rate = rate if self._rate is None else (self._rate + rate) / 2
-        self._last = tokens
+        if self._rate is not None and rate > self._rate:
+            rate = (self._rate + rate) / 2
+        self._rate = rate
+        self._largest = max(self._largest, tokens)
 
 
 def arm(server: Any, generate: Any, clock: Callable[[], float] = time.monotonic) -> None:
