@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mlxproxy import __version__
+from mlxproxy.text import harmless
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
@@ -113,7 +114,7 @@ def serve(**flags: str | None) -> None:
     try:
         serving.serve(settings.load(_given(flags)))
     except (settings.SettingError, serving.CannotServe) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(harmless(str(error))) from None
 
 
 @main.command()
@@ -257,7 +258,7 @@ def service_install(dry_run: bool, **flags: str | None) -> None:
     try:
         service.install(_given(flags), dry_run)
     except settings.SettingError as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(harmless(str(error))) from None
 
 
 @service.command("uninstall")

@@ -11,6 +11,7 @@ import click
 import requests
 
 from mlxproxy import settings
+from mlxproxy.text import harmless
 
 CONNECT = 5.0  # seconds
 READ = 30.0
@@ -25,6 +26,9 @@ SILENCE = 60.0  # in a stream; a comment comes at least every 15 s
 
 class ClientError(click.ClickException):
     """Why a command cannot do its work, in a sentence; ends it with status 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(harmless(message))
 
 
 class Unreachable(ClientError):
@@ -79,7 +83,8 @@ class Client:
         # What proxies and .netrc say is meant for the web, not for a machine of the household.
         self._session.trust_env = False
         if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+            # As bytes: `requests` would send Latin-1, and the server compares UTF-8.
+            self._session.headers["Authorization"] = f"Bearer {key}".encode()
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path.
@@ -190,12 +195,13 @@ def connect(host: str | None, key: str | None) -> Client:
     Raises:
         ClientError: the settings, which are asked for what is not given, are wrong.
     """
+    key = key.split(",")[0].strip() if key else None
     if host is not None and "://" in host:
-        return Client(host.rstrip("/").removesuffix("/v1"), _first(key))
+        return Client(host.rstrip("/").removesuffix("/v1"), key)
     try:
         own = settings.load()
         if host is None and key is None:
-            key = ",".join(own.keys)
+            key = next(iter(own.keys), None)
     except settings.SettingError as error:
         raise ClientError(str(error)) from None
     is_own = host is None
@@ -207,8 +213,4 @@ def connect(host: str | None, key: str | None) -> Client:
         host = f"[{host}]"  # IPv6
     if not re.search(r":\d+$", host):
         host = f"{host}:{own.proxy_port}"
-    return Client(f"http://{host}", _first(key), is_own)
-
-
-def _first(key: str | None) -> str | None:
-    return key.split(",")[0].strip() if key else None
+    return Client(f"http://{host}", key, is_own)

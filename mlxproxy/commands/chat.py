@@ -150,7 +150,7 @@ class _Answer:
 
     def _print(self, text: str, style: str | None = None) -> None:
         if self._output.is_terminal:
-            self._output.print(terminal.harmless(text), style=style, end="", soft_wrap=True)
+            self._output.print(text, style=style, end="", soft_wrap=True)
         else:
             self._output.file.write(text)
             self._output.file.flush()

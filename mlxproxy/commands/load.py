@@ -94,7 +94,9 @@ class _Bar:
         self._shown = console.is_terminal
         self._heading = Text()
         self._progress = Progress(
-            TextColumn("{task.description:8}"), BarColumn(30), TextColumn("{task.fields[facts]}")
+            TextColumn("{task.description:8}", markup=False),
+            BarColumn(30),
+            TextColumn("{task.fields[facts]}", markup=False),
         )
         self._task = self._progress.add_task("waiting", total=None, facts="")
         self._live = Live(Group(self._heading, self._progress), console=console, transient=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlxproxy import settings
 from mlxproxy.client import Client, ClientError, Unreachable
-from mlxproxy.commands import terminal
+from mlxproxy.text import harmless
 
 
 def logs(client: Client, source: str, follow: bool, lines: int) -> None:
@@ -39,5 +39,5 @@ def _file(source: str) -> Path | None:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(terminal.harmless(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text))
     sys.stdout.flush()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mlxproxy.client import Client, ClientError, connect
 from mlxproxy.commands import terminal
+from mlxproxy.text import harmless
 
 HEADINGS = ("MODEL", "SIZE", "QUANT", "CTX", "CAN", "STATE")
 
@@ -37,7 +38,7 @@ def completions(host: str | None, key: str | None, begun: str) -> list[str]:
     """The ids that begin so, for the shell; none where no server answers."""
     with contextlib.suppress(ClientError):
         models = connect(host, key).get("/v1/models")["data"]
-        return [model["id"] for model in models if model["id"].startswith(begun)]
+        return [harmless(model["id"]) for model in models if model["id"].startswith(begun)]
     return []
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from mlxproxy import settings
+from mlxproxy.text import harmless
 
 LABEL = "local.mlxproxy"
 UNIT = "mlxproxy.service"
@@ -33,6 +34,9 @@ LATE_DISK = "A models folder on a disk that is mounted late is no problem: the p
 
 class ServiceError(click.ClickException):
     """Why the service cannot be managed, in a sentence; ends the command with status 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(harmless(message))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import io
 import json
 import sys
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from mlxproxy.text import harmless, harmless_json
+
 PIPE_WIDTH = 10_000  # columns: a line of a table is one line for whoever reads the pipe
+
+
+class _Harmless(Console):
+    """A console on which nothing but its own colours and movements moves the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=harmless(segment.text))
 
 
 def output() -> Console:
@@ -31,7 +43,7 @@ def _console(stream: TextIO) -> Console:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
     width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+    return _Harmless(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
 
 @contextmanager
@@ -41,12 +53,12 @@ def spinner(console: Console, text: str) -> Iterator[Callable[[str], None]]:
         yield lambda text: None
         return
     with console.status(text) as status:
-        yield lambda text: status.update(Text(harmless(text)))
+        yield lambda text: status.update(Text(text))
 
 
 def print_json(value: Any) -> None:
     """For programs."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def table(*headings: str, right: tuple[str, ...] = ()) -> Table:
@@ -99,12 +111,3 @@ def duration(seconds: float) -> str:
 def switch(value: object) -> str:
     """A flag in words."""
     return "on" if value else "off"
-
-
-def harmless(text: str) -> str:
-    """The text without what a terminal would obey: a model may have been told to write it."""
-    return "".join(
-        character
-        for character in text
-        if character in "\n\t" or unicodedata.category(character) != "Cc"
-    )

@@ -1,0 +1,22 @@
+"""Text that somebody else has written, made fit for a terminal and for a log."""
+
+from __future__ import annotations
+
+import re
+
+# What a terminal would obey (C0 and C1 but for the line's end and the tab), what turns the
+# direction of the text around it (Unicode's embeddings, overrides and isolates), what other
+# programs take for the end of a line, and halves of characters that no file can hold.
+_HARMFUL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def harmless(text: str) -> str:
+    """Return the text without what a terminal would obey: a model may have been made to say it."""
+    return _HARMFUL.sub("", text)
+
+
+def harmless_json(text: str) -> str:
+    r"""Return the JSON with the same characters as ``\uXXXX``: it stays the same value."""
+    return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
