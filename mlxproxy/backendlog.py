@@ -10,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import logging.handlers
 import os
-import queue
 import re
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
+
+from mlxproxy.text import harmless
+from mlxproxy.writing import GATHER, Writer
 
 FILE_BYTES = 5 << 20
 FILES = 3
 TAIL_LINES = 200
 LINE_BYTES = 2000
-QUEUED_CHUNKS = 256
-# Seconds for which lines that trickle in are gathered: each one alone would wake two threads, in
-# the middle of everybody's tokens.
-GATHER = 0.05
 TRICKLE = 4096  # bytes
 PIPE_BYTES = 1 << 16
 
@@ -35,60 +35,26 @@ _DEATH = re.compile(rb"generation thread died: ?(.*)|Exception in thread .*\(_ge
 Listener = Callable[[str], None]
 
 
-class LogFile:
+class LogFile(Writer):
     """A bounded, rotated file that takes text from any thread and never blocks or raises."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._chunks: queue.Queue[str | None] = queue.Queue(QUEUED_CHUNKS)
-        self._lost = 0
-        self._thread = threading.Thread(target=self._write, name="backend-log", daemon=True)
-        self._thread.start()
+        self._file: _RotatingFile | None = None
+        super().__init__(str(path), self._append)
 
-    def put(self, text: str) -> None:
-        """Hands text to the writer; drops it (and counts) where the disk does not keep up."""
+    def _append(self, text: str) -> None:
         try:
-            self._chunks.put_nowait(text)
-        except queue.Full:
-            self._lost += 1
-
-    def close(self) -> None:
-        """Writes what is queued, for a second at most."""
-        with contextlib.suppress(queue.Full):
-            self._chunks.put(None, timeout=1)
-        self._thread.join(1)
-
-    def _write(self) -> None:
-        handler: _RotatingFile | None = None
-        while (text := self._gathered()) is not None:
-            try:
-                if handler is None:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    handler = _RotatingFile(self.path)
-                if self._lost:
-                    text = f"[mlxproxy: {self._lost} blocks of log lost]\n{text}"
-                    self._lost = 0
-                handler.write(text)
-            except (OSError, ValueError):
-                self._lost += 1  # full or vanished disk: try anew with the next block
-                if handler is not None:
-                    with contextlib.suppress(OSError, ValueError):
-                        handler.close()
-                    handler = None
-                time.sleep(0.05)
-        if handler is not None:
-            with contextlib.suppress(OSError, ValueError):
-                handler.close()
-
-    def _gathered(self) -> str | None:
-        """What there is to write; None at the end."""
-        texts = [self._chunks.get()]
-        time.sleep(GATHER)
-        while texts[-1] is not None and not self._chunks.empty():
-            texts.append(self._chunks.get())
-        if texts[-1] is None and len(texts) > 1:
-            self._chunks.put(None)  # first what came before the end
-        return "".join(text for text in texts if text is not None) or None
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = _RotatingFile(self.path)
+            self._file.write(text)
+        except (OSError, ValueError):  # full or vanished disk: opened anew for the next block
+            file, self._file = self._file, None
+            if file is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    file.close()
+            raise
 
 
 class _RotatingFile(logging.handlers.RotatingFileHandler):
@@ -109,6 +75,15 @@ class _RotatingFile(logging.handlers.RotatingFileHandler):
             self.stream = self._open()
         self.stream.write(text)
         self.stream.flush()
+
+    def _open(self) -> TextIOWrapper:
+        """Open the file, if it is one: a pipe in its place would keep the writer, or be no log."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(self.baseFilename, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError("it is not a regular file")
+        return open(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
 
 class Drain:
@@ -162,7 +137,7 @@ class Drain:
         return data[:end], data[end:]
 
     def _take(self, block: bytes) -> None:
-        text = block.decode("utf-8", "replace")
+        text = harmless(block.decode("utf-8", "replace"))  # it may quote a model or a client
         with self._lock:
             # Of a flood only the end can be of use; splitting all of it would cost a core.
             for line in text[-TAIL_LINES * 100 :].splitlines():

@@ -2,7 +2,8 @@
 
 All that gates a change is read and changed under one lock. One thread, the conductor, carries the
 transitions out (drain, stop, start, wait until ready), always outside the lock, one after the
-other: that is why there is never more than one backend, and why two loads cannot race.
+other: that is why there is never more than one backend, and why two loads cannot race. Nothing is
+logged under the lock either: a handler of the log may be slow.
 
 States: ``empty → loading → ready → draining → stopping → empty``.
 """
@@ -577,7 +578,6 @@ class Controller:
             if backend.ended is not None:
                 self._add(Transition(None, "death"))
             elif self._idle_left() == 0:
-                log.info("%s has been idle: unloading it", backend.load.model_id)
                 self._resume = backend.load
                 self._add(Transition(None, "idle"))
         while self._transitions:
@@ -601,6 +601,8 @@ class Controller:
     def _perform(self, transition: Transition) -> ProxyError | None:
         if self._in_vain(transition):
             return self._cancelled(transition)
+        if transition.cause == "idle" and self._backend is not None:
+            log.info("%s has been idle: unloading it", self._backend.load.model_id)
         if self._backend is not None and not self._drain(transition):
             return self._cancelled(transition)
         self._stop_backend(transition)
@@ -639,11 +641,13 @@ class Controller:
             if self._in_vain(transition):
                 self._enter("ready")
                 return False
-            if cut := [lease for lease in self._leases if lease.error is None]:
-                error = self._ending_for(transition, limit)
-                log.warning("%d answers in flight ended: %s", len(cut), error.message)
-                for lease in cut:
-                    lease.end(error)
+            error = self._ending_for(transition, limit)
+            cut = [lease for lease in self._leases if lease.error is None]
+            for lease in cut:
+                lease.end(error)
+        if cut:
+            log.warning("%d answers in flight ended: %s", len(cut), error.message)
+        with self._lock:
             grace = time.monotonic() + self.limits.ended_grace
             while self._leases and (left := grace - time.monotonic()) > 0:
                 self._changed.wait(left)
@@ -764,7 +768,6 @@ class Controller:
                     f" That was {DEATHS} times in {DEATHS_WITHIN / 60:g} minutes, so it stays down "
                     "until a load is asked for."
                 )
-            log.error("%s", sentence)
             self._emit("death", {"id": load.model_id, "reason": reason})
             error: ProxyError = (BackendTimeout if backend.hung else BackendFailed)(
                 f"The backend has ended in the middle of the answer: {reason}. Ask again."
@@ -772,6 +775,7 @@ class Controller:
             for lease in list(self._leases):
                 lease.end(error)
             self._changed.notify_all()  # the conductor reaps it
+        log.error("%s", sentence)
         self._fail(load, sentence, "backend_failed", backend.last_words())
 
     def _fail(

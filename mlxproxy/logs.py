@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import sys
 import textwrap
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from mlxproxy.backendlog import LogFile
 from mlxproxy.hub import Hub
+from mlxproxy.text import harmless
+from mlxproxy.writing import Writer
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
@@ -27,7 +34,7 @@ class _OneLine(logging.Formatter):
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        return textwrap.indent(super().formatException(ei), "    ")
+        return textwrap.indent(harmless(super().formatException(ei)), "    ")
 
 
 class _Follow(logging.Handler):
@@ -43,6 +50,59 @@ class _Follow(logging.Handler):
         line = self.format(record) + "\n"
         self._file.put(line)
         self._hub.publish("proxy_log", {"text": line})
+
+
+class _Unwaited(io.TextIOBase):
+    """A stream in place of standard output or error that nobody ever waits for.
+
+    A terminal whose user has pressed Ctrl-S, or a pipe that nobody reads, takes no more text:
+    whoever wrote to it would stand still, and all who need what he holds.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._writer = Writer(stream.name, self._out)
+
+    def write(self, text: str) -> int:
+        self._writer.put(text)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def finish(self) -> None:
+        """Write what has come, for a second at most."""
+        self._writer.close()
+
+    def _out(self, text: str) -> None:
+        # Past Python's own buffer: its lock, held by a thread that waits, would keep the process
+        # from ending.
+        rest = text.encode(self.encoding, "replace")
+        while rest:
+            rest = rest[os.write(self._stream.fileno(), rest) :]
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """Within this, no print, log line or traceback waits for who reads them."""
+    with open(os.devnull, "w") as nowhere:  # a service may have neither
+        output, error = _Unwaited(sys.stdout or nowhere), _Unwaited(sys.stderr or nowhere)
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+                yield
+        finally:
+            output.finish()
+            error.finish()
 
 
 def to_terminal(level: str) -> None:

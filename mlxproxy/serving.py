@@ -16,6 +16,7 @@ from mlxproxy.ownership import AlreadyRunning
 from mlxproxy.server import CannotListen, Server
 from mlxproxy.services import Services, build, catalog_of
 from mlxproxy.settings import Settings
+from mlxproxy.text import harmless
 
 log = logging.getLogger("mlxproxy")
 
@@ -31,6 +32,11 @@ def serve(settings: Settings) -> None:
         CannotServe: the address or the backend port is taken, or the instance folder unusable.
         SettingError: the key file is not as it should be.
     """
+    with logs.unwaited():
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
     logs.to_terminal(settings.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
     settings = with_models(settings)
@@ -96,7 +102,7 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
     models = [model for model in parts.catalog.models() if model.loadable]
     print(f"mlxproxy listens on http://{host}:{port}")
     for root in parts.roots:
-        print(f"models folder: {root}")
+        print(harmless(f"models folder: {root}"))
     for root in parts.catalog.missing_roots():
         log.warning("%s is not there (yet): its models appear when it is mounted", root)
     more = "" if parts.catalog.known else " (and a folder is still being read)"
@@ -110,7 +116,7 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if parts.access.keys else ""
     print("try next:")
     print(f"  curl {local}/v1/models{key}")
-    print(f'  curl {local}/v1/models/load{key} -d \'{{"model_id": "{name}"}}\'')
+    print(harmless(f'  curl {local}/v1/models/load{key} -d \'{{"model_id": "{name}"}}\''))
     print(
         f"  curl -N {local}/v1/chat/completions{key} -d "
         '\'{"stream": true, "messages": [{"role": "user", "content": "Hello!"}]}\'',

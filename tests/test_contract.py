@@ -339,7 +339,7 @@ def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears
     answer = proxy.load("tiny/alpha")
     assert answer.status_code == 503
     assert error(answer)["code"] == "models_root_unavailable"
-    assert str(disk) in proxy.said()
+    until(lambda: str(disk) in proxy.said(), what="the warning")
     disk.parent.mkdir()
     shutil.copytree(models, disk)
     until(lambda: proxy.get("/v1/models").json()["data"], what="the models' appearance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -657,3 +658,44 @@ def test_a_swap_that_only_who_was_turned_away_wanted_is_withdrawn(
     on_a.release()
     assert waiting.wait(5)
     assert it.starts == ["a"]
+
+
+# -- the lock
+
+
+def test_nothing_is_logged_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler of the log that waits would hold everybody who needs the lock, `/health` too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Lock", threading.RLock)  # which can tell whether it is ours
+        it = World(tmp_path, drain_timeout=0.0, idle_ttl=0.05)
+    lock: Any = it.controller._lock
+    said: list[str] = []
+    under: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            if lock._is_owned():
+                under.append(said[-1])
+
+    root, handler = logging.getLogger(), Handler()
+    level = root.level
+    root.setLevel(logging.DEBUG)
+    root.addHandler(handler)
+    try:
+        it.broken.add("broken")
+        assert it.load("broken") is not None
+        it.load("a", ttl=0)
+        it.running[0].die()
+        until(lambda: state(it) == "empty", what="its end")
+        it.load("a")
+        it.lease()
+        it.load("b")  # ends the answer in flight
+        until(lambda: state(it) == "empty", what="the idle unload")
+    finally:
+        it.close()
+        root.removeHandler(handler)
+        root.setLevel(level)
+    for words in ("was not loaded", "loaded in", "has ended", "in flight ended", "idle"):
+        assert any(words in line for line in said), words
+    assert under == []
