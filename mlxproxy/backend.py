@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from mlxproxy import ports
+from mlxproxy import ports, processes
 from mlxproxy.backendlog import Drain, Listener, LogFile
 from mlxproxy.catalog.model import Model
 from mlxproxy.engines.mlx_lm.link import Link
@@ -32,12 +32,14 @@ from mlxproxy.errors import (
     PortInUse,
     ProxyError,
 )
+from mlxproxy.processes import Mark, ask
 from mlxproxy.upstream import Silence, Upstream
 
 log = logging.getLogger("mlxproxy.backend")
 
 LOG_LINES_IN_ERRORS = 12
 MAKES_OWN = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
+KILL_TIMEOUT = 5.0  # seconds from SIGKILL to the end; a process that waits for a lost disk has none
 POLL = 0.05
 _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
 # What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
@@ -102,6 +104,7 @@ class BackendConfig:
     load_timeout: float
     stop_timeout: float
     log_file: LogFile
+    mark: Mark
     on_log: Listener = field(default=lambda _: None)
 
 
@@ -127,6 +130,7 @@ class Backend:
         self._probe: Upstream | None = None
         self._read_before: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._leader: psutil.Process | None = None  # the same, as psutil knows it
         self._drain: Drain | None = None
         self._link: Link | None = None
         self._serving = False  # clients' requests may be in what it logs from now on
@@ -200,17 +204,13 @@ class Backend:
     def _counted(self) -> int | None:
         if self._process is None or not sys.platform.startswith("linux"):
             return None
-        try:
-            return int(psutil.Process(self._process.pid).io_counters().read_chars)
-        except (psutil.Error, OSError):
-            return None
+        pid = self._process.pid
+        return ask(lambda: int(psutil.Process(pid).io_counters().read_chars))
 
     def memory(self) -> int | None:
         """Resident memory in bytes (on macOS without what Metal holds), None if it is gone."""
-        try:
-            return int(psutil.Process(self.pid).memory_info().rss) if self.pid else None
-        except (psutil.Error, OSError):
-            return None
+        pid = self.pid
+        return ask(lambda: int(psutil.Process(pid).memory_info().rss)) if pid else None
 
     # -- its life
 
@@ -229,7 +229,7 @@ class Backend:
                 "End it, or set MLX_BACKEND_PORT to a free port."
             )
         read_end, write_end = os.pipe()
-        environment = _environment()
+        environment = {**_environment(), **self.config.mark.environment()}
         link: Link | None = None
         if str(INSIDE) in command:
             link = Link(self._ends)
@@ -242,8 +242,8 @@ class Backend:
                 stdout=write_end,
                 stderr=write_end,
                 env=environment,
-                # A group of its own: Ctrl-C at the terminal is ours to handle, and a stop reaches
-                # whatever the backend has started (`mlx.launch` does).
+                # A session of its own: Ctrl-C at the terminal is ours to handle, and a stop
+                # reaches whatever the backend has started (`mlx.launch` does).
                 start_new_session=True,
             )
         except OSError as error:
@@ -258,6 +258,7 @@ class Backend:
             ) from None
         finally:
             os.close(write_end)
+        self._leader = processes.at(self._process.pid)
         log.info("backend started: pid %d, %s", self._process.pid, self.load.model_id)
         if link:
             link.open()
@@ -303,25 +304,41 @@ class Backend:
         raise self.failure("its answer to a first chat is not whole")
 
     def stop(self) -> None:
-        """Ends the process and its group, and reaps it: SIGTERM, then SIGKILL."""
+        """End the process and all it has started, and reap it: SIGTERM, then SIGKILL.
+
+        Children with a session of their own, or whose parent has left them, are ended too. What
+        the system cannot end stays behind, with a line in the log.
+        """
         with self._lock:
             self._stopping = True
         self._abort_probe()
         process = self._process
         if process is None:
             return
-        self._signal(signal.SIGTERM)
-        if not self._exited.wait(self.config.stop_timeout):
+        family = self._family()  # now: once its parent has ended, a child may not be found
+        deadline = time.monotonic() + self.config.stop_timeout
+        process.terminate()  # beside psutil, which may see no process at all
+        processes.terminate(family)
+        ended = self._exited.wait(self.config.stop_timeout)
+        if processes.wait(family, deadline) or not ended:
             log.warning(
                 "backend pid %d did not end within %g s of SIGTERM: killed",
                 process.pid,
                 self.config.stop_timeout,
             )
-        self._signal(signal.SIGKILL)  # the leader if it still lives, and whatever it left behind
-        self._exited.wait()
+        process.kill()
+        left = processes.kill(lambda: family | self._family(), KILL_TIMEOUT)
+        self._exited.wait(KILL_TIMEOUT if not left else 0)
+        if left or not self._exited.is_set():
+            pids = ", ".join(str(it.pid) for it in left) or str(process.pid)
+            log.error("backend stopped, but the system cannot end pid %s", pids)
+            return
         if self._drain:
             self._drain.join(0.5)
         log.info("backend stopped: pid %d", process.pid)
+
+    def _family(self) -> set[psutil.Process]:
+        return processes.family(self._leader, self.config.mark)
 
     def check(self) -> str | None:
         """Asks the backend's own health check; returns why it cannot generate, if it cannot.
@@ -389,11 +406,6 @@ class Backend:
         if first and not stopping:
             self._on_end(reason)
 
-    def _signal(self, number: int) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
-
     def _check(self, cancelled: threading.Event, deadline: float) -> None:
         if cancelled.is_set():
             raise LoadCancelled(f"The load of {self.load.model_id} was cancelled.")
@@ -407,13 +419,12 @@ class Backend:
             )
 
     def _check_owner(self) -> None:
-        """The process that answers on the port must be our child or one of its children."""
+        """The process that answers on the port must be our child or one that it has started."""
         holder = ports.listener(self.port)
-        if holder is None or holder.pid == self.pid:
+        if holder is None or holder.pid == self.pid or Mark.of(holder) == self.config.mark:
             return
-        with contextlib.suppress(psutil.Error):
-            if any(parent.pid == self.pid for parent in holder.parents()):
-                return
+        if any(parent.pid == self.pid for parent in ask(holder.parents) or ()):
+            return
         raise PortInUse(
             f"{ports.describe(holder)} took port {self.port} before the backend could. "
             "End it, or set MLX_BACKEND_PORT to a free port."

@@ -1,32 +1,148 @@
-"""Small JSON files of the instance folder, written whole or not at all."""
+"""Files that anybody may have written or replaced: read within bounds, written whole or not at all.
+
+A FIFO in place of a file is never waited for, and a directory in its place is put aside.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MB = 1_000_000
+RECORD_BYTES = MB  # of a record of our own: a few paths and numbers
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; an empty one where it is missing or not ours to understand."""
+
+class Unreadable(Exception):
+    """A file cannot be used. The message is a phrase that begins with the file's name."""
+
+
+class Missing(Unreadable):
+    """There is no such file."""
+
+
+def opened(path: str) -> int:
+    """Return a descriptor for reading a regular file; the caller closes it.
+
+    Raises:
+        Unreadable: it is missing, not a regular file, or the system refuses it.
+    """
+    name = os.path.basename(path)
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        # Without O_NONBLOCK the opening of a FIFO waits for a writer that never comes.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Missing(f"{name} is missing") from None
+    except (OSError, ValueError) as error:  # a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Unreadable(f"{name} cannot be read ({reason})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(f"{name} is not a regular file")
+    return descriptor
+
+
+@contextmanager
+def open_regular(path: str) -> Iterator[tuple[int, int]]:
+    """Open a file for reading if it is a regular one.
+
+    Yields:
+        The file's descriptor, and its size in bytes.
+
+    Raises:
+        Unreadable: it is missing, not a regular file, or the system refuses it.
+    """
+    descriptor = opened(path)
+    try:
+        yield descriptor, os.fstat(descriptor).st_size
+    except OSError as error:
+        name = os.path.basename(path)
+        raise Unreadable(f"{name} cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: str, limit: int) -> str:
+    """Return the text of a file of at most `limit` bytes.
+
+    Raises:
+        Unreadable: it cannot be opened, is larger, or is not UTF-8.
+    """
+    name = os.path.basename(path)
+    with open_regular(path) as (file, size):
+        if size > limit:
+            raise Unreadable(f"{name} is larger than {limit // MB} MB")
+        content = os.read(file, size)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise Unreadable(f"{name} is not UTF-8 text") from None
+
+
+def read_object(path: str, limit: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        Unreadable: it cannot be read, is not JSON, or holds something else than an object.
+    """
+    name = os.path.basename(path)
+    try:
+        value = json.loads(read_text(path, limit))
+    except json.JSONDecodeError as error:
+        raise Unreadable(f"{name} is not valid JSON (line {error.lineno})") from None
+    except (ValueError, RecursionError):  # a number of 5,000 digits; 100,000 brackets
+        raise Unreadable(f"{name} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise Unreadable(f"{name} does not hold a JSON object")
+    return value
+
+
+def read_record(path: Path, limit: int = RECORD_BYTES) -> dict[str, Any]:
+    """Return the object in a file of ours; an empty one where there is none to be had."""
+    try:
+        return read_object(str(path), limit)
+    except Unreadable:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces the file in one step; a full disk is no reason to fail what is recorded."""
-    with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Replace the file in one step.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there is there still.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(value))  # json.dump has no fast path
         try:
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps(value))  # json.dump has no fast path
             os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        except IsADirectoryError:
+            _put_aside(path)
+            os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def note(path: Path, value: dict[str, Any]) -> None:
+    """Replace the file if that is possible, for what is only kept for convenience."""
+    with contextlib.suppress(OSError):
+        write_record(path, value)
+
+
+def remove(path: Path) -> None:
+    """Remove a file of ours if it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _put_aside(path: Path) -> None:
+    """Move what is not ours out of the way: nobody knows what it is good for."""
+    path.rename(Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.")) / path.name)

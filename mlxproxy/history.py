@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy.backend import Load
-from mlxproxy.files import read_json, write_json
+from mlxproxy.files import note, read_record
+from mlxproxy.settings import seconds
 
 KEPT = 200
 
@@ -18,16 +19,13 @@ class History:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        stored = read_json(path)
-        seconds = stored.get("seconds")
-        self._seconds: dict[str, float] = seconds if isinstance(seconds, dict) else {}
-        last = stored.get("last")
-        self._last: dict[str, Any] | None = last if isinstance(last, dict) else None
+        stored = read_record(path)
+        self._seconds = _seconds(stored.get("seconds"))
+        self._last = _last(stored.get("last"))
 
     def seconds(self, load: Load) -> float | None:
         """How long the model took to load the last time, in seconds."""
-        value = self._seconds.get(load.path)
-        return value if isinstance(value, (int, float)) else None
+        return self._seconds.get(load.path)
 
     def last(self) -> dict[str, Any] | None:
         """The model path and options that `PRELOAD=last` brings back."""
@@ -40,7 +38,11 @@ class History:
             self._seconds[load.path] = round(seconds, 2)
             while len(self._seconds) > KEPT:
                 del self._seconds[next(iter(self._seconds))]
-            self._last = {"model_id": load.path, **load.options()}
+            self._last = {
+                "model_id": load.path,
+                "enable_thinking": load.enable_thinking,
+                "ttl": load.ttl,
+            }
             self._store()
 
     def unloaded(self) -> None:
@@ -50,4 +52,29 @@ class History:
             self._store()
 
     def _store(self) -> None:
-        write_json(self._path, {"seconds": self._seconds, "last": self._last})
+        note(self._path, {"seconds": self._seconds, "last": self._last})
+
+
+def _seconds(stored: object) -> dict[str, float]:
+    """Return what is a duration of that which was stored."""
+    found = stored if isinstance(stored, dict) else {}
+    return {path: value for path, it in found.items() if (value := _duration(it)) is not None}
+
+
+def _last(stored: object) -> dict[str, Any] | None:
+    """Return the load that was stored, None if it is none."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("model_id"), str):
+        return None
+    return {
+        "model_id": stored["model_id"],
+        "enable_thinking": stored.get("enable_thinking") is True,
+        "ttl": _duration(stored.get("ttl")),
+    }
+
+
+def _duration(stored: object) -> float | None:
+    """Return seconds, None if they are none: JSON's numbers may be NaN, negative or endless."""
+    try:
+        return seconds(stored)
+    except ValueError:
+        return None

@@ -7,6 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from mlxproxy.files import Unreadable, opened
+from mlxproxy.text import harmless
+
 LINE_BYTES = 200  # of an average line: how far back to look for a number of them
 BLOCK_BYTES = 1 << 16
 
@@ -50,7 +53,7 @@ class LogTail:
         data = self._rest + self._more()
         end = data.rfind(b"\n") + 1
         self._rest = data[end:]
-        return data[:end].decode("utf-8", "replace")
+        return harmless(data[:end].decode("utf-8", "replace"))
 
     def _more(self) -> bytes:
         data = self._file.read(BLOCK_BYTES) if self._file is not None else b""
@@ -73,8 +76,8 @@ class LogTail:
 
 def _opened(path: Path) -> BinaryIO | None:
     try:
-        return path.open("rb", buffering=0)
-    except OSError:
+        return os.fdopen(opened(str(path)), "rb", buffering=0)
+    except Unreadable:
         return None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
+from typing import Any
 
 import psutil
+
+from mlxproxy.processes import ask, at, every
 
 
 def is_free(port: int) -> bool:
@@ -35,16 +37,13 @@ def answers(port: int, timeout: float = 0.5) -> bool:
 
 def listener(port: int) -> psutil.Process | None:
     """The process that listens on the port, where this user may know it."""
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if _listens(connection, port) and connection.pid:
-                return psutil.Process(connection.pid)
-    except (psutil.AccessDenied, psutil.NoSuchProcess):
-        # macOS shows the sockets of all processes to root alone, but each user his own processes'.
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if any(_listens(item, port) for item in process.net_connections("tcp")):
-                    return process
+    connections = ask(lambda: psutil.net_connections("tcp"))
+    if connections is not None:
+        return next((at(it.pid) for it in connections if it.pid and _listens(it, port)), None)
+    # macOS shows the sockets of all processes to root alone, but each user his own processes'.
+    for process in every():
+        if any(_listens(it, port) for it in _connections(process)):
+            return process
     return None
 
 
@@ -52,9 +51,12 @@ def describe(process: psutil.Process | None) -> str:
     """The process in words for an error message: its name and pid."""
     if process is None:
         return "a process of another user"
-    with contextlib.suppress(psutil.Error):
-        return f"{process.name()} (pid {process.pid})"
-    return f"pid {process.pid}"
+    name = ask(process.name)
+    return f"{name} (pid {process.pid})" if name else f"pid {process.pid}"
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    return ask(lambda: process.net_connections("tcp")) or []
 
 
 def _listens(connection: object, port: int) -> bool:

@@ -121,11 +121,8 @@ class Services:
             last = self.history.last()
             if last is None:
                 return
-            name = str(last.get("model_id"))
-            options = {
-                "enable_thinking": last.get("enable_thinking") is True,
-                "ttl": last.get("ttl"),
-            }
+            options = dict(last)
+            name = options.pop("model_id")
         if name is not None:
             threading.Thread(
                 target=self._preload, args=(name, options), name="preload", daemon=True
@@ -175,6 +172,7 @@ def build(settings: Settings) -> Services:
         load_timeout=settings.load_timeout,
         stop_timeout=settings.stop_timeout,
         log_file=log_file,
+        mark=ownership.mark,
         on_log=lambda text: hub.publish("backend_log", {"text": text}),
     )
 

@@ -19,6 +19,7 @@ import pytest
 import requests
 
 from mlxproxy.ports import is_free
+from mlxproxy.processes import lives
 from tests import tiny
 from tests.conftest import Proxy, free_port, until
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.backend
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() for process in processes)
+    return not any(lives(process) for process in processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlxproxy.catalog.reading import MB, Unreadable, open_regular, read_object, read_text
 from mlxproxy.catalog.template import SWITCH, thinking_switch
+from mlxproxy.files import MB, Unreadable, open_regular, read_object, read_text
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"

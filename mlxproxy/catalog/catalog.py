@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import logging
 import os
 import threading
@@ -20,7 +22,7 @@ from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.scanning import Entry, Identity, Snapshot, scan
 from mlxproxy.catalog.shelf import Shelf
 from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable
-from mlxproxy.files import read_json, write_json
+from mlxproxy.files import MB, note, read_record
 
 __all__ = ["Catalog", "Model"]
 
@@ -28,7 +30,8 @@ log = logging.getLogger("mlxproxy.catalog")
 
 PATIENCE = 1.0  # seconds that a caller waits for a disk
 _GLANCE = 0.1  # the same, where the answer is needed more than its truth
-_FORMAT = 1  # of the cache file
+_FORMAT = 2  # of the cache file
+_CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
 _LONGEST_NAME = 300  # characters of a name that are looked at and repeated
 
@@ -158,14 +161,14 @@ class Catalog:
         return f"{message} GET /v1/models lists those there are."
 
     def _remembered(self, root: str) -> Snapshot:
-        """What an earlier run knew of a root."""
-        kept = read_json(self._cache_file) if self._cache_file else {}
-        if kept.get("fingerprint") != self._fingerprint:
-            return Snapshot()
+        """Return what an earlier run knew of a root: whatever it wrote itself, and whole."""
+        kept = read_record(self._cache_file, _CACHE_BYTES) if self._cache_file else {}
         try:
+            if kept["fingerprint"] != self._fingerprint or kept["digest"] != _digest(kept["roots"]):
+                return Snapshot()
             entries = kept["roots"].get(root, {})
             return Snapshot(entries={it: Entry.from_json(entries[it]) for it in entries})
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             return Snapshot()
 
     def _write_cache(self) -> None:
@@ -176,7 +179,13 @@ class Catalog:
                 shelf.root: {path: it.to_json() for path, it in shelf.snapshot.entries.items()}
                 for shelf in self._shelves
             }
-            write_json(self._cache_file, {"fingerprint": self._fingerprint, "roots": roots})
+            known = {"fingerprint": self._fingerprint, "digest": _digest(roots), "roots": roots}
+            note(self._cache_file, known)
+
+
+def _digest(value: Any) -> str:
+    """Return what tells that the value is the one that was written, without a look at its parts."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

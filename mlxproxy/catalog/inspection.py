@@ -13,8 +13,8 @@ from mlxproxy.catalog.capabilities import Capabilities, TokenizerFiles, capabili
 from mlxproxy.catalog.kvcache import kv_cache, number
 from mlxproxy.catalog.mlxlm import Architecture, MlxLm
 from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.reading import MB, Unreadable, read_object
 from mlxproxy.catalog.weights import INDEX, Packing, survey
+from mlxproxy.files import MB, Unreadable, read_object
 
 log = logging.getLogger("mlxproxy.catalog")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxproxy.catalog.reading import MB, Unreadable, read_object, read_text
+from mlxproxy.files import MB, Unreadable, read_object, read_text
 
 POINTER = ".lmstudio-home-pointer"  # LM Studio writes its home's path here when it is moved
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
+from mlxproxy.processes import ask
 
 _GB = 1e9
 
@@ -36,12 +37,14 @@ def available(returned: int = 0) -> int:
     """Bytes that a new backend may use.
 
     On macOS what Metal recommends as the most that all models together hold; elsewhere the
-    memory that is free.
+    memory that is free, and without bounds where the system does not tell.
 
     Args:
         returned: bytes that the present backend holds and gives back first.
     """
-    memory = psutil.virtual_memory()
+    memory = ask(psutil.virtual_memory)
+    if memory is None:
+        return sys.maxsize  # a refusal should be certain
     if sys.platform == "darwin":
         return working_set(memory.total, _wired_limit_mb())
     return min(memory.total, memory.available + returned)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from mlxproxy.catalog.capabilities import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from mlxproxy.catalog.inspection import CONFIG, DIFFUSERS, MODELOPT, Folder
 from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.reading import Unreadable, read_text
 from mlxproxy.catalog.weights import INDEX
+from mlxproxy.files import Unreadable, read_text
 
 # A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
 _GRAIN = 2_000_000_000

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxproxy.catalog.reading import MB, Unreadable, open_regular, read_object
+from mlxproxy.files import MB, Unreadable, open_regular, read_object
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * MB  # fifty times that of the largest models

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from mlxproxy import ports, settings
 from mlxproxy.backend import program_command, server_program
@@ -24,6 +23,7 @@ from mlxproxy.client import ClientError, connect
 from mlxproxy.commands import service, terminal
 from mlxproxy.errors import LoadFailed
 from mlxproxy.ownership import Ownership
+from mlxproxy.processes import ask
 from mlxproxy.services import mlx_lm_package
 from mlxproxy.settings import SettingError, Settings
 
@@ -178,20 +178,10 @@ def _disk(found: Settings) -> Finding:
 
 
 def _running(found: Settings) -> psutil.Process | None:
-    """The proxy that holds our lock."""
-    lock = found.instance_path / f"backend-{found.mlx_backend_port}.lock"
-    if not lock.is_file():
+    """The proxy that runs with our instance folder and backend port."""
+    if not found.instance_path.is_dir():
         return None
-    try:
-        with FileLock(lock).acquire(timeout=0):
-            return None
-    except Timeout:
-        holder = Ownership(found.instance_path, found.mlx_backend_port).holder()
-        with contextlib.suppress(psutil.Error):
-            return psutil.Process(holder)
-    except OSError:
-        pass  # told by the check of the disk
-    return None
+    return Ownership(found.instance_path, found.mlx_backend_port).holder()
 
 
 def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
@@ -211,10 +201,11 @@ def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
 
 def _orphan(found: Settings, proxy: psutil.Process | None) -> Finding:
     if proxy is None and found.instance_path.is_dir():
-        orphan = Ownership(found.instance_path, found.mlx_backend_port).orphan()
-        if orphan is not None:
-            sentence = f"the backend of a proxy that was killed still runs (pid {orphan.pid})"
-            return Finding("orphan", sentence, f"kill {orphan.pid}")
+        orphans = Ownership(found.instance_path, found.mlx_backend_port).orphans()
+        if orphans:
+            pids = " ".join(str(orphan.pid) for orphan in orphans)
+            sentence = f"the backend of a proxy that was killed still runs (pid {pids})"
+            return Finding("orphan", sentence, f"kill {pids}")
     return Finding("orphan", "none")
 
 
@@ -233,9 +224,7 @@ def _port(port: int, setting: str, proxy: psutil.Process | None) -> Finding:
 
 
 def _is_family(process: psutil.Process, proxy: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process == proxy or proxy in process.parents()
-    return False
+    return process == proxy or proxy in (ask(process.parents) or ())
 
 
 def _service() -> Finding:

@@ -1,0 +1,161 @@
+"""This machine's processes, as far as the system shows them, and the end of those that are ours.
+
+The system may refuse any question: a process is gone or another user's, or there is no /proc. All
+such refusals are caught here, in :func:`ask`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+# In the environment of a backend and, by inheritance, of whatever it starts: the one thing that a
+# process keeps when it leaves its parent, its group and its session.
+MARK = "BACKEND_OF_MLXPROXY"
+POLL = 0.02
+
+
+def ask(question: Callable[[], T]) -> T | None:
+    """Return what psutil answers; None where the system does not tell."""
+    try:
+        return question()
+    except (psutil.Error, OSError, NotImplementedError, RuntimeError, ValueError):
+        return None
+
+
+def every() -> list[psutil.Process]:
+    """Return all processes that the system shows."""
+    return ask(lambda: list(psutil.process_iter())) or []
+
+
+def at(pid: int | None) -> psutil.Process | None:
+    """Return the process with that pid, if there is one."""
+    return None if pid is None else ask(lambda: psutil.Process(pid))
+
+
+def lives(process: psutil.Process) -> bool:
+    """Return whether it runs: a zombie has ended, and a pid may have been given anew."""
+    return bool(
+        ask(lambda: process.is_running() and process.status() != psutil.STATUS_ZOMBIE),
+    )
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Whose backend a process belongs to.
+
+    Attributes:
+        proxy: the pid of the proxy that started it.
+        port: the backend's port.
+        instance: the proxy's instance folder.
+    """
+
+    proxy: int
+    port: int
+    instance: str
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Mark | None:
+        """Return the mark that the process carries, None if it shows none."""
+        value = (ask(process.environ) or {}).get(MARK, "")
+        proxy, _, rest = value.partition(":")
+        port, _, instance = rest.partition(":")
+        if not (_is_number(proxy) and _is_number(port) and instance):
+            return None
+        return cls(int(proxy), int(port), instance)
+
+    @classmethod
+    def own(cls, port: int, instance: Path) -> Mark:
+        """Return the mark of this process's backend."""
+        return cls(os.getpid(), port, os.path.realpath(instance))
+
+    def environment(self) -> dict[str, str]:
+        """Return the variable that a backend is to have."""
+        return {MARK: f"{self.proxy}:{self.port}:{self.instance}"}
+
+    def master(self, process: psutil.Process) -> psutil.Process | None:
+        """Return the proxy that started a process with this mark, if it still lives.
+
+        Nothing that was given the pid of a dead proxy can be older than what that had started.
+        """
+        proxy = at(self.proxy)
+        born, begun = ask(process.create_time), proxy and ask(proxy.create_time)
+        if proxy is None or not born or not begun or begun > born or not lives(proxy):
+            return None
+        return proxy
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Return its children, and theirs."""
+    return ask(lambda: process.children(recursive=True)) or []
+
+
+def family(leader: psutil.Process | None, mark: Mark) -> set[psutil.Process]:
+    """Return the living members of a backend: its descendants, its session, those with its mark."""
+    found = {process for process in every() if Mark.of(process) == mark}
+    if leader is not None:
+        found |= {leader, *_session(leader)}
+    for process in list(found):
+        found.update(descendants(process))
+    return {process for process in found if lives(process)}
+
+
+def _session(leader: psutil.Process) -> list[psutil.Process]:
+    """Return who is in the leader's session, if that is still his: his pid may be another's."""
+    if ask(leader.is_running) is False and ask(lambda: psutil.pid_exists(leader.pid)):
+        return []
+    return [it for it in every() if _session_of(it) == leader.pid]
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    return ask(lambda: os.getsid(process.pid))
+
+
+def terminate(processes: Collection[psutil.Process]) -> None:
+    """Send SIGTERM to each; a pid that was given anew is left alone (psutil compares its start)."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            process.terminate()
+
+
+def wait(processes: Collection[psutil.Process], deadline: float) -> list[psutil.Process]:
+    """Wait for their end until that moment of the monotonic clock; return those that live on.
+
+    psutil's own wait would reap our children, and takes a zombie that nobody reaps for alive.
+    """
+    left = [process for process in processes if lives(process)]
+    while left and time.monotonic() < deadline:
+        time.sleep(POLL)
+        left = [process for process in left if lives(process)]
+    return left
+
+
+def kill(find: Callable[[], Collection[psutil.Process]], seconds: float) -> list[psutil.Process]:
+    """Send SIGKILL to all that are found, and to what they start meanwhile, until none is left.
+
+    Returns:
+        Those that live on after so many seconds: a process that waits for a lost disk cannot be
+        ended.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        left = [process for process in find() if lives(process)]
+        if not left or time.monotonic() > deadline:
+            return left
+        for process in left:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.kill()
+        wait(left, min(deadline, time.monotonic() + 0.5))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
