@@ -65,7 +65,8 @@
 # -- Default: none.
 # API_KEY = ["a-long-random-key"]
 
-# -- File with one key a line, readable by its owner only.
+# -- File with one key a line (blank lines and those that begin with # do not count), readable by
+# its owner only.
 # -- Default: none.
 # API_KEY_FILE = "~/.config/mlxproxy/keys"
 

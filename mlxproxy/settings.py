@@ -11,12 +11,13 @@ import difflib
 import os
 import re
 import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from mlxproxy.files import MB, Missing, Unreadable, read_text
 
 T = TypeVar("T")
 ENV_PREFIX = "MLXPROXY_"
@@ -251,7 +252,8 @@ class Settings:
     api_key_file: Path | None = _setting(
         None,
         _optional_path,
-        "File with one key a line, readable by its owner only",
+        "File with one key a line (blank lines and those that begin with # do not count), readable "
+        "by its owner only",
         shown="none",
     )
     allowed_origins: tuple[str, ...] = _setting(
@@ -285,23 +287,44 @@ class Settings:
         """All accepted API keys, those of the file included.
 
         Raises:
-            SettingError: the file cannot be read, is empty, or others may read it.
+            SettingError: the file cannot be read, is empty, or others may read it; or a key cannot
+                be sent.
         """
-        if self.api_key_file is None:
-            return self.api_key
-        try:
-            mode = self.api_key_file.stat().st_mode
-            lines = self.api_key_file.read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError(f"API_KEY_FILE = {self.api_key_file}: {error}") from None
-        if mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SettingError(
-                f"API_KEY_FILE = {self.api_key_file}: others may read it; run "
-                f"`chmod 600 {self.api_key_file}`."
-            )
-        if not lines:
-            raise SettingError(f"API_KEY_FILE = {self.api_key_file}: no key in it.")
-        return (*self.api_key, *lines)
+        keys = [("API_KEY", "a key", key) for key in self.api_key]
+        if self.api_key_file is not None:
+            keys += _keys_in(self.api_key_file)
+        for setting, which, key in keys:
+            if not _is_sendable(key):
+                raise SettingError(
+                    f"{setting}: {which} cannot be sent in a header, which has no room for "
+                    "control characters or letters beyond Latin-1. Choose another."
+                )
+        return tuple(key for _, _, key in keys)
+
+
+def _keys_in(file: Path) -> list[tuple[str, str, str]]:
+    """Return each key of a key file, after the setting and the words that name it in a sentence.
+
+    Raises:
+        SettingError: the file cannot be read, is empty, or others may read it.
+    """
+    setting = f"API_KEY_FILE = {file}"
+    try:
+        text = read_text(str(file), MB)
+        mode = file.stat().st_mode
+    except (Unreadable, OSError) as error:
+        raise SettingError(f"{setting}: {error}.") from None
+    if mode & 0o077:
+        raise SettingError(f"{setting}: others may read it; run `chmod 600 {file}`.")
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    found = [(setting, f"line {it}", key) for it, key in lines if key and not key.startswith("#")]
+    if not found:
+        raise SettingError(f"{setting}: no key in it.")
+    return found
+
+
+def _is_sendable(key: str) -> bool:
+    return key.isprintable() and all(ord(character) < 256 for character in key)
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -377,11 +400,11 @@ def _parse(name: str, value: Any, source: str) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     """The upper-case names that ``config.py`` assigns; `Path` is there, as in the original tool."""
     try:
-        source = path.read_text()
-    except FileNotFoundError:
+        source = read_text(str(path), MB)
+    except Missing:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} cannot be read: {error}.") from None
+    except Unreadable as error:
+        raise SettingError(f"{path} cannot be used: {error}.") from None
     namespace: dict[str, Any] = {"__file__": str(path), "Path": Path}
     try:
         exec(compile(source, str(path), "exec"), namespace)

@@ -124,6 +124,38 @@ def test_keys_come_from_a_file_that_only_its_owner_may_read(tmp_path: Path) -> N
         _ = found.keys
 
 
+def test_a_key_is_a_whole_line_of_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        "# of the family\n\n  correct horse, battery #1 \n\t\n\t# and\nschl\u00fcssel\r\n"
+    )
+    file.chmod(0o600)
+    assert load(tmp_path, API_KEY_FILE=str(file)).keys == (
+        "correct horse, battery #1",
+        "schl\u00fcssel",
+    )
+    file.write_text("# nothing but a remark\n")
+    with pytest.raises(SettingError, match="no key in it"):
+        _ = load(tmp_path, API_KEY_FILE=str(file)).keys
+
+
+@pytest.mark.parametrize(
+    "key", ["\u9375", "a\tb", "a\x1bb", "a\x00b", "a\x85b", "a\u2028b", "\ufeffa"]
+)
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(
+    tmp_path: Path, key: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(f"fine\n{key}\n".encode())
+    file.chmod(0o600)
+    with pytest.raises(SettingError, match="line 2 cannot be sent") as caught:
+        _ = load(tmp_path, API_KEY_FILE=str(file)).keys
+    assert key not in str(caught.value)
+    if key.isprintable():
+        with pytest.raises(SettingError, match="API_KEY: a key cannot be sent"):
+            _ = load(tmp_path, API_KEY=key).keys
+
+
 def test_a_wrong_key_is_not_shown_in_the_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingError) as caught:
         load(tmp_path, env={"MLXPROXY_API_KEY": "secret\tkey"})
