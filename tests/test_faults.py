@@ -178,18 +178,18 @@ def test_a_generation_thread_that_hangs_is_found_within_seconds(
 def test_a_tool_call_may_take_longer_than_the_stall_limit(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
-    call = [f"part{number}," for number in range(200)]
+    call = [f"part{number}," for number in range(400)]
     tiny.build_slow(tmp_path / "models" / "tiny" / "caller", says="caller", call=call)
-    proxy = start(tmp_path / "models", STALL_TIMEOUT=2)
+    proxy = start(tmp_path / "models", STALL_TIMEOUT=1)
     proxy.load("tiny/caller")
     pid = proxy.loaded()["pid"]
-    began = time.monotonic()
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     for fields in ({"stream": True}, {"logprobs": True}):
+        began = time.monotonic()
         answer = proxy.chat(tools=tools, max_tokens=500, **fields)
         assert answer.ok
         assert "error" not in answer.text
-    assert time.monotonic() - began > 2 * 2, "the calls were too quick to show anything"
+        assert time.monotonic() - began > 1.5, "the call was too quick to show anything"
     assert proxy.loaded()["pid"] == pid
 
 

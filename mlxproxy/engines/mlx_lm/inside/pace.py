@@ -18,8 +18,8 @@ PIECE_SECONDS = 1.0
 FIRST_PIECE = 64  # tokens, until the pace is known
 FIRST_PIECE_ALONE = 512  # the same, where the pieces of one prompt are all alike
 LEAST = 8
-# Times the largest piece so far at most: one lucky measurement must not lead to a long piece, and the deeper
-# in a prompt, the longer each token takes.
+# Times the largest piece so far at most: one lucky measurement must not lead to a long piece, and
+# the deeper in a prompt, the longer each token takes.
 GROWTH = 2
 
 
