@@ -451,7 +451,7 @@ class Chaos(Meanwhile):
         if not self._faults:
             self._script(**dice.choice(WEATHER))
         elif dice.random() < 0.3:
-            for backend in self._proxy.children():
+            for backend in backends(self._proxy):
                 number = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
                 backend.send_signal(number)
                 self.done[number.name] += 1
@@ -532,17 +532,28 @@ class Samples(Meanwhile):
                 self.rss.append(self.process.memory_info().rss)
                 self.threads = max(self.threads, self.process.num_threads())
                 self.files = max(self.files, self.process.num_fds())
-                if len(backends := alive(self.proxy)) > 1:
-                    self.excess.append(f"{len(backends)} backends at once: {backends}")
+                if len(running := backends(self.proxy)) > 1:
+                    self.excess.append(f"{len(running)} backends at once: {running}")
 
 
 def alive(proxy: Proxy) -> list[psutil.Process]:
-    """The proxy's children that are no corpses."""
+    """The processes that the proxy has started, and theirs in turn, if they are no corpses."""
     found = []
     for child in proxy.children():
         with contextlib.suppress(psutil.Error):
             if child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
+    return found
+
+
+def backends(proxy: Proxy) -> list[psutil.Process]:
+    """The backends alone: the proxy's own children, and not the compilers that MLX starts."""
+    assert proxy.process is not None
+    found = []
+    for process in alive(proxy):
+        with contextlib.suppress(psutil.Error):
+            if process.ppid() == proxy.process.pid:
+                found.append(process)
     return found
 
 
@@ -641,8 +652,8 @@ class Soak:
         if not becomes_true(at_rest, QUIET_LIMIT):
             self.ledger.wrong(phase.name, "leases", f"there is no rest: {told}")
         there = 1 if proxy.loaded()["loaded"] else 0
-        if len(backends := alive(proxy)) != there:
-            self.ledger.wrong(phase.name, "processes", f"{backends} where {there} should be")
+        if len(running := backends(proxy)) != there:
+            self.ledger.wrong(phase.name, "processes", f"{running} where {there} should be")
         if not becomes_true(lambda: not alive(proxy), IDLE + QUIET_LIMIT):
             self.ledger.wrong(phase.name, "idle", f"not unloaded: {proxy.loaded()}")
 
