@@ -3,15 +3,19 @@
 `mlx_lm.server` speaks HTTP/1.0 with one request per connection: the head, then bytes until it
 closes. Reading that from the socket itself costs one `recv` per event and delivers each event when
 it comes; `requests` and `urllib3` add 45 µs to each (see `make bench`), or wait to fill a buffer.
+A body that the head frames in another way (a length, chunks) ends where its frame does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import socket
 import struct
 import threading
 import time
+from typing import Any
 
 from mlxproxy.errors import BackendFailed
 
@@ -19,14 +23,97 @@ from mlxproxy.errors import BackendFailed
 # back, at each event.
 RECV_BYTES = 1 << 14
 HEAD_LIMIT = 1 << 16
+LINE_LIMIT = 1 << 12  # of a line of a chunk's frame
 CONNECT_TIMEOUT = 10.0
 # The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after
 # a second. A fresh try after 20 ms gets through as soon as the backend has accepted the others.
 CONNECT_RETRY = 0.02
 
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_STATUS = re.compile(r"HTTP/1\.[01] ([1-5]\d\d)(?: |$)", re.ASCII)
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
+
 
 class Silence(Exception):
     """Nothing came for the interval that the connection was opened with."""
+
+
+class Sized:
+    """A body of a known length.
+
+    Attributes:
+        left: the bytes that are still to come.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    @property
+    def ended(self) -> bool:
+        return not self.left
+
+    def take(self, data: bytes) -> bytes:
+        """Return what of these bytes belongs to the body."""
+        body = data[: self.left]
+        self.left -= len(body)
+        return body
+
+
+class Chunked:
+    """A body in the chunked transfer coding (RFC 9112, section 7.1), decoded as it comes.
+
+    Attributes:
+        ended: whether the last chunk and the trailers have come.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._left = 0  # bytes of the chunk under way
+        self._line = bytearray()  # one that has not ended yet
+        self._read_line = self._read_size
+
+    def take(self, data: bytes) -> bytes:
+        """Return what of these bytes belongs to the body, without its frames.
+
+        Raises:
+            BackendFailed: they are no chunks.
+        """
+        body = []
+        position = 0
+        while position < len(data) and not self.ended:
+            if self._left:
+                piece = data[position : position + self._left]
+                body.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                continue
+            end = data.find(b"\n", position)
+            self._line += data[position : end if end >= 0 else len(data)]
+            if len(self._line) > LINE_LIMIT:
+                raise _broken("sent a line between two chunks that does not end")
+            if end < 0:
+                break
+            position = end + 1
+            line = bytes(self._line).removesuffix(b"\r")
+            self._line.clear()
+            self._read_line(line)
+        return b"".join(body)
+
+    def _read_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise _broken("sent a chunk without a size")
+        self._left = int(match[1], 16)
+        self._read_line = self._read_end_of_chunk if self._left else self._read_trailer
+
+    def _read_end_of_chunk(self, line: bytes) -> None:
+        if line:
+            raise _broken("sent a chunk that is longer than its size")
+        self._read_line = self._read_size
+
+    def _read_trailer(self, line: bytes) -> None:
+        self.ended = not line
 
 
 class Upstream:
@@ -45,7 +132,11 @@ class Upstream:
     def __init__(self, port: int, interval: float, lets_go: bool = False) -> None:
         self._lock = threading.Lock()
         self._closed = False
+        self._interval = interval
         self._pending = b""
+        self._head = bytearray()  # as far as it has come, with those of interim answers before it
+        self._begin = self._searched = 0  # the indexes where it begins, and where its end may be
+        self._frame: Sized | Chunked | None = None  # None: the connection's end is the body's
         self._unsent = memoryview(b"")
         self._lets_go = lets_go
         self.status = 0
@@ -76,7 +167,7 @@ class Upstream:
         May be called again after a :class:`Silence`.
 
         Raises:
-            Silence: nothing was taken or came for the interval.
+            Silence: nothing was taken, or the head did not come to its end, for the interval.
             BackendFailed: the connection ended before the head, or it is not HTTP.
         """
         try:
@@ -86,33 +177,100 @@ class Upstream:
             raise Silence from None
         except OSError as error:
             raise _broken(f"did not take the request ({error.strerror or error})") from None
-        while b"\r\n\r\n" not in self._pending:
-            if len(self._pending) > HEAD_LIMIT:
+        head = self._head
+        deadline = time.monotonic() + self._interval
+        while True:
+            if end := _HEAD_END.search(head, self._searched):
+                if self._understand(bytes(head[self._begin : end.start()]).decode("latin-1")):
+                    self._pending = bytes(head[end.end() :])
+                    return
+                self._begin = self._searched = end.end()
+                continue
+            if len(head) > HEAD_LIMIT:
                 raise _broken("sent a head that does not end")
+            self._searched = max(self._begin, len(head) - 3)
+            if time.monotonic() > deadline:
+                raise Silence
             data = self._recv()
             if not data:
                 raise _broken("closed the connection without an answer")
-            self._pending += data
-        head, self._pending = self._pending.split(b"\r\n\r\n", 1)
-        first, *lines = head.decode("latin-1").split("\r\n")
-        try:
-            self.status = int(first.split(" ", 2)[1])
-        except (IndexError, ValueError):
-            raise _broken("does not speak HTTP") from None
+            head += data
+
+    def _understand(self, head: str) -> bool:
+        """Sets the status, the headers and the body's frame; whether the head is the answer's, and
+        not that of an interim answer (1xx)."""
+        first, *lines = head.split("\n")
+        match = _STATUS.match(first.removesuffix("\r"))
+        if match is None:
+            raise _broken("does not speak HTTP")
+        self.status = int(match[1])
+        if self.status == 101:
+            raise _broken("changed to a protocol that nobody asked for")
+        if self.status < 200:
+            return False
         for line in lines:
             name, _, value = line.partition(":")
-            self.headers[name.strip().lower()] = value.strip()
+            name, value = name.strip().lower(), value.strip()
+            known = self.headers.get(name, value)
+            self.headers[name] = value if value == known else f"{known}, {value}"
+        coding = self.headers.get("transfer-encoding")
+        length = self.headers.get("content-length")
+        if self.status in (204, 304):
+            self._frame = Sized(0)
+        elif coding is not None:
+            if coding.lower() != "chunked":
+                raise _broken("sent an answer in a transfer coding that nobody asked for")
+            self._frame = Chunked()
+        elif length is not None:
+            if _LENGTH.fullmatch(length) is None:
+                raise _broken("sent an answer whose length is none")
+            self._frame = Sized(int(length))
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the body has come to the end that the head announced, if it did."""
+        return self._frame is None or self._frame.ended
 
     def read(self) -> bytes:
-        """What has arrived of the body; ``b""`` when the backend has closed the connection.
+        """What has arrived of the body; ``b""`` at its end, or when the backend has closed the
+        connection.
 
         Raises:
             Silence: nothing came for the interval.
+            BackendFailed: what came are no chunks, where there should be some.
         """
+        if self._frame is not None:
+            return self._framed(self._frame)
         if self._pending:
             data, self._pending = self._pending, b""
             return data
         return self._recv()
+
+    def read_rest(self, limit: int, seconds: float) -> bytes:
+        """Return the body's first `limit` bytes, or what comes of them in that time.
+
+        Raises:
+            BackendFailed: see :meth:`read`.
+        """
+        body = bytearray()
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(Silence):
+            while len(body) < limit and time.monotonic() < deadline and (data := self.read()):
+                body += data
+        return bytes(body[:limit])
+
+    def _framed(self, frame: Sized | Chunked) -> bytes:
+        deadline = time.monotonic() + self._interval
+        while not frame.ended:
+            data, self._pending = self._pending or self._recv(), b""
+            if not data:
+                break
+            if body := frame.take(data):
+                return body
+            if time.monotonic() > deadline:  # chunks' frames come, and nothing in them
+                raise Silence
+        return b""
 
     def _recv(self) -> bytes:
         try:
@@ -167,6 +325,18 @@ def _connect(port: int) -> socket.socket:
         except OSError as error:
             connection.close()
             raise _broken(f"accepts no connection ({error.strerror or error})") from None
+
+
+def parsed(data: bytes) -> Any:
+    """Return the value of JSON that the backend sent.
+
+    Raises:
+        ValueError: it is none, or nested more deeply than can be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 def _broken(what: str) -> BackendFailed:
