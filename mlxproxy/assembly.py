@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlxproxy.errors import BackendFailed
+from mlxproxy.sse import DONE
+from mlxproxy.upstream import parsed
 
-DONE = b"data: [DONE]\n\n"
+_DONE_LINE = DONE.rstrip()
 _COMMON = ("id", "system_fingerprint", "object", "model", "created")  # in the backend's order
 
 
@@ -18,12 +20,10 @@ class Assembly:
     long answer's events would hold up every other stream.
 
     Attributes:
-        complete: whether the stream has come to its end.
         usage: the backend's count of tokens, once it has come.
     """
 
     def __init__(self) -> None:
-        self.complete = False
         self.usage: dict[str, Any] = {}
         self._first: dict[str, Any] = {}
         self._last: dict[str, Any] = {}  # choice
@@ -37,12 +37,10 @@ class Assembly:
         Raises:
             BackendFailed: they are none of the backend's.
         """
-        if data.endswith(DONE):
-            self.complete = True
-            data = data[: -len(DONE)]
-        events = b",".join(line[6:] for line in data.split(b"\n") if line.startswith(b"data: "))
+        lines = [line for line in data.split(b"\n") if line.startswith(b"data: ")]
+        events = b",".join(line[6:] for line in lines if line != _DONE_LINE)
         with _known_shape():
-            for event in json.loads(b"[%b]" % events):  # one call for all is four times as quick
+            for event in parsed(b"[%b]" % events):  # one call for all is four times as quick
                 self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -73,9 +71,8 @@ class Assembly:
             else:
                 answer["object"] = "chat.completion"
                 choice["message"] = self._message()
-            if not self.usage:
-                raise KeyError("usage")
-            return json.dumps({**answer, "choices": [choice], "usage": self.usage}).encode()
+            (usage,) = _objects(self.usage)
+            return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
     def _message(self) -> dict[str, Any]:
         content, reasoning = "".join(self._content), "".join(self._reasoning)
@@ -90,9 +87,30 @@ class Assembly:
         return message
 
 
+def usage_of(answer: bytes) -> dict[str, Any]:
+    """Return the backend's count of tokens in a whole answer of its own.
+
+    Raises:
+        BackendFailed: it is no answer.
+    """
+    with _known_shape():
+        value = parsed(answer)
+        return _objects(value["choices"][0], value["usage"])[1]
+
+
+def _objects(*values: Any) -> tuple[dict[str, Any], ...]:
+    """The values, if each is an object with something in it."""
+    if not all(isinstance(value, dict) and value for value in values):
+        raise TypeError
+    return values
+
+
 @contextlib.contextmanager
 def _known_shape() -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise BackendFailed("The backend sent events of a shape that is not known.") from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise BackendFailed(
+            "The backend sent an answer of a shape that is not known. Ask again; if it happens "
+            "with the same request, the backend's log says more."
+        ) from None

@@ -33,7 +33,7 @@ from mlxproxy.errors import (
     ProxyError,
 )
 from mlxproxy.processes import Mark, ask
-from mlxproxy.upstream import Silence, Upstream
+from mlxproxy.upstream import Silence, Upstream, parsed
 
 log = logging.getLogger("mlxproxy.backend")
 
@@ -298,7 +298,7 @@ class Backend:
                 self._check(cancelled, deadline)
             raise self.failure(f"its first chat failed: {_error_text(answer) or status}")
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
-            if json.loads(answer)["choices"][0]["message"]["role"] == "assistant":
+            if parsed(answer)["choices"][0]["message"]["role"] == "assistant":
                 self._serving = True
                 return
         raise self.failure("its answer to a first chat is not whole")
@@ -576,8 +576,8 @@ def _environment() -> dict[str, str]:
 
 
 def _error_text(answer: bytes) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(answer)["error"])
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        return str(parsed(answer)["error"])
     return answer[:200].decode("utf-8", "replace").strip()
 
 

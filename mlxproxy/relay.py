@@ -1,13 +1,13 @@
-"""One request to the backend and its answer back, read until the backend closes.
+"""One request to the backend and its answer back, read until it is whole.
 
-A stream is passed on byte for byte as the socket gives it; nothing is collected, no event is
-parsed. A whole answer is asked for as a stream too and put together here, so that a client that
-leaves ends the generation (the backend never notices it by itself), and a hang can be told.
+A stream is passed on byte for byte as the socket gives it, up to its `data: [DONE]`; nothing is
+collected, no event is parsed. A whole answer is asked for as a stream too and put together here, so
+that a client that leaves ends the generation (the backend never notices it by itself), and a hang
+can be told.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxproxy.assembly import DONE, Assembly
+from mlxproxy.assembly import Assembly, usage_of
 from mlxproxy.controller import Lease
 from mlxproxy.errors import (
     BackendFailed,
@@ -23,7 +23,8 @@ from mlxproxy.errors import (
     InvalidRequest,
     ProxyError,
 )
-from mlxproxy.upstream import Silence, Upstream
+from mlxproxy.sse import Events
+from mlxproxy.upstream import Silence, Upstream, parsed
 
 log = logging.getLogger("mlxproxy.relay")
 
@@ -32,7 +33,7 @@ OPENING = b":\n\n"
 INTERVAL = 5.0  # seconds of silence after which a stream's client gets a comment
 WAIT_SILENTLY = 2.0  # seconds for which a stream waits before it commits to a status of 200
 
-_PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d+)\n")
+_PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d{1,18})\n")
 
 Prepare = Callable[[Lease], bytes]
 
@@ -75,8 +76,8 @@ class Trace:
     def usage(self, usage: object) -> None:
         """Takes the backend's own count, which is better than counting events."""
         if isinstance(usage, dict):
-            self.tokens_in = usage.get("prompt_tokens", self.tokens_in)
-            self.tokens_out = usage.get("completion_tokens", self.tokens_out)
+            self.tokens_in = _count(usage.get("prompt_tokens")) or self.tokens_in
+            self.tokens_out = _count(usage.get("completion_tokens")) or self.tokens_out
 
 
 def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator[bytes, None, None]:
@@ -122,32 +123,29 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
             backend = lease.backend
             assert backend is not None
             read, monotonic = upstream.read, time.monotonic
-            done = False
-            rest = b""  # an event's beginning, until the event is whole
-            while True:
+            whole_events = Events()
+            take, pending = whole_events.take, whole_events.pending
+            while not whole_events.done:
                 try:
                     data = read()
                 except Silence:
-                    if done:
-                        break
                     if error := lease.stalled():
                         raise error from None
                     yield HEARTBEAT
                     continue
                 if not data:
-                    break
-                if rest or not data.endswith(b"\n\n"):
+                    raise _cut_off(lease)
+                # As nearly always: all there is is one event of one line, which is not the end.
+                one = not pending and data.find(b"\n") + 2 == len(data) and data.endswith(b"}\n\n")
+                if not one:
                     # With half an event before it, no client could read the error that follows.
-                    data, rest = _whole_events(rest + data)
+                    data = take(data)
                 if not events:
                     _opening(trace, data)
                 if data:
                     yield data  # before the rest of what is to be noted
                 lease.heard = backend.heard = monotonic()
-                trace.tokens_out = events = events + data.count(b"data: {")
-                done = data.endswith(DONE)
-            if not done:
-                raise _cut_off(lease)
+                trace.tokens_out = events = events + (1 if one else data.count(b"data: {"))
             trace.outcome = "done"
         except ProxyError as error:
             trace.outcome = "client_gone" if lease.presence.gone else error.code
@@ -227,40 +225,36 @@ def _opening(trace: Trace, data: bytes) -> None:
 
 def _cut_off(lease: Lease) -> ProxyError:
     return lease.fault(
-        BackendFailed(
-            "The backend closed the connection before the answer was complete. Ask again; if it "
-            "happens with the same request, the backend's log says more."
-        )
+        BackendFailed(f"The backend closed the connection before the answer was complete. {_AGAIN}")
     )
 
 
-def _whole_events(data: bytes) -> tuple[bytes, bytes]:
-    """The events that are whole, and the beginning of the next."""
-    end = data.rfind(b"\n\n") + 2
-    return (data[:end], data[end:]) if end > 1 else (b"", data)
+def _count(value: object) -> int:
+    """The value if it is a number of tokens that a metric can add up (it is a float); else 0."""
+    return value if type(value) is int and 0 < value < 1 << 53 else 0
 
 
 def _put_together(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
     """The whole answer that the events amount to."""
-    assembly, rest = Assembly(), b""
+    assembly, events = Assembly(), Events()
     for data in _pieces(upstream, lease, trace):
-        data, rest = _whole_events(rest + data)
-        assembly.add(data)
-    if not assembly.complete:
-        raise _cut_off(lease)
-    trace.usage(assembly.usage)
-    return assembly.answer()
+        assembly.add(events.take(data))
+        if events.done:
+            trace.usage(assembly.usage)
+            return assembly.answer()
+    raise _cut_off(lease)
 
 
 def _passed_on(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
     """A whole answer of the backend's own: all of its bytes, and JSON."""
     body = b"".join(_pieces(upstream, lease, trace))
-    if len(body) == int(upstream.headers.get("content-length", -1)):
-        answer = json.loads(body)
-        if isinstance(answer, dict):
-            trace.usage(answer.get("usage"))
-            return body
-    raise _cut_off(lease)
+    if not body or not upstream.whole:
+        raise _cut_off(lease)
+    try:
+        trace.usage(usage_of(body))
+    except BackendFailed as error:
+        raise lease.fault(error) from None
+    return body
 
 
 def _pieces(upstream: Upstream, lease: Lease, trace: Trace) -> Iterator[bytes]:
@@ -287,21 +281,15 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
 
     It answers 404 for whatever goes wrong in a generation, with a text that may hold paths.
     """
-    body = b""
-    while len(body) < 1 << 16:
-        try:
-            data = upstream.read()
-        except Silence:
-            break
-        if not data:
-            break
-        body += data
+    body = upstream.read_rest(1 << 16, INTERVAL)
     try:
-        text = str(json.loads(body)["error"])
+        text = parsed(body)["error"]
     except (ValueError, KeyError, TypeError):
-        text = ""
+        text = None
     if lease.error is not None:
         return lease.error
+    if not isinstance(text, str):
+        return lease.fault(BackendFailed(f"The backend failed without a word of why. {_AGAIN}"))
     if "generation thread died" in text:
         return lease.fault(BackendFailed("The backend can no longer generate. Ask again."))
     log.debug("the backend answered %d: %s", upstream.status, text)  # may quote a prompt
@@ -326,6 +314,7 @@ _EMPTY = "the prompt has no tokens"
 _PROMPT = re.compile(rf"{_EMPTY}|the prompt has \d+ tokens, and the model's context is \d+")
 _ADVICE = {True: "Send some text.", False: "Send less."}
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
+_AGAIN = "Ask again; if it happens with the same request, the backend's log says more."
 _WHY = "With LOG_LEVEL=DEBUG, the log says why."  # its own does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
 

@@ -11,6 +11,7 @@ the text counts the events: ``alpha0 alpha1 …`` of the model folder `alpha`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -49,6 +50,9 @@ SCRIPT: Json = {
     "interval": 0.0,  # seconds between two events
     "event_bytes": 0,  # the text of an event is filled up to this length
     "thoughts": 0,  # so many of the first events are reasoning
+    "wire": None,  # these bytes (Latin-1) instead, head and all; the request's end is `odd`
+    "piece_bytes": 0,  # so many bytes a packet
+    "stays_open": False,  # the connection does, after the answer, until the client leaves
     # -- its end before its time, after so many events
     "die_after": None,  # the process ends
     "die_by": "kill",  # SIGKILL, or "exit" for os._exit(1)
@@ -108,7 +112,7 @@ def record(program: Path, event: str | None = None) -> list[Json]:
     ``started``     `argv`, `environment`, `offline` (the value of HF_HUB_OFFLINE)
     ``request``     `number`, `path`, `headers`, `body`: a POST has been read
     ``finished``    `number`, `path`, `events` (sent), `how`: ``done``, ``client_gone``, ``hung``
-                    or ``muted`` (until the client left), ``dropped``, ``error``, ``died``
+                    or ``muted`` (until the client left), ``dropped``, ``error``, ``died``, ``odd``
     ``terminated``  SIGTERM has come
     ==============  ==============================================================================
 
@@ -262,6 +266,21 @@ class Died(Ends):
         super().__init__("died")
 
 
+class Pieces(io.RawIOBase):
+    """A connection to which everything is written in packets of so many bytes."""
+
+    def __init__(self, connection: socket.socket, size: int) -> None:
+        super().__init__()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._size = size
+
+    def write(self, data: Any) -> int:
+        for start in range(0, len(data), self._size):
+            self._connection.sendall(data[start : start + self._size])
+        return len(data)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request."""
 
@@ -316,6 +335,8 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             how = "client_gone"
         self._note_end(how)
+        if self.script["stays_open"]:
+            self._wait_for_leave()
 
     # -- answers
 
@@ -326,6 +347,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Ends("muted")
         if script["empty"]:
             raise Ends("dropped")
+        if script["piece_bytes"]:
+            self.wfile = Pieces(self.connection, script["piece_bytes"])
+        if script["wire"] is not None:
+            self.wfile.write(script["wire"].encode("latin-1"))
+            raise Ends("odd")
         try:
             while not self.process.loaded.is_set():
                 self._wait(WATCH)
