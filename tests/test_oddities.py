@@ -358,6 +358,22 @@ def test_an_event_of_more_than_anybody_needs_ends_the_answer(
     assert process.memory_info().rss - before < 64 << 20
 
 
+@pytest.mark.parametrize(
+    "wire", [sized(DEEP), status("404 X", DEEP), status("404 X", '{"error": ' + DEEP)]
+)
+def test_a_first_answer_that_cannot_be_read_is_a_failed_load(
+    shared: Proxy, program: Path, wire: str
+) -> None:
+    before = len(shared.said())
+    standin.change(program, wire=wire)
+    try:
+        answer = shared.load("tiny/beta")
+    finally:
+        standin.change(program, **standin.SCRIPT)
+    assert answer.json()["error"]["code"] == "load_failed"
+    assert "Traceback" not in shared.said()[before:]
+
+
 def test_what_a_backend_counts_stays_out_of_the_metrics_if_it_is_no_number(
     proxy: Proxy, program: Path
 ) -> None:
