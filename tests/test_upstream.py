@@ -285,3 +285,36 @@ def test_no_bytes_raise_anything_else(wire: Wire, sent: bytes, at_once: int) -> 
 def test_json_that_cannot_be_read_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         upstream.parsed(data)
+
+
+# -- the end of a request that its client has left
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_an_aborted_request_ends_when_the_backend_has_let_go_of_it(lets_go: bool) -> None:
+    """A backend that cannot tell is left at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        request = Upstream(listener.getsockname()[1], INTERVAL, lets_go=lets_go)
+        other, _ = listener.accept()
+        with other:
+            request.abort()
+            assert other.recv(1) == b"", "the backend sees the end"
+            if not lets_go:
+                assert request.read() == b""
+                request.wait_released(60)
+                return
+            with pytest.raises(Silence):
+                request.read()
+            other.sendall(b"the last token")
+        request.wait_released(60)
+        assert request.read() == b""
+        request.close()
+
+
+def test_nobody_waits_for_a_backend_that_lives_no_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        request = Upstream(listener.getsockname()[1], INTERVAL, lets_go=True)
+        with listener.accept()[0]:
+            request.abort(backend_lives=False)
+            assert request.read() == b""
+        request.close()
