@@ -54,6 +54,9 @@ def _whole(low: int, high: int, allowed: str) -> Callable[[Any], int]:
     return parse
 
 
+_LONGEST_DURATION = 50  # characters
+
+
 def _duration(low: float = 0.0) -> Callable[[Any], float]:
     allowed = f"seconds ({low:g} or more), or a duration such as 90s, 30m, 2h"
 
@@ -72,7 +75,10 @@ def seconds(value: Any, low: float = 0.0) -> float:
     Raises:
         ValueError: not a finite duration of at least `low` seconds.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value).lower())
+    text = str(value)
+    if len(text) > _LONGEST_DURATION:  # clients send them too, and the pattern tries much
+        raise ValueError("not a duration")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", text.lower())
     if isinstance(value, bool) or not match:
         raise ValueError("not a duration")
     result = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 import shutil
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -288,6 +290,84 @@ def test_an_unknown_name_is_answered_with_the_nearest_three(root: Path, catalog:
     assert "mlx-community/Qwen3-4B-8bit" in message
     assert message.count("mlx-community/") <= 3
     assert "gemma" not in message
+
+
+@pytest.fixture
+def normalised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the texts that are put into normal form, which takes their square."""
+    lengths: list[int] = []
+    normalize = unicodedata.normalize
+
+    def watched(form: str, text: str) -> str:
+        lengths.append(len(text))
+        return normalize(form, text)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(unicodedata, "normalize", watched)
+    return lengths
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a" + "\u0315\u0300" * 120_000,
+        "publisher/" + "a" * 100_000,
+        "/" + "a/" * 100_000,
+        "/" * 100_000,
+        "\u00e9" * (catalog_module.LONGEST_NAME // 2 + 1),  # bytes count, not characters
+        "\ud800" * 100_000,
+    ],
+    ids=["combining marks", "id", "path", "slashes", "bytes", "no text"],
+)
+def test_a_name_longer_than_any_path_is_unknown_and_not_even_looked_at(
+    root: Path, catalog: Catalog, normalised: list[int], name: str, fresh: bool
+) -> None:
+    model(root / "publisher" / "model")
+    catalog.models()
+    with pytest.raises(ModelNotFound, match="There is no model"):
+        catalog.find(name, fresh=fresh)
+    assert not normalised
+
+
+def test_a_name_as_long_as_a_path_may_be_is_looked_up(root: Path, catalog: Catalog) -> None:
+    parts = [letter * 200 for letter in "abcdefghij"]
+    long = model(root.joinpath(*parts))
+    assert catalog.find("/".join(parts)).path == long
+    assert catalog.find(str(long).upper().replace(str(root).upper(), str(root))).path == long
+
+
+def test_names_are_folded_once_for_a_listing_and_not_for_each_question(
+    root: Path, catalog: Catalog, normalised: list[int]
+) -> None:
+    for number in range(20):
+        model(root / "publisher" / f"model-{number}")
+    catalog.find("MODEL-3")
+    normalised.clear()
+    for number in range(20):
+        assert catalog.find(f"MODEL-{number}").id == f"publisher/model-{number}"
+    assert len(normalised) == 20
+
+
+def test_similar_names_are_sought_with_little_work_in_a_large_library(
+    root: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        model(root / "publisher" / f"model-{number:02}")
+    work: list[int] = []
+    ratio = difflib.SequenceMatcher.ratio
+
+    def watched(self: difflib.SequenceMatcher[str]) -> float:
+        work.append(len(self.a) * len(self.b))
+        return ratio(self)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "ratio", watched)
+    with pytest.raises(ModelNotFound, match="Did you mean publisher/model-07"):
+        catalog.find("publisher/modell-07")
+    with pytest.raises(ModelNotFound):
+        catalog.find("publisher/" + "model-0" * 500)
+    assert work
+    assert len(work) <= 2 * 20
+    assert max(work) <= 100 * len("model-00")
 
 
 def test_a_short_name_of_several_models_is_answered_with_them(root: Path, catalog: Catalog) -> None:

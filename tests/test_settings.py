@@ -177,3 +177,10 @@ def test_the_example_configuration_is_one_that_loads(tmp_path: Path) -> None:
         for line in example.splitlines()
     )
     assert load(tmp_path, active).proxy_port == 8080
+
+
+@pytest.mark.parametrize("text", [f"1{' ' * 100}s", "9" * 100, " " * 100 + "1", [1] * 100])
+def test_a_text_far_too_long_for_a_duration_is_refused_before_it_is_read(text: object) -> None:
+    assert settings.seconds("  90 s ") == 90
+    with pytest.raises(ValueError, match="not a duration"):
+        settings.seconds(text)

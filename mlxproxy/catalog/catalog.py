@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import heapq
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,12 @@ _GLANCE = 0.1  # the same, where the answer is needed more than its truth
 _FORMAT = 2  # of the cache file
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
-_LONGEST_NAME = 300  # characters of a name that are looked at and repeated
+# Linux's PATH_MAX: a longer name is none of ours. Putting a text into normal form takes the square
+# of its combining characters: 2 ms for this many bytes, minutes for a megabyte.
+LONGEST_NAME = 4096
+_SHOWN = 300  # characters of a name that an error repeats
+_COMPARED = 100  # characters of a name that are compared with those of the models
+_CLOSEST = 20  # names that are compared in full, which takes the square of their length
 
 
 class Catalog:
@@ -92,6 +99,8 @@ class Catalog:
             AmbiguousModel: a short name fits several.
             ModelsRootUnavailable: no models folder is there, or has answered yet.
         """
+        if _is_too_long(name):
+            raise ModelNotFound(self._not_found(name, ()), param="model")
         if not fresh and (known := self._listing.named(name)):
             return _single(name, known)
         listing = self._fresh()
@@ -228,29 +237,49 @@ class _Listing:
             )
         )
 
-    def named(self, name: str) -> list[Model]:
-        """The models that a name fits best."""
-        name = name.rstrip("/") if len(name) > 1 else name
-        if exact := self.names.get(name):
-            return [exact]
-        if not name or name.startswith("/"):
-            wanted = _folded(name)
-            return [it for it in self.models if wanted and _folded(str(it.path)) == wanted]
-        wanted = _folded(name)
-        ids = [(model, _folded(model.id)) for model in self.models]
-        return [model for model, id_ in ids if id_ == wanted] or [
-            model for model, id_ in ids if id_.endswith("/" + wanted)
-        ]
+    @cached_property
+    def _folded(self) -> Mapping[str, list[Model]]:
+        """The models by their folded paths, ids, and ends of ids; a whole id counts for more."""
+        whole: dict[str, list[Model]] = {}
+        ends: dict[str, list[Model]] = {}
+        for model in self.models:
+            id_ = _folded(model.id)
+            whole.setdefault(id_, []).append(model)
+            whole.setdefault(_folded(str(model.path)), []).append(model)
+            while "/" in id_:
+                id_ = id_.partition("/")[2]
+                ends.setdefault(id_, []).append(model)
+        return {**ends, **whole}
 
-    def similar(self, name: str) -> list[str]:
-        """Up to three ids of loadable models that are written much like the name."""
-        wanted = _folded(name[:_LONGEST_NAME]).rpartition("/")[2]
+    @cached_property
+    def _short_names(self) -> Mapping[str, str]:
+        """The folded last parts of loadable models' ids, with the id of the first that has it."""
         ids: dict[str, str] = {}
         for model in self.models:
             if model.loadable:
                 ids.setdefault(_folded(model.id).rpartition("/")[2], model.id)
+        return ids
+
+    def named(self, name: str) -> Sequence[Model]:
+        """The models that a name of at most LONGEST_NAME bytes fits best."""
+        name = name.rstrip("/") if len(name) > 1 else name
+        if exact := self.names.get(name):
+            return [exact]
+        return self._folded.get(_folded(name), ())
+
+    def similar(self, name: str) -> list[str]:
+        """Up to three ids of loadable models that are written much like the name."""
+        ids = self._short_names
+        wanted = _folded(name.rpartition("/")[2][:_COMPARED])
         near = [short for short in ids if wanted and wanted in short]
-        near += difflib.get_close_matches(wanted, ids, n=_SUGGESTIONS, cutoff=0.5)
+        matcher = difflib.SequenceMatcher(b=wanted)
+
+        def likeness(short: str) -> float:
+            matcher.set_seq1(short[:_COMPARED])
+            return matcher.quick_ratio()  # an upper bound, in linear time
+
+        closest = heapq.nlargest(_CLOSEST, ids, likeness)
+        near += difflib.get_close_matches(wanted, closest, n=_SUGGESTIONS, cutoff=0.5)
         return [ids[short] for short in dict.fromkeys(near)][:_SUGGESTIONS]
 
 
@@ -295,10 +324,15 @@ def _single(name: str, found: Sequence[Model]) -> Model:
     )
 
 
+def _is_too_long(name: str) -> bool:
+    """Whether a name has more bytes than any path; told without a look at all of it."""
+    return len(name) > LONGEST_NAME or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
+
+
 def _folded(name: str) -> str:
     """For comparing names: macOS writes some letters as two, and nobody remembers capitals."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _quoted(name: str) -> str:
-    return repr(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…")
+    return repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "…")
