@@ -15,7 +15,7 @@ from mlxproxy import fields
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.fields import DROP, Limits, Shape
 
-__all__ = ["RULES", "Kind", "Limits", "Rule", "check", "is_exclusive"]
+__all__ = ["RULES", "Kind", "Limits", "Rule", "check", "is_exclusive", "require_text"]
 
 Kind = Literal["chat", "text"]
 
@@ -131,6 +131,21 @@ def check(body: object, kind: Kind, limits: Limits) -> dict[str, Any]:
     return request
 
 
+def require_text(body: Mapping[str, Any]) -> None:
+    """Return if all text of a body can be written, shown and looked up.
+
+    For bodies that :func:`check` does not see.
+
+    Raises:
+        InvalidRequest: lone surrogates, NUL, NaN, numbers beyond 64 bits or deep nesting, with the
+            field as `param`.
+    """
+    for name, value in body.items():
+        _characters(name, value)
+        if _has_nul(value):
+            raise InvalidRequest(f"{name} has a NUL character in a text.", param=name)
+
+
 def is_exclusive(request: Mapping[str, Any], own_seeds: bool = False) -> bool:
     """Return whether the backend answers this checked request alone: it waits until all others
     have their answers, and lets nobody else begin meanwhile.
@@ -202,6 +217,15 @@ def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:
                 total += _characters(name, item, depth - 1)
         return total
     return 0
+
+
+def _has_nul(value: Any) -> bool:
+    """Whether a value that is not nested deeply has a NUL in one of its texts."""
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any("\0" in name for name in value) or any(map(_has_nul, value.values()))
+    return isinstance(value, list) and any(map(_has_nul, value))
 
 
 def _require_utf8(name: str, text: str) -> None:

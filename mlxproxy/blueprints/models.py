@@ -10,9 +10,10 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from mlxproxy import guard
 from mlxproxy.backend import Load
 from mlxproxy.blueprints.web import json_body, presence, recorder, services
-from mlxproxy.catalog import memory
+from mlxproxy.catalog import LONGEST_NAME, memory
 from mlxproxy.catalog.model import Model
 from mlxproxy.controller import Transition
 from mlxproxy.errors import (
@@ -29,6 +30,7 @@ blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 PROGRESS_INTERVAL = 0.5  # seconds between two progress events
 POLL = 0.5
+MAX_NAMES = 16  # adapters or draft models of a load: each answer and event about it repeats them
 
 
 @blueprint.get("")
@@ -84,7 +86,7 @@ def one(name: str) -> Response:
 @blueprint.post("/load")
 def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     """Loads a model; answers when it has really answered a first chat."""
-    body = json_body()
+    body = _body()
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
     parts = services()
@@ -105,7 +107,7 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 @blueprint.post("/unload")
 def unload() -> dict[str, Any]:
     """Unloads what is loaded; cancels a load in progress."""
-    json_body(required=False)
+    _body(required=False)
     # Not in the loads' room: an unload must get through whoever waits for a load.
     with _waiting_room(services().unloaders):
         transition = services().controller.unload()
@@ -114,6 +116,13 @@ def unload() -> dict[str, Any]:
 
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def _body(required: bool = True) -> dict[str, Any]:
+    """The request's body, all of whose text can be given back and looked up."""
+    body = json_body(required)
+    guard.require_text(body)
+    return body
 
 
 def _wanted(body: dict[str, Any]) -> Load:
@@ -171,6 +180,11 @@ def _names(body: dict[str, Any], name: str) -> frozenset[str]:
         return frozenset()
     if not isinstance(value, list) or not all(isinstance(it, str) and it for it in value):
         raise InvalidRequest(f"{name} must be a list of paths.", param=name)
+    if len(value) > MAX_NAMES or max(map(len, value), default=0) > LONGEST_NAME:
+        raise InvalidRequest(
+            f"{name} must be at most {MAX_NAMES} paths of at most {LONGEST_NAME:,} characters.",
+            param=name,
+        )
     return frozenset(value)
 
 

@@ -5,7 +5,7 @@ together what the files of one model tell (`weights`, `kvcache`, `template`, `ca
 mlx-lm's own tables (`mlxlm`); `memory` estimates whether it fits.
 """
 
-from mlxproxy.catalog.catalog import Catalog
+from mlxproxy.catalog.catalog import LONGEST_NAME, Catalog
 from mlxproxy.catalog.model import Model
 
-__all__ = ["Catalog", "Model"]
+__all__ = ["LONGEST_NAME", "Catalog", "Model"]

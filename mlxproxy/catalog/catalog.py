@@ -26,7 +26,7 @@ from mlxproxy.catalog.shelf import Shelf
 from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable
 from mlxproxy.files import MB, note, read_record
 
-__all__ = ["Catalog", "Model"]
+__all__ = ["LONGEST_NAME", "Catalog", "Model"]
 
 log = logging.getLogger("mlxproxy.catalog")
 
