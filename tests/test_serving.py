@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from mlxproxy import demo, services, serving, settings
+from mlxproxy import create_app, demo, services, serving, settings
 from mlxproxy.catalog import catalog
 from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
-from tests import tiny
-from tests.conftest import until
+from mlxproxy.client import Client
+from mlxproxy.commands.ls import ls
+from tests import folders, tiny
+from tests.conftest import free_port, until
 
 
 @pytest.fixture
@@ -36,6 +40,18 @@ def provided(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def given(tmp_path: Path, **env: str) -> settings.Settings:
     environment = {f"MLXPROXY_{name}": value for name, value in env.items()}
     return settings.load({}, {"MLXPROXY_INSTANCE_PATH": str(tmp_path / "instance"), **environment})
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Makes each reading of a models folder last until the event is set."""
+    may_end = threading.Event()
+
+    def slow(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
+        assert may_end.wait(30)
+        return scan(root, previous, inspect)
+
+    monkeypatch.setattr(catalog, "scan", slow)
+    return may_end
 
 
 def test_a_machine_with_mlx_models_of_its_own_gets_no_demo_model(
@@ -71,13 +87,7 @@ def test_a_library_that_takes_long_to_read_is_not_taken_for_an_empty_one(
 ) -> None:
     folder = home / ".lmstudio" / "models"
     folder.mkdir()
-    may_end = threading.Event()
-
-    def slow(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
-        may_end.wait(30)
-        return scan(root, previous, inspect)
-
-    monkeypatch.setattr(catalog, "scan", slow)
+    may_end = slow_disk(monkeypatch)
     monkeypatch.setattr(services, "Catalog", partial(catalog.Catalog, patience=0.05))
     assert serving.with_models(given(tmp_path)).models_root == (folder,)
     assert not provided
@@ -116,3 +126,95 @@ def test_where_the_demo_cannot_be_had_the_proxy_starts_all_the_same(
     found = serving.with_models(given(tmp_path))
     assert found.models_root == (home / ".lmstudio" / "models",)
     assert "offline" in caplog.text
+
+
+# -- while a large library is being read
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[services.Services]:
+    """A proxy whose callers wait for hardly any disk."""
+    monkeypatch.setattr(services, "Catalog", partial(catalog.Catalog, patience=0.05))
+    folders.model(tmp_path / "models" / "publisher" / "model")
+    made = services.build(
+        given(tmp_path, MODELS_ROOT=str(tmp_path / "models"), MLX_BACKEND_PORT=str(free_port()))
+    )
+    yield made
+    made.close()
+
+
+def listing(parts: services.Services) -> tuple[int, dict[str, Any]]:
+    answer = create_app(parts).test_client().get("/v1/models")
+    assert (answer.status_code == 503) == ("Retry-After" in answer.headers)
+    return answer.status_code, answer.get_json()
+
+
+def test_the_first_listing_waits_for_a_library_that_takes_longer_than_others_may(
+    parts: services.Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = slow_disk(monkeypatch)
+    threading.Timer(0.4, may_end.set).start()  # longer than the catalogue's patience
+    status, told = listing(parts)
+    assert status == 200
+    assert told["complete"] is True
+    assert [item["id"] for item in told["data"]] == ["publisher/model"]
+
+
+def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
+    parts: services.Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = slow_disk(monkeypatch)
+    parts.catalog = catalog.Catalog(parts.roots, patience=0.05, first_patience=0.05)
+    status, told = listing(parts)
+    assert status == 503
+    assert told["error"]["code"] == "models_root_unavailable"
+    assert "still being read" in told["error"]["message"]
+    may_end.set()
+    until(lambda: listing(parts)[0] == 200, what="the listing")
+    assert listing(parts)[1]["complete"] is True
+
+
+def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
+    parts: services.Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    disk = str(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+
+    def slow(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
+        assert root != disk or may_end.wait(30)
+        return scan(root, previous, inspect)
+
+    monkeypatch.setattr(catalog, "scan", slow)
+    parts.catalog = catalog.Catalog(
+        [tmp_path / "models", tmp_path / "disk"], patience=0.2, first_patience=0.2
+    )
+    until(lambda: parts.catalog.models(), what="the first folder's model")
+    status, told = listing(parts)
+    assert status == 200
+    assert told["complete"] is False
+    assert [item["id"] for item in told["data"]] == ["publisher/model"]
+    may_end.set()
+    until(lambda: listing(parts)[1]["complete"], what="the whole listing")
+
+
+def test_ls_says_that_there_may_be_more(capsys: pytest.CaptureFixture[str]) -> None:
+    class Answering:
+        complete = False
+
+        def get(self, path: str) -> dict[str, Any]:
+            if path == "/health":
+                return {"models_root": ["/models"]}
+            return {"object": "list", "complete": self.complete, "data": []}
+
+    proxy = Answering()
+    client = cast(Client, proxy)
+    ls(client, everything=False, as_json=False)
+    said = capsys.readouterr()
+    assert "still being read" in said.err
+    assert "There is no model" not in said.out
+    proxy.complete = True
+    ls(client, everything=False, as_json=False)
+    said = capsys.readouterr()
+    assert not said.err
+    assert "There is no model in /models" in said.out

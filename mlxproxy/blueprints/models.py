@@ -35,11 +35,22 @@ MAX_NAMES = 16  # adapters or draft models of a load: each answer and event abou
 
 @blueprint.get("")
 def listing() -> Response:
-    """All models that can be loaded; with `?all=true` the others too, with reasons."""
+    """All models that can be loaded; with `?all=true` the others too, with reasons.
+
+    `complete` is false while a folder has not been read to its end since the start.
+
+    Raises:
+        ModelsRootUnavailable: nothing has been read yet, and an empty list would not be true.
+    """
     everything = request.args.get("all", "").lower() in ("1", "true", "yes")
-    models = services().catalog.models()
+    catalog = services().catalog
+    complete = catalog.is_complete()  # asked first: the list may know more than it says, never less
+    models = catalog.models()
+    if not complete and not models:
+        catalog.require_disk()
     items = _items([model for model in models if everything or model.loadable])
-    return _json(f'{{"object": "list", "data": [{", ".join(items)}]}}')
+    told = "true" if complete else "false"
+    return _json(f'{{"object": "list", "complete": {told}, "data": [{", ".join(items)}]}}')
 
 
 def _items(models: Iterable[Model]) -> list[str]:

@@ -31,6 +31,7 @@ __all__ = ["LONGEST_NAME", "Catalog", "Model"]
 log = logging.getLogger("mlxproxy.catalog")
 
 PATIENCE = 1.0  # seconds that a caller waits for a disk
+FIRST_PATIENCE = 5.0  # the same for a listing, where nothing has been read yet
 _GLANCE = 0.1  # the same, where the answer is needed more than its truth
 _FORMAT = 2  # of the cache file
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
@@ -52,6 +53,7 @@ class Catalog:
         mlx_lm: the package folder of the mlx-lm that the backend runs; None for the one that
             this Python would import.
         patience: seconds that a call waits for the disks before it answers with what was known.
+        first_patience: seconds for which the first reading may last before nobody waits for it.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Catalog:
         cache_file: Path | None = None,
         mlx_lm: Path | None = None,
         patience: float = PATIENCE,
+        first_patience: float = FIRST_PATIENCE,
     ) -> None:
         tables = MlxLm(mlx_lm)
         inspect = Inspector(tables)
         self._patience = patience
+        self._first_patience = first_patience
         self._cache_file = cache_file
         self._fingerprint = f"{__version__}:{_FORMAT}:{tables.fingerprint}"
         self._saving = threading.Lock()
@@ -107,7 +111,7 @@ class Catalog:
         found = listing.named(name)
         if found:
             return _single(name, found)
-        self._require_disk()
+        self.require_disk()
         raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
 
     @property
@@ -119,6 +123,34 @@ class Catalog:
     def known(self) -> bool:
         """Whether every models folder has been read: what is not listed was not there."""
         return all(shelf.known for shelf in self._shelves)
+
+    def is_complete(self) -> bool:
+        """Return :attr:`known`, after a wait for the first reading of a large or slow library."""
+        patience = self._first_patience
+        until = time.monotonic() + patience
+        for shelf in self._shelves:
+            if not shelf.known:
+                shelf.request()
+        return all(shelf.known or shelf.wait(1, patience, until) for shelf in self._shelves)
+
+    def require_disk(self) -> None:
+        """Return if what is not listed is not there.
+
+        Raises:
+            ModelsRootUnavailable: a folder has not been read yet, or none of them is there.
+        """
+        silent = [shelf.root for shelf in self._shelves if not shelf.known]
+        if silent:
+            raise ModelsRootUnavailable(
+                f"The models folder '{silent[0]}' is still being read. Try again in a moment.",
+                retry_after=5,
+            )
+        missing = [shelf.root for shelf in self._shelves if shelf.snapshot.missing]
+        if len(missing) == len(self._shelves):
+            places = "' and '".join(missing)
+            raise ModelsRootUnavailable(
+                f"The models folder '{places}' is not there. Connect its disk, or set MODELS_ROOT."
+            )
 
     def missing_roots(self) -> list[Path]:
         """The models folders that are not there, or cannot be read; answers almost at once."""
@@ -147,20 +179,6 @@ class Catalog:
                 for problem in sorted(self._listing.problems - before.problems):
                     log.warning("%s", problem)
             return self._listing
-
-    def _require_disk(self) -> None:
-        silent = [shelf.root for shelf in self._shelves if not shelf.known]
-        if silent:
-            raise ModelsRootUnavailable(
-                f"The models folder '{silent[0]}' is still being read. Try again in a moment.",
-                retry_after=5,
-            )
-        missing = [shelf.root for shelf in self._shelves if shelf.snapshot.missing]
-        if len(missing) == len(self._shelves):
-            places = "' and '".join(missing)
-            raise ModelsRootUnavailable(
-                f"The models folder '{places}' is not there. Connect its disk, or set MODELS_ROOT."
-            )
 
     def _not_found(self, name: str, similar: Sequence[str]) -> str:
         message = f"There is no model {_quoted(name)}."

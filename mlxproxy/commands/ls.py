@@ -17,7 +17,10 @@ HEADINGS = ("MODEL", "SIZE", "QUANT", "CTX", "CAN", "STATE")
 
 def ls(client: Client, everything: bool, as_json: bool) -> None:
     """Prints the models."""
-    models = client.get("/v1/models" + ("?all=true" if everything else ""))["data"]
+    listed = client.get("/v1/models" + ("?all=true" if everything else ""))
+    models = listed["data"]
+    if not listed.get("complete", True):
+        terminal.messages().print("A models folder is still being read: there may be more models.")
     if as_json:
         terminal.print_json(models)
         return
@@ -26,7 +29,7 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     others = [model for model in models if not model["loadable"]]
     if usable:
         terminal.show(console, _listing(console, usable))
-    else:
+    elif listed.get("complete", True):
         _say_where(client, console)
     if others:
         console.print("\nCannot be loaded:", style="bold")
