@@ -10,6 +10,7 @@ States: ``empty → loading → ready → draining → stopping → empty``.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxproxy import fairness
 from mlxproxy.backend import Backend, Load, without_paths
 from mlxproxy.errors import (
     BackendFailed,
@@ -124,6 +126,7 @@ class Lease:
         self.client = client
         self.presence = presence
         self.exclusive = exclusive
+        self.turn = 0  # see fairness
         self.since = time.monotonic()
         self.granted = 0.0
         self.heard = 0.0  # when the last byte of this answer came
@@ -250,6 +253,7 @@ class Controller:
         self._transitions: deque[Transition] = deque()  # the first is under way
         self._leases: set[Lease] = set()
         self._queue: deque[Lease] = deque()
+        self._turns = itertools.count(1)
         self._last_use = time.monotonic()
         self._failure: dict[str, Any] | None = None
         self._deaths: list[float] = []
@@ -350,6 +354,7 @@ class Controller:
         lease = Lease(self, wanted, client, presence, exclusive)
         with self._lock:
             self._refuse_if_closing()
+            lease.turn = next(self._turns)
             self._queue.append(lease)
             self._settle()
             if lease in self._queue and len(self._queue) > self.limits.max_queue:
@@ -363,11 +368,7 @@ class Controller:
         Raises:
             TooManyRequests: that is the newcomer.
         """
-        waiting = Counter(lease.client for lease in self._queue)
-        greedy, most = waiting.most_common(1)[0]
-        refused = newcomer
-        if most > waiting[newcomer.client]:
-            refused = next(lease for lease in reversed(self._queue) if lease.client == greedy)
+        refused = fairness.turned_away(self._queue)
         self._queue.remove(refused)
         error = TooManyRequests(
             f"{len(self._leases)} answers are in flight and {len(self._queue)} requests wait "
@@ -414,15 +415,14 @@ class Controller:
         return named is None or named.path == load.path
 
     def _grant(self, backend: Backend) -> None:
-        """Grants places in the queue's order, to those first who hold the fewest."""
+        """Grants the free places, a fair share to each client."""
         held = Counter(lease.client for lease in self._leases)
-        waiting = deque(lease for lease in self._queue if self._suits(lease, backend.load))
+        waiting = [lease for lease in self._queue if self._suits(lease, backend.load)]
         now = time.monotonic()
         while waiting and len(self._leases) < self.limits.max_concurrent:
             if any(lease.exclusive for lease in self._leases):
                 return
-            # min() keeps the order among equals. A client alone is served in its own order.
-            lease = min(waiting, key=lambda item: held[item.client])
+            lease = fairness.next_in_turn(waiting, held)
             waiting.remove(lease)
             if lease.exclusive and self._leases:
                 if now - lease.since > PATIENCE_OF_EXCLUSIVE:
@@ -431,6 +431,7 @@ class Controller:
             self._queue.remove(lease)
             self._leases.add(lease)
             held[lease.client] += 1
+            fairness.served(self._queue, lease.client, next(self._turns))
             lease.grant(backend)
 
     def _nothing_loaded(self) -> ProxyError:

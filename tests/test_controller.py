@@ -302,6 +302,23 @@ def test_a_place_that_becomes_free_goes_to_who_holds_the_fewest(
     assert not greedy[2].wait(0)
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_with_one_place_clients_take_turns_however_many_requests_one_has(
+    world: Callable[..., World], exclusive: bool
+) -> None:
+    it = world(max_concurrent=2 if exclusive else 1)
+    it.load("a")
+    greedy = [it.lease(client="greedy", exclusive=exclusive) for _ in range(30)]
+    modest = [it.lease(client="modest", exclusive=exclusive) for _ in range(2)]
+    waiting, order = greedy + modest, []
+    while waiting:
+        (served,) = (lease for lease in waiting if lease.backend is not None)
+        order.append(served.client)
+        waiting.remove(served)
+        served.release()
+    assert order == ["greedy", *["greedy", "modest"] * 2, *["greedy"] * 27]
+
+
 def test_a_request_that_must_be_alone_waits_for_the_others_and_is_alone(
     world: Callable[..., World],
 ) -> None:
