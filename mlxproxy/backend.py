@@ -23,6 +23,7 @@ import psutil
 from mlxproxy import ports, processes
 from mlxproxy.backendlog import Drain, Listener, LogFile
 from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.scanning import Fingerprint
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.errors import (
     BackendFailed,
@@ -68,6 +69,7 @@ class Load:
         ttl: seconds without a request until it is unloaded; None: the setting's.
         adapters: adapter folders that requests may name.
         draft_models: draft models that requests may name.
+        files: what was on disk at its path; None: not looked at, whatever it is.
     """
 
     model: Model = field(compare=False)
@@ -75,6 +77,7 @@ class Load:
     ttl: float | None = field(default=None, compare=False)
     adapters: frozenset[str] = frozenset()
     draft_models: frozenset[str] = frozenset()
+    files: Fingerprint | None = field(default=None, compare=False, repr=False)
     path: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,10 @@ class Load:
     @property
     def model_id(self) -> str:
         return self.model.id
+
+    def is_met_by(self, loaded: Load) -> bool:
+        """Whether a process that was started for `loaded` is what this load asks for."""
+        return self == loaded and (self.files is None or self.files == loaded.files)
 
     def options(self) -> dict[str, object]:
         """What a client chose, as JSON."""

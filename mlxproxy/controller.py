@@ -5,7 +5,19 @@ transitions out (drain, stop, start, wait until ready), always outside the lock,
 other: that is why there is never more than one backend, and why two loads cannot race. Nothing is
 logged under the lock either: a handler of the log may be slow.
 
-States: ``empty → loading → ready → draining → stopping → empty``.
+States: ``empty → loading → ready → draining → stopping → empty``; a swap goes from ``stopping`` on
+to ``loading``, and a load that is withdrawn from ``draining`` back to ``ready``.
+
+Loads are carried out in the order in which they were asked for. What bounds the wait behind them:
+
+- A client may wait for MAX_LOADS loads at a time, and of those that it does not wait for
+  (`"wait": false`) only the last counts.
+- A load that nobody wants any more (its clients have left, or asked for another) is withdrawn, as
+  long as nothing has been stopped for it.
+- When a load has ended, the requests that wait and that the loaded model may answer get the free
+  places, once, before the next load drains it. So a request waits for the load that is under way,
+  and behind its own queue, but not for all the loads behind that one; and a load waits for the
+  answers of one such turn at most.
 """
 
 from __future__ import annotations
@@ -46,6 +58,8 @@ RETRY_AFTER = 5
 PATIENCE_OF_EXCLUSIVE = 10.0
 # What was sent to the backend cannot be called back: until it has let go of it, but no longer.
 RELEASE_SECONDS = 30.0
+MAX_LOADS = 4  # that one client may wait for at a time
+LEAST_ROOM = 8  # requests that may wait for loads at least, and for unloads at most
 LONGEST = 12  # times the stall timeout that an answer in one piece may take
 
 Launch = Callable[[Load, Callable[[str], None]], Backend]
@@ -66,6 +80,44 @@ class Limits:
     ended_grace: float = 5.0  # for answers that were ended to notice it; no setting
 
 
+class Claim:
+    """What one client wants of a load or an unload, from its request until the end.
+
+    A load is carried out for its claims: one that has lost its last is withdrawn.
+
+    Args:
+        client: who asks, for a fair share.
+        waits: whether its request waits for the end. A claim that nobody waits with lasts until the
+            end, too, or until its client makes another such claim.
+    """
+
+    def __init__(self, client: str = "", waits: bool = True) -> None:
+        self.client = client
+        self.waits = waits
+        self.since = time.monotonic()
+        self.transition: Transition | None = None
+        self._error: ProxyError | None = None
+        self._decided = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` seconds; return whether it has come.
+
+        Raises:
+            ProxyError: the load failed, or is not waited for any longer.
+        """
+        if not self._decided.wait(timeout):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def end(self, error: ProxyError | None) -> None:
+        """Wake whoever waits. Only the first call counts."""
+        if not self._decided.is_set():
+            self._error = error
+            self._decided.set()
+
+
 @dataclass(eq=False)
 class Transition:
     """A load or an unload that was asked for, and how far it is.
@@ -73,8 +125,11 @@ class Transition:
     Attributes:
         load: what is to be loaded; None for an unload.
         cause: ``asked``, ``request`` (a chat needs it), ``idle``, ``death`` or ``shutdown``.
+        claims: of those who asked for it and still want it.
         changed: whether there was anything to do.
         previous: the model that was stopped for it.
+        cancelled: set by others than the conductor, with the reason in `why` before.
+        took: seconds from the start of the process until it answered.
     """
 
     load: Load | None
@@ -82,18 +137,32 @@ class Transition:
     phase: str = "waiting"
     since: float = field(default_factory=time.monotonic)
     last_seconds: float | None = None
+    claims: list[Claim] = field(default_factory=list)
     changed: bool = True
     previous: str | None = None
     error: ProxyError | None = None
     backend: Backend | None = None
+    why: ProxyError | None = None
+    took: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
+
+    def serves(self, load: Load) -> bool:
+        """Whether it ends with what that load asks for; its process reads what is on disk then."""
+        backend = self.backend
+        return self.load == load and (backend is None or load.is_met_by(backend.load))
+
+    def may_be_withdrawn(self) -> bool:
+        """Whether it is a load for which nothing has been stopped or started yet."""
+        return self.load is not None and self.phase in ("waiting", "draining")
 
     def finish(self, error: ProxyError | None = None) -> None:
         self.error = error
         self.phase = "failed" if error else "done"
         self.backend = None
         self.done.set()
+        for claim in self.claims:
+            claim.end(error)
 
     def progress(self) -> dict[str, Any]:
         """How far it is: only what is known, never an invented percentage."""
@@ -267,63 +336,160 @@ class Controller:
 
     # -- loads and unloads
 
-    def load(self, load: Load, cause: str = "asked") -> Transition:
-        """Asks for a load; joins an equal one. The answer's `done` tells when it has ended.
+    def load(self, load: Load, claim: Claim | None = None) -> Transition:
+        """Ask for a load, or join an equal one; the claim's `wait` returns when it has ended.
 
         Raises:
             ShuttingDown: the proxy is about to end.
+            TooManyRequests: the client waits for too many loads, or too many clients wait.
         """
+        claim = claim or Claim()
         with self._lock:
             self._refuse_if_closing()
-            if cause == "asked":
-                self._asked = True
-                self._down = False
-                self._deaths.clear()
-            last = self._transitions[-1] if self._transitions else None
-            if last is not None and last.load == load and not last.cancelled.is_set():
-                if cause == "asked":
-                    last.cause = cause  # somebody waits for it who does not leave
-                    last.load = load  # equal, but for the ttl
-                return last
-            if last is None and self._state == "ready" and self._backend is not None:
-                backend = self._backend
-                if backend.load == load and backend.ended is None:
-                    self._ttl = load.ttl
-                    self._changed.notify_all()
-                    joined = Transition(load, cause, changed=False)
-                    joined.finish()
-                    return joined
-            return self._add(Transition(load, cause, last_seconds=self._history.seconds(load)))
+            self._admit(claim, joins=self._equal(load) is not None)
+            transition = self._equal(load)  # not before: what it joins may have been given up
+            self._asked = True
+            self._down = False
+            self._deaths.clear()
+            if transition is None:
+                transition = self._add(self._transition(load, "asked"))
+            elif transition.done.is_set():
+                self._ttl = load.ttl
+                self._changed.notify_all()
+            else:
+                transition.cause = "asked"
+                transition.load = load  # equal, but for the ttl
+            if not claim.waits:
+                self._supersede(claim.client)
+            self._claim(transition, claim)
+            self._withdraw()
+            return transition
 
-    def unload(self, cause: str = "asked") -> Transition:
-        """Asks for the unload of what is loaded; cancels a load in progress.
+    def _equal(self, load: Load) -> Transition | None:
+        """What a load joins: the last to come, if it is equal, or else what is loaded."""
+        if self._transitions:
+            last = self._transitions[-1]
+            return last if last.serves(load) and not last.cancelled.is_set() else None
+        if not self._is_loaded(load):
+            return None
+        nothing = Transition(load, changed=False)
+        nothing.finish()
+        return nothing
+
+    def _is_loaded(self, load: Load) -> bool:
+        backend = self._backend
+        if self._state != "ready" or backend is None or backend.ended is not None:
+            return False
+        return load.is_met_by(backend.load)
+
+    def _transition(self, load: Load, cause: str) -> Transition:
+        return Transition(load, cause, last_seconds=self._history.seconds(load))
+
+    def unload(self, claim: Claim | None = None) -> Transition:
+        """Ask for the unload of what is loaded; cancel the loads that were asked for before.
 
         Raises:
             ShuttingDown: the proxy is about to end.
+            TooManyRequests: too many wait for an unload.
         """
+        claim = claim or Claim()
         with self._lock:
             self._refuse_if_closing()
+            waiting = [it for item in self._transitions if item.load is None for it in item.claims]
+            self._make_room(claim, waiting, LEAST_ROOM)
             self._asked = True
             self._resume = None
             self._down = False
-            pending = [item for item in self._transitions if item.load is not None]
-            if not pending and self._transitions:
-                self._transitions[-1].cause = cause
-                return self._transitions[-1]
-            if not pending and self._backend is None:
-                nothing = Transition(None, cause, changed=False)
-                nothing.finish()
-                return nothing
             error = LoadCancelled("The load was cancelled: an unload was asked for meanwhile.")
-            for item in pending:
-                item.cancelled.set()
-                self._fail_waiting(item.load, error)
-            return self._add(Transition(None, cause))
+            for item in list(self._transitions):
+                if item.load is not None:
+                    self._fail_waiting(item.load, error)
+                    name = item.load.model_id
+                    why = LoadCancelled(f"The load of {name} was cancelled by an unload.")
+                    self._cancel(item, why)
+            last = self._transitions[-1] if self._transitions else None
+            if last is not None and last.load is None:
+                last.cause = "asked"
+            elif last is None and self._backend is None:
+                last = Transition(None, changed=False)
+                last.finish()
+            else:
+                last = self._add(Transition(None))
+            self._claim(last, claim)
+            return last
+
+    def leave(self, claim: Claim) -> None:
+        """The client of a claim is gone. Called any number of times, from any thread."""
+        with self._lock:
+            self._drop(claim, LoadCancelled("The client has left."))
+
+    def _claim(self, transition: Transition, claim: Claim) -> None:
+        claim.transition = transition
+        transition.claims.append(claim)
+        if transition.done.is_set():
+            claim.end(transition.error)
+
+    def _drop(self, claim: Claim, error: ProxyError) -> None:
+        if claim.transition is not None and claim in claim.transition.claims:
+            claim.transition.claims.remove(claim)
+            self._withdraw()
+        claim.end(error)
+
+    def _supersede(self, client: str) -> None:
+        """Forgets what the client wanted without waiting for it: only its last word counts."""
+        for transition in self._transitions:
+            transition.claims = [it for it in transition.claims if it.waits or it.client != client]
+
+    def _admit(self, claim: Claim, joins: bool) -> None:
+        """Returns if the client may ask for one more load.
+
+        Raises:
+            TooManyRequests: it waits for too many, or too many wait and it has the most.
+        """
+        loads = [item for item in self._transitions if item.load is not None]
+        mine = sum(
+            any(it.waits and it.client == claim.client for it in item.claims) for item in loads
+        )
+        if claim.waits and not joins and mine >= MAX_LOADS:
+            raise TooManyRequests(
+                f"You wait for {mine} loads already. Wait for one of them, or unload.",
+                retry_after=RETRY_AFTER,
+            )
+        claims = [it for item in loads for it in item.claims]
+        self._make_room(claim, claims, max(LEAST_ROOM, self.limits.max_queue))
+
+    def _make_room(self, claim: Claim, others: list[Claim], room: int) -> None:
+        """Turns away the newest claim of whoever has the most, if there is one too many.
+
+        Raises:
+            TooManyRequests: that is the newcomer's.
+        """
+        if len(others) < room:
+            return
+        # Whoever does not wait has been told that the load goes on.
+        waiting = sorted((it for it in others if it.waits), key=lambda it: it.since)
+        refused = fairness.turned_away([*waiting, claim])
+        error = TooManyRequests(
+            "Too many requests wait for loads and unloads already. Try again in a few seconds.",
+            retry_after=RETRY_AFTER,
+        )
+        if refused is claim:
+            raise error
+        self._drop(refused, error)
 
     def _add(self, transition: Transition) -> Transition:
         self._transitions.append(transition)
         self._changed.notify_all()
         return transition
+
+    def _cancel(self, transition: Transition, why: ProxyError) -> None:
+        """Ends a load that was asked for: at once, or where it is under way as soon as it can."""
+        transition.why = transition.why or why
+        transition.cancelled.set()
+        if transition is not self._transitions[0]:
+            self._transitions.remove(transition)
+            transition.finish(why)
+        self._changed.notify_all()
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
@@ -350,17 +516,25 @@ class Controller:
         Raises:
             ShuttingDown, TooManyRequests.
         """
-        wanted = target() if self._needs_target() else None
-        lease = Lease(self, wanted, client, presence, exclusive)
-        with self._lock:
-            self._refuse_if_closing()
-            lease.turn = next(self._turns)
-            self._queue.append(lease)
-            self._settle()
-            if lease in self._queue and len(self._queue) > self.limits.max_queue:
-                self._turn_away(lease)
+        wanted: Load | None = None
+        resolved = False
+        while True:
+            with self._lock:
+                self._refuse_if_closing()
+                if resolved or not self._needs_target():
+                    lease = Lease(self, wanted, client, presence, exclusive)
+                    self._enqueue(lease)
+                    break
+            wanted, resolved = target(), True
         presence.on_leave(lambda: self._left(lease))
         return lease
+
+    def _enqueue(self, lease: Lease) -> None:
+        lease.turn = next(self._turns)
+        self._queue.append(lease)
+        self._settle()
+        if lease in self._queue and len(self._queue) > self.limits.max_queue:
+            self._turn_away(lease)
 
     def _turn_away(self, newcomer: Lease) -> None:
         """The queue is too long by one: the newest of whoever has the most in it has to go.
@@ -381,26 +555,29 @@ class Controller:
         self._withdraw()
 
     def _needs_target(self) -> bool:
-        with self._lock:
-            settled = self._state == "ready" and not self._transitions
+        settled = self._state == "ready" and not self._transitions
         return self.limits.swap_on_request or not settled
 
-    def _settle(self) -> None:
-        """Grants what can be granted; decides a load where the first in the queue needs one."""
-        if self._transitions or self._closing:
+    def _settle(self, turn: bool = False) -> None:
+        """Grants what can be granted; decides a load where the first in the queue needs one.
+
+        Args:
+            turn: a transition has just ended, so that who waits has a turn before the next load.
+        """
+        pending = self._transitions
+        if self._closing or (pending and not (turn and pending[0].load is not None)):
             return
         backend = self._backend
         if self._state == "ready" and backend is not None and backend.ended is None:
             self._grant(backend)
             first = next((it for it in self._queue if not self._suits(it, backend.load)), None)
-            if first is not None:
-                self._add(Transition(first.target, "request"))
+            if first is not None and first.target is not None and not pending:
+                self._add(self._transition(first.target, "request"))
         elif self._state == "empty":
-            while self._queue and not self._transitions:
+            while self._queue and not pending:
                 wanted = None if self._down else self._wanted(self._queue[0])
                 if wanted is not None:
-                    seconds = self._history.seconds(wanted)
-                    self._add(Transition(wanted, "request", last_seconds=seconds))
+                    self._add(self._transition(wanted, "request"))
                 else:
                     self._queue.popleft().end(self._nothing_loaded())
 
@@ -475,15 +652,32 @@ class Controller:
         self._settle()
 
     def _withdraw(self) -> None:
-        """Cancels what was decided for those alone who have left, if nothing is stopped for it."""
-        for transition in self._transitions:
-            if transition.phase in ("waiting", "draining") and self._needless(transition):
-                transition.cancelled.set()
-                self._changed.notify_all()
+        """Cancels the loads that nobody wants any more, if nothing is stopped for them."""
+        for transition in list(self._transitions):
+            if transition.may_be_withdrawn() and self._needless(transition):
+                self._cancel(transition, LoadCancelled("Nobody waits for this load any more."))
 
     def _needless(self, transition: Transition) -> bool:
-        """Whether it was decided for requests, and all of those have left."""
-        return transition.cause == "request" and not self._waiting_for(transition.load)
+        """Whether it is a load without a claim, and without a request that needs it."""
+        load = transition.load
+        if load is None or transition.claims:
+            return False
+        before = self._before(transition)
+        return not any(
+            self._suits(lease, load) and not (before and self._suits(lease, before))
+            for lease in self._queue
+        )
+
+    def _before(self, transition: Transition) -> Load | None:
+        """What will be loaded when it is the transition's turn, as far as that is known."""
+        backend = self._backend
+        before = backend.load if backend is not None and backend.ended is None else None
+        for earlier in self._transitions:
+            if earlier is transition:
+                break
+            if not earlier.cancelled.is_set():
+                before = earlier.load
+        return before
 
     def attach(self, lease: Lease, upstream: Upstream) -> None:
         """See Lease.connect."""
@@ -562,16 +756,21 @@ class Controller:
                 log.exception("a transition failed in a way that is not foreseen")
                 error = InternalError("The load failed for an internal reason; see the log.")
                 self._abandon()
+            backend = transition.backend
             with self._lock:
                 self._transitions.remove(transition)
                 # Who waits for a load that was cancelled has come since, and waits for the next.
                 if error is not None and not transition.cancelled.is_set():
                     self._fail_waiting(transition.load, error)
+                if error is None and transition.load is not None:
+                    self._loaded(transition, transition.load)
                 transition.finish(error)
-                self._settle()
+                self._settle(turn=True)
                 self._emit("state", self._describe())
                 if self._closing and transition.cause == "shutdown":
                     return
+            if error is None and backend is not None and backend.ended is not None:
+                self._ended(backend.ended)  # between its first answer and now
 
     def _next(self) -> Transition | None:
         backend = self._backend
@@ -583,12 +782,17 @@ class Controller:
                 self._add(Transition(None, "idle"))
         while self._transitions:
             first = self._transitions[0]
-            if self._needless(first):
-                self._transitions.popleft()
-                first.finish(LoadCancelled("Nobody waits for this load any more."))
-                self._settle()
-                continue
-            return first
+            error: ProxyError | None = None
+            if first.load is not None and self._needless(first):
+                error = LoadCancelled("Nobody waits for this load any more.")
+            elif first.load is not None and self._is_loaded(first.load):
+                first.changed = False  # what was between has been withdrawn
+                self._ttl = first.load.ttl
+            else:
+                return first
+            self._transitions.popleft()
+            first.finish(error)
+            self._settle(turn=True)
         return None
 
     def _idle_left(self) -> float | None:
@@ -624,9 +828,9 @@ class Controller:
         limit = self.limits.drain_timeout
         if transition.cause == "shutdown":
             limit = self.limits.shutdown_timeout
-        transition.phase = "draining"
         deadline = time.monotonic() + limit
         with self._lock:
+            transition.phase = "draining"
             if self._leases:
                 self._enter("draining")
             while self._leases and not (backend.ended or self._hurry or self._in_vain(transition)):
@@ -642,6 +846,7 @@ class Controller:
             if self._in_vain(transition):
                 self._enter("ready")
                 return False
+            transition.phase = "stopping"  # answers are cut for it: too late to withdraw it
             error = self._ending_for(transition, limit)
             cut = [lease for lease in self._leases if lease.error is None]
             for lease in cut:
@@ -675,7 +880,6 @@ class Controller:
         backend = self._backend
         if backend is None:
             return
-        transition.phase = "stopping"
         transition.previous = backend.load.model_id
         self._become("stopping")
         backend.stop()
@@ -687,8 +891,12 @@ class Controller:
     def _start_backend(self, transition: Transition, load: Load) -> ProxyError | None:
         """Starts the backend for the load and waits until it has answered."""
         with self._lock:
+            if self._in_vain(transition):
+                self._enter("empty")
+                return self._cancelled(transition)
+            transition.phase = "starting"
             self._resume = None
-        self._become("loading")
+            self._enter("loading")
         started = time.monotonic()
         backend: Backend | None = None
         try:
@@ -702,21 +910,22 @@ class Controller:
         except ProxyError as error:
             self._give_back(backend)
             return self._load_failed(transition, load, error)
-        seconds = time.monotonic() - started
+        transition.took = time.monotonic() - started
         load = transition.load or load  # an equal one may have joined, with a ttl of its own
-        self._history.loaded(load, seconds)
-        with self._lock:
-            self._backend = backend
-            self._loaded_at = time.time()
-            self._last_use = time.monotonic()
-            self._ttl = load.ttl
-            self._failure = None
-            self._enter("ready")
-        if backend.ended is not None:  # between its first answer and now
-            self._ended(backend.ended)
-        log.info("%s loaded in %.1f s", load.model_id, seconds)
-        self._emit("loaded", {"id": load.model_id, "seconds": round(seconds, 2)})
+        self._history.loaded(load, transition.took)
+        log.info("%s loaded in %.1f s", load.model_id, transition.took)
         return None
+
+    def _loaded(self, transition: Transition, load: Load) -> None:
+        """What has answered is what is loaded. In one step with the transition's end: whoever joins
+        it in between would be forgotten."""
+        self._backend = transition.backend
+        self._loaded_at = time.time()
+        self._last_use = time.monotonic()
+        self._ttl = load.ttl
+        self._failure = None
+        self._enter("ready")
+        self._emit("loaded", {"id": load.model_id, "seconds": round(transition.took, 2)})
 
     def _give_back(self, backend: Backend | None) -> None:
         if backend is not None:
@@ -741,10 +950,9 @@ class Controller:
         return error
 
     def _cancelled(self, transition: Transition) -> ProxyError:
-        name = transition.load.model_id if transition.load else "the model"
-        if self._closing:
+        if self._closing or transition.why is None:
             return ShuttingDown("mlxproxy is stopping: the load was given up.")
-        return LoadCancelled(f"The load of {name} was cancelled by an unload.")
+        return transition.why
 
     def _phase(self, transition: Transition, phase: str) -> None:
         transition.phase = phase
@@ -872,7 +1080,7 @@ class Controller:
             "model_id": shown.load.path if shown else None,
             "id": shown.load.model_id if shown else None,
             "enable_thinking": shown.load.enable_thinking if shown else None,
-            "options": shown.load.options() if shown else None,
+            "options": {**shown.load.options(), "ttl": self._ttl} if shown else None,
             "loaded_at": self._loaded_at if shown else None,
             "pid": backend.pid if backend else None,
             "port": backend.port if backend else None,

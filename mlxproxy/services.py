@@ -13,8 +13,9 @@ from mlxproxy import guard
 from mlxproxy.access import Access, own_names
 from mlxproxy.backend import Backend, BackendConfig, Load, server_program
 from mlxproxy.backendlog import LogFile
-from mlxproxy.catalog import Catalog, memory
+from mlxproxy.catalog import Catalog, Model, memory
 from mlxproxy.catalog.lmstudio import models_folder
+from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, Limits
 from mlxproxy.errors import (
     InsufficientMemory,
@@ -48,8 +49,6 @@ class Services:
     metrics: Metrics
     ownership: Ownership
     log_file: LogFile
-    waiters: threading.BoundedSemaphore  # threads that may wait for a load
-    unloaders: threading.BoundedSemaphore  # threads that may wait for an unload
 
     def close(self) -> None:
         """Lets answers finish, stops the backend, gives the port up."""
@@ -62,14 +61,16 @@ class Services:
         """The load of a model by its name, with the settings' defaults.
 
         Args:
-            fresh: look at the disk; a chat that names a known model does without.
+            fresh: look at the disk, so that a model that has changed there is loaded again. A chat
+                that names a known model does without: it costs each of them too much.
 
         Raises:
             ProxyError: no such model, several, or one that cannot be loaded.
         """
         model = self.catalog.find(name, fresh=fresh)
         model.require_loadable()
-        load = Load(model, enable_thinking=self.settings.enable_thinking)
+        files = files_of(model) if fresh else None
+        load = Load(model, enable_thinking=self.settings.enable_thinking, files=files)
         return replace(load, **options)
 
     def named_load(self, name: object) -> Load | None:
@@ -176,14 +177,16 @@ def build(settings: Settings) -> Services:
         on_log=lambda text: hub.publish("backend_log", {"text": text}),
     )
 
+    roots = settings.models_root or (models_folder(),)
+    catalog = catalog_of(settings, roots)
+
     def launch(load: Load, on_end: Callable[[str], None]) -> Backend:
-        return Backend(load, config, on_end)
+        return Backend(as_it_is_now(load, catalog), config, on_end)
 
     def emit(kind: str, data: dict[str, Any]) -> None:
         metrics.event(kind, data)
         hub.publish(kind, data)
 
-    roots = settings.models_root or (models_folder(),)
     limits = Limits(
         drain_timeout=settings.drain_timeout,
         shutdown_timeout=settings.shutdown_timeout,
@@ -196,7 +199,7 @@ def build(settings: Settings) -> Services:
     return Services(
         settings=settings,
         roots=roots,
-        catalog=catalog_of(settings, roots),
+        catalog=catalog,
         controller=Controller(limits, launch, ownership, history, emit),
         history=history,
         access=access,
@@ -204,8 +207,6 @@ def build(settings: Settings) -> Services:
         metrics=metrics,
         ownership=ownership,
         log_file=log_file,
-        waiters=threading.BoundedSemaphore(max(8, settings.max_queue)),
-        unloaders=threading.BoundedSemaphore(8),
     )
 
 
@@ -216,6 +217,29 @@ def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
         cache_file=settings.instance_path / "catalog.json",
         mlx_lm=mlx_lm_package(settings.mlx_server_bin),
     )
+
+
+def as_it_is_now(load: Load, catalog: Catalog) -> Load:
+    """Return the load of what is at its path now: it may have changed since it was asked for.
+
+    What has gone is left to the backend, which says what is wrong with it.
+    """
+    try:
+        model = catalog.find(load.path)
+    except ProxyError:
+        model = load.model
+    return replace(load, model=model, files=files_of(model))
+
+
+def files_of(model: Model) -> Fingerprint | None:
+    """Return what tells the model's files from those of another day; None where its disk is silent,
+    on which a look might hang."""
+    if model.stale:
+        return None
+    try:
+        return fingerprint(str(model.path))
+    except OSError:
+        return None
 
 
 def mlx_lm_package(server_bin: Path | None) -> Path | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mlxproxy import controller
+from mlxproxy.controller import LEAST_ROOM, MAX_LOADS, Claim, Lease
 from mlxproxy.errors import (
     BackendFailed,
     BackendTimeout,
@@ -716,3 +718,365 @@ def test_nothing_is_logged_under_the_lock(tmp_path: Path, monkeypatch: pytest.Mo
     for words in ("was not loaded", "loaded in", "has ended", "in flight ended", "idle"):
         assert any(words in line for line in said), words
     assert under == []
+
+
+# -- a share of the loads for each client, and an end to those that nobody wants
+
+
+def background(it: World, client: str, name: str, **options: Any) -> None:
+    it.controller.load(model_load(name, **options), Claim(client, waits=False))
+
+
+def waiting_load(it: World, client: str, name: str, **options: Any) -> Claim:
+    it.controller.load(model_load(name, **options), claim := Claim(client))
+    return claim
+
+
+def pending(it: World) -> int:
+    return len(it.controller._transitions)
+
+
+def test_of_the_loads_that_a_client_does_not_wait_for_only_the_last_counts(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    for number in range(300):
+        background(it, "greedy", f"b{number}")
+        assert pending(it) <= 2, "the one that drains, and the last"
+    background(it, "modest", "c")
+    on_a.release()
+    until(lambda: it.starts == ["a", "b299", "c"], what="the last load of each")
+
+
+def test_equal_loads_that_a_client_does_not_wait_for_are_one(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    for _ in range(300):
+        background(it, "greedy", "b")
+    (transition,) = it.controller._transitions
+    assert len(transition.claims) == 1
+    on_a.release()
+    until(lambda: it.starts == ["a", "b"] and state(it) == "ready", what="the load")
+
+
+def test_a_load_that_another_client_waits_for_is_not_superseded(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    background(it, "one", "b")
+    other = waiting_load(it, "other", "b")
+    background(it, "one", "c")
+    on_a.release()
+    assert other.wait(5)
+    until(lambda: it.starts == ["a", "b", "c"] and state(it) == "ready", what="both loads")
+
+
+def test_a_load_whose_only_client_has_left_is_given_up_and_the_old_model_answers_on(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    left = [waiting_load(it, f"client{number}", f"b{number}") for number in range(60)]
+    waiting = it.lease()
+    for claim in left:
+        it.controller.leave(claim)
+    assert waiting.wait(5)
+    until(lambda: not pending(it), what="the end of the loads")
+    assert on_a.error is None
+    assert it.starts == ["a"]
+    for claim in left:
+        with pytest.raises(LoadCancelled, match="left"):
+            claim.wait(0)
+
+
+def test_a_load_is_carried_out_as_long_as_one_of_its_clients_is_there(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    left, stays = waiting_load(it, "one", "b"), waiting_load(it, "other", "b")
+    it.controller.leave(left)
+    on_a.release()
+    assert stays.wait(5)
+    assert it.starts == ["a", "b"]
+
+
+def test_a_load_that_has_begun_goes_on_when_its_client_leaves(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    it.may_load.clear()
+    claim = waiting_load(it, "one", "b")
+    until(lambda: it.starts == ["a", "b"], what="the start")
+    it.controller.leave(claim)
+    it.may_load.set()
+    assert it.lease().wait(5)
+    assert it.controller.describe()["id"] == "b"
+
+
+def test_with_nothing_loaded_a_load_whose_client_has_left_goes_on_for_a_request_that_waits(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = world()
+    go = threading.Event()
+    stop = FakeBackend.stop
+
+    def slow(backend: FakeBackend) -> None:
+        go.wait(5)
+        stop(backend)
+
+    monkeypatch.setattr(FakeBackend, "stop", slow)
+    it.load("a")
+    it.controller.unload()
+    until(lambda: state(it) == "stopping", what="the stop")
+    wanted, unwanted = waiting_load(it, "one", "b"), waiting_load(it, "two", "c")
+    waiting = it.lease()
+    it.controller.leave(wanted)
+    it.controller.leave(unwanted)
+    go.set()
+    assert waiting.wait(5)
+    assert waiting.load.model_id == "b"
+    until(lambda: not pending(it), what="the end of the other load")
+    assert it.starts == ["a", "b"]
+
+
+def test_a_load_of_what_is_loaded_takes_back_the_load_before_it(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    background(it, "one", "b")
+    until(lambda: state(it) == "draining", what="the drain")
+    back = it.controller.load(model_load("a", ttl=60.0), Claim("one", waits=False))
+    assert back.done.wait(5)
+    assert not back.changed
+    assert it.controller.describe()["options"]["ttl"] == 60
+    assert on_a.error is None
+    assert it.starts == ["a"]
+
+
+def test_a_client_may_wait_for_few_loads_at_a_time_and_others_get_in(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    mine = [waiting_load(it, "greedy", f"b{number}") for number in range(MAX_LOADS)]
+    with pytest.raises(TooManyRequests, match="loads already") as caught:
+        waiting_load(it, "greedy", "one more")
+    assert caught.value.retry_after
+    joined = waiting_load(it, "greedy", f"b{MAX_LOADS - 1}")
+    theirs = waiting_load(it, "modest", "c")
+    it.controller.leave(mine[0])
+    waiting_load(it, "greedy", "a place is free again")
+    on_a.release()
+    assert all(claim.wait(5) for claim in (*mine[1:], joined, theirs))
+
+
+def test_where_too_many_wait_for_loads_the_newest_of_the_greediest_is_turned_away(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_queue=1)
+    it.load("a")
+    on_a = it.lease()
+    greedy = [waiting_load(it, "greedy", "b") for _ in range(LEAST_ROOM)]
+    with pytest.raises(TooManyRequests):
+        waiting_load(it, "greedy", "b")
+    modest = waiting_load(it, "modest", "c")
+    with pytest.raises(TooManyRequests) as caught:
+        greedy[-1].wait(0)
+    assert caught.value.retry_after
+    on_a.release()
+    assert all(claim.wait(5) for claim in (*greedy[:-1], modest))
+    assert it.starts == ["a", "b", "c"]
+
+
+def test_a_load_that_joins_what_the_one_turned_away_for_it_wanted_is_carried_out(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_queue=1)
+    it.load("a")
+    on_a = it.lease()
+    for _ in range(LEAST_ROOM - 1):
+        waiting_load(it, "greedy", "b")
+    last = waiting_load(it, "greedy", "c")
+    modest = waiting_load(it, "modest", "c")
+    with pytest.raises(TooManyRequests):
+        last.wait(0)
+    on_a.release()
+    assert modest.wait(5)
+    assert it.controller.describe()["id"] == "c"
+
+
+def test_loads_and_unloads_by_turns_do_not_pile_up(world: Callable[..., World]) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    for number in range(100):
+        background(it, "greedy", f"b{number}")
+        it.controller.unload(claim := Claim("greedy"))
+        it.controller.leave(claim)
+        assert pending(it) <= 2
+    on_a.release()
+    until(lambda: state(it) == "empty", what="the unload")
+
+
+def test_requests_that_wait_have_a_turn_between_two_loads(world: Callable[..., World]) -> None:
+    it = world(max_concurrent=1)
+    it.load("a")
+    it.may_load.clear()
+    loads = [waiting_load(it, "greedy", name) for name in "bcd"]
+    until(lambda: it.starts == ["a", "b"], what="the start")
+    own, modest = it.lease(client="greedy"), it.lease(client="modest")
+    it.may_load.set()
+    for lease, name in ((own, "b"), (modest, "c")):
+        assert lease.wait(5)
+        assert lease.load.model_id == name
+        assert it.controller.describe()["id"] == name
+        lease.release()
+    assert all(claim.wait(5) for claim in loads)
+    assert it.starts == ["a", "b", "c", "d"]
+
+
+def test_a_request_that_comes_after_its_turn_waits_for_the_next_load(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    it.may_load.clear()
+    waiting_load(it, "one", "b")
+    until(lambda: it.starts == ["a", "b"], what="the start")
+    other = waiting_load(it, "other", "c")
+    first = it.lease()
+    it.may_load.set()
+    assert first.wait(5)
+    late = it.lease()
+    assert not late.wait(0.05)
+    first.release()
+    assert other.wait(5)
+    assert late.wait(5)
+    assert late.load.model_id == "c"
+
+
+def test_loads_that_are_taken_back_again_and_again_do_not_keep_requests_out(
+    world: Callable[..., World],
+) -> None:
+    it = world(max_concurrent=2)
+    it.load("a")
+    it.lease(client="long")
+    background(it, "greedy", "b")
+    until(lambda: state(it) == "draining", what="the drain")
+    modest = it.lease(client="modest")
+    background(it, "greedy", "c")
+    assert modest.wait(5)
+    assert modest.load.model_id == "a"
+
+
+# -- what is on disk
+
+
+def test_a_model_that_has_changed_on_disk_is_loaded_again(world: Callable[..., World]) -> None:
+    it = world()
+    before, after = ("/models/a", ()), ("/models/other", ())
+    it.load("a", files=before)
+    same, unknown = (it.controller.load(model_load("a", files=files)) for files in (before, None))
+    assert not same.changed
+    assert not unknown.changed
+    assert it.starts == ["a"]
+    it.may_load.clear()
+    changed = it.controller.load(model_load("a", files=after))
+    until(lambda: it.starts == ["a", "a"], what="the start")
+    joined = it.controller.load(model_load("a", files=after))
+    again = it.controller.load(model_load("a", files=before))
+    assert joined is changed
+    assert again is not changed
+    it.may_load.set()
+    assert again.done.wait(5)
+    assert changed.changed
+    assert it.starts == ["a", "a", "a"]
+
+
+def test_a_load_that_has_not_begun_will_read_what_is_on_disk_then(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    it.load("a")
+    on_a = it.lease()
+    first = it.controller.load(model_load("b", files=("/models/b", ())))
+    second = it.controller.load(model_load("b", files=("/models/other", ())))
+    assert second is first
+    on_a.release()
+    assert first.done.wait(5)
+    assert it.starts == ["a", "b"]
+
+
+# -- what a review found
+
+
+def test_the_model_of_a_swap_whose_client_left_after_answers_were_cut_for_it_is_loaded(
+    world: Callable[..., World],
+) -> None:
+    it = world(swap_on_request=True, drain_timeout=0.05, ended_grace=30)
+    it.load("a")
+    cut, presence = it.lease("a"), Presence()
+    it.lease("b", presence=presence)
+    until(lambda: cut.error, what="the end of the answer")
+    presence.leave()
+    cut.release()
+    until(lambda: state(it) == "ready", what="the swap")
+    assert it.controller.describe()["id"] == "b"
+    assert it.lease().wait(5)
+
+
+def test_the_ttl_of_a_load_that_joined_in_the_last_moment_counts(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = world()
+    loaded = it.controller._history.loaded
+    joined: list[Claim] = []
+
+    def remember(*arguments: Any) -> None:
+        loaded(*arguments)
+        if not joined:
+            joined.append(waiting_load(it, "other", "a", ttl=0.05))
+
+    monkeypatch.setattr(it.controller._history, "loaded", remember)
+    it.load("a")
+    assert joined[0].wait(5)
+    until(lambda: state(it) == "empty", 2, "the idle unload")
+
+
+def test_a_swap_for_a_request_knows_how_long_the_model_took_last_time(
+    world: Callable[..., World],
+) -> None:
+    it = world(swap_on_request=True)
+    it.load("b")
+    it.load("a")
+    assert it.lease("b").wait(5)
+    last = [data for kind, data in it.events if kind == "load"][-1]
+    assert last["id"] == "b"
+    assert last["last_seconds"] is not None
+
+
+def test_what_a_request_needs_is_decided_in_one_step_with_its_place(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = world()
+    it.load("a")
+
+    class Slow(Lease):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            unload = threading.Thread(target=it.controller.unload)
+            unload.start()
+            unload.join(0.2)  # as far as it gets now
+
+    monkeypatch.setattr(controller, "Lease", Slow)
+    assert it.lease("a").wait(5)

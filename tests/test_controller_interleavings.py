@@ -6,6 +6,7 @@ may be left: no backend, no lease, no thread.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from mlxproxy.controller import Lease, Transition
+from mlxproxy.controller import LEAST_ROOM, MAX_LOADS, Claim, Lease, Transition
 from mlxproxy.errors import ProxyError, TooManyRequests
 from mlxproxy.presence import Presence
 from tests.conftest import until
@@ -25,6 +26,7 @@ NAMES = st.sampled_from(["a", "b", "broken"])
 
 class Interleavings(RuleBasedStateMachine):
     leases: Bundle[tuple[Lease, Presence]] = Bundle("leases")
+    claims: Bundle[Claim] = Bundle("claims")
 
     @initialize(swap_on_request=st.booleans(), places=st.integers(1, 3))
     def begin(self, swap_on_request: bool, places: int) -> None:
@@ -40,15 +42,37 @@ class Interleavings(RuleBasedStateMachine):
         self.world.broken.add("broken")
         self.open: list[tuple[Lease, Presence]] = []
         self.transitions: list[Transition] = []
+        self.waiting: list[Claim] = []
 
-    @rule(name=NAMES, thinking=st.booleans())
-    def load(self, name: str, thinking: bool) -> None:
+    @rule(
+        target=claims,
+        name=NAMES,
+        thinking=st.booleans(),
+        client=st.sampled_from("xyz"),
+        waits=st.booleans(),
+    )
+    def load(self, name: str, thinking: bool, client: str, waits: bool) -> Claim:
         wanted = model_load(name, enable_thinking=thinking)
-        self.transitions.append(self.world.controller.load(wanted))
+        claim = Claim(client, waits)
+        try:
+            self.transitions.append(self.world.controller.load(wanted, claim))
+        except TooManyRequests:
+            return claim
+        if waits:
+            self.waiting.append(claim)
+        return claim
 
     @rule()
     def unload(self) -> None:
-        self.transitions.append(self.world.controller.unload())
+        claim = Claim("x")
+        with contextlib.suppress(TooManyRequests):
+            self.transitions.append(self.world.controller.unload(claim))
+            self.waiting.append(claim)
+
+    @rule(which=claims)
+    def leave_a_load(self, which: Claim) -> None:
+        if which.waits:
+            self.world.controller.leave(which)
 
     @rule(target=leases, name=st.none() | NAMES, client=st.sampled_from("xy"), alone=st.booleans())
     def ask(self, name: str | None, client: str, alone: bool) -> tuple[Lease, Presence]:
@@ -113,9 +137,27 @@ class Interleavings(RuleBasedStateMachine):
                 assert lease.backend is not None
                 assert lease.error or lease.backend in self.world.running
 
+    @invariant()
+    def no_client_has_more_than_its_share_of_the_loads(self) -> None:
+        controller = self.world.controller
+        with controller._lock:
+            claims = [it for item in controller._transitions if item.load for it in item.claims]
+            pending = len(controller._transitions)
+        for client in "xyz":
+            mine = [it for it in claims if it.client == client]
+            transitions = {it.transition for it in mine if it.waits}
+            assert len(transitions) <= MAX_LOADS
+            assert sum(not it.waits for it in mine) <= 1
+        assert len(claims) <= LEAST_ROOM
+        assert pending <= LEAST_ROOM + 4  # what is under way, an unload, and a load for requests
+
     def _all_done(self) -> None:
         for transition in self.transitions:
             assert transition.done.wait(5), f"{transition.phase} does not end"
+        for claim in self.waiting:
+            with contextlib.suppress(ProxyError):
+                assert claim.wait(5), "nobody tells a client of the end"
+        self.waiting.clear()
         self.transitions.clear()
 
     def teardown(self) -> None:

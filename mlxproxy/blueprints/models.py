@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import BoundedSemaphore
 from typing import Any
 
 from flask import Blueprint, Response, request
 
 from mlxproxy import guard
 from mlxproxy.backend import Load
-from mlxproxy.blueprints.web import json_body, presence, recorder, services
+from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
 from mlxproxy.catalog import LONGEST_NAME, memory
 from mlxproxy.catalog.model import Model
-from mlxproxy.controller import Transition
+from mlxproxy.controller import Claim, Transition
 from mlxproxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
     ModelsRootUnavailable,
     ProxyError,
-    TooManyRequests,
 )
-from mlxproxy.presence import Presence
 from mlxproxy.settings import seconds
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 PROGRESS_INTERVAL = 0.5  # seconds between two progress events
-POLL = 0.5
 MAX_NAMES = 16  # adapters or draft models of a load: each answer and event about it repeats them
 
 
@@ -101,17 +96,19 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
     parts = services()
+    controller, claim = parts.controller, Claim(client(), waits=wait)
+    transition = controller.load(wanted, claim)
     if not wait:
-        parts.controller.load(wanted)
         return {"status": "loading", **_told(wanted)}, 202
-    with _waiting_room(parts.waiters) as room:
-        transition = parts.controller.load(wanted)
-        if stream:
-            record = recorder()
-            room.callback(lambda: record(200, None))
-            events = _progress(transition, wanted, presence(), room.pop_all())
-            return Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
-        _wait(transition, presence())
+    presence().on_leave(lambda: controller.leave(claim))
+    if stream:
+        record = recorder()
+        events = _progress(transition, claim, wanted)
+        response = Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
+        response.call_on_close(lambda: controller.leave(claim))
+        response.call_on_close(lambda: record(200, None))
+        return response
+    claim.wait()
     return {"status": "loaded", **_told(wanted), "changed": transition.changed}
 
 
@@ -119,10 +116,10 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 def unload() -> dict[str, Any]:
     """Unloads what is loaded; cancels a load in progress."""
     _body(required=False)
-    # Not in the loads' room: an unload must get through whoever waits for a load.
-    with _waiting_room(services().unloaders):
-        transition = services().controller.unload()
-        _wait(transition, presence())
+    controller, claim = services().controller, Claim(client())
+    transition = controller.unload(claim)
+    presence().on_leave(lambda: controller.leave(claim))
+    claim.wait()
     return {"status": "unloaded" if transition.changed else "already_unloaded"}
 
 
@@ -203,46 +200,15 @@ def _told(wanted: Load) -> dict[str, Any]:
     return {"model_id": wanted.path, "id": wanted.model_id, **wanted.options()}
 
 
-@contextmanager
-def _waiting_room(waiters: BoundedSemaphore) -> Iterator[ExitStack]:
-    """A place for one more thread that waits; `pop_all()` takes it along.
-
-    Raises:
-        TooManyRequests: so many wait that more would leave no thread for others.
-    """
-    if not waiters.acquire(blocking=False):
-        raise TooManyRequests("Too many requests wait for loads already.", retry_after=5)
-    with ExitStack() as room:
-        room.callback(waiters.release)
-        yield room
-
-
-def _wait(transition: Transition, client: Presence) -> None:
-    """Waits for the transition's end; gives the thread back when the client has left.
-
-    Raises:
-        ProxyError: why the load failed.
-    """
-    while not transition.done.wait(POLL):
-        if client.gone:
-            return
-    if transition.error is not None:
-        raise transition.error
-
-
-def _progress(
-    transition: Transition, wanted: Load, client: Presence, room: ExitStack
-) -> Iterator[bytes]:
+def _progress(transition: Transition, claim: Claim, wanted: Load) -> Iterator[bytes]:
     """The load as server-sent events: progress, then `loaded` or the error."""
-    with room:
-        while not transition.done.wait(PROGRESS_INTERVAL):
-            if client.gone:
-                return
+    try:
+        while not claim.wait(PROGRESS_INTERVAL):
             yield _event({"status": "loading", **transition.progress()})
-        if transition.error is not None:
-            yield transition.error.event()
-        else:
-            yield _event({"status": "loaded", **_told(wanted), "changed": transition.changed})
+    except ProxyError as error:
+        yield error.event()
+    else:
+        yield _event({"status": "loaded", **_told(wanted), "changed": transition.changed})
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -37,9 +37,14 @@ _HUB = re.compile(r"models--(.+)")  # a Hugging Face cache: models--org--name/sn
 _NO_MODELS = ("datasets--", "spaces--", "__pycache__")
 _REVISION = re.compile(r"\w+")
 
+# What mlx-lm reads of a model: the endings that it downloads (mlx_lm.utils.DEFAULT_ALLOW_PATTERNS).
+_READ = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jsonl", ".jinja")
+
 Signature = tuple[int, int, int]  # modified and changed, in nanoseconds; size in bytes
 Identity = tuple[int, int]  # device and inode
 Inspect = Callable[[Folder], Model]
+# Where a folder really is; and name, size, time of change in nanoseconds and inode of its files.
+Fingerprint = tuple[str, tuple[tuple[str, int, int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,21 @@ class Snapshot:
             and _all_hold(self.watched[: self.first_file])
             and _all_hold(self.watched[self.first_file + self.turn % turns :: turns])
         )
+
+
+def fingerprint(folder: str) -> Fingerprint:
+    """Return what tells a state of a model's files from another, without reading them.
+
+    A link to another folder, a file that was replaced and one that was rewritten all show in it.
+
+    Raises:
+        OSError: the folder cannot be read, or a file of it has gone meanwhile.
+    """
+    with os.scandir(folder) as listing:
+        names = sorted(it.name for it in listing if it.name.endswith(_READ))
+    found = [(name, os.stat(f"{folder}/{name}")) for name in names]
+    files = tuple((name, it.st_size, it.st_mtime_ns, it.st_ino) for name, it in found)
+    return os.path.realpath(folder), files
 
 
 def scan(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:

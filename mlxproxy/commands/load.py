@@ -61,7 +61,7 @@ def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
                 if told:
                     bar.update(told)
     except KeyboardInterrupt:
-        console.print("The load goes on; `mlxproxy unload` cancels it.")
+        console.print("A load that has begun goes on; `mlxproxy unload` cancels it.")
         raise
     raise ClientError("The connection ended before the model was loaded.")
 
