@@ -1,5 +1,7 @@
-"""waitress's channel and task, with what a stream needs: a client's end told at once, and a token
-sent at once.
+"""A client's connection: waitress's channel and task, with what streams and odd clients need.
+
+A client's end is told at once, a token is sent at once, and a connection is closed so that the
+other side can still read why.
 
 The direct path below is the one piece of our own between waitress and the socket. waitress copies
 each piece of a body into a buffer, then flushes the buffer with four more calls and its locks; a
@@ -13,65 +15,89 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import socket
 import time
 from typing import Any
 
 from waitress.channel import ClientDisconnected, HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, WSGITask
-from waitress.utilities import BadRequest as BadFraming
 
 from mlxproxy.access import SECURITY_HEADERS, request_id
-from mlxproxy.errors import InternalError, InvalidRequest, ProxyError, RequestTooLarge
+from mlxproxy.errors import (
+    InsufficientStorage,
+    InternalError,
+    InvalidRequest,
+    ProxyError,
+    RequestTooLarge,
+)
+from mlxproxy.parser import Parser
 from mlxproxy.presence import Presence
 
 log = logging.getLogger("mlxproxy.request")
 
-FRAMING = 64 << 10  # bytes of chunk frames beyond those of the body
 JOINED = 64 << 10  # bytes of a body that are worth a copy to go out with the head
-
-
-class Parser(HTTPRequestParser):
-    """waitress's parser, without what two servers in a row could read in two ways, and without
-    bodies that cost the one thread that reads for everybody far more than their length."""
-
-    completed = False
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:  # a URL or a number that Python does not take
-            raise ParsingError(str(error)) from None
-        # waitress takes the header away where it has understood it: in HTTP/1.1 alone.
-        if "TRANSFER_ENCODING" in self.headers:
-            raise ParsingError("only HTTP/1.1 has a Transfer-Encoding")
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
-            raise ParsingError("the length of the body is given twice")
-
-    def received(self, data: bytes) -> int:
-        taken: int = super().received(data)
-        if self.chunked and not self.completed:
-            body = len(self.body_rcv)
-            if self.body_bytes_received - body > FRAMING + body // 16:
-                self.error = BadFraming("its chunks are more frame than body")
-                self.completed = True
-        return taken
+DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
+# Seconds after the client's end of sending at which it is asked whether it is still there: late
+# enough that a quick answer needs no asking, twice since the first answer may be that of a proxy
+# which is about to close, and a last look at what came back.
+ASK_AT = (0.3, 1.0, 1.6)
+LINGER = 3.0  # seconds for which what a client still sends is read after its answer
+LINGER_BYTES = 64 << 20  # and how much of it
+DISCARD = 256 << 10  # bytes read at once then
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+COMMENT = b":\n\n"  # means nothing in a stream of events
 
 
 class Request(WSGITask):
     """A request with its client's presence in the environment."""
 
+    wrote_header = False  # as in waitress, which has no types
+
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         presence = environ["mlxproxy.presence"] = Presence()
-        self.channel.presence = presence
-        if not self.channel.connected:
+        channel = self.channel
+        channel.presence = presence
+        channel.question = CONTINUE if self.version == "1.1" else None
+        if not channel.connected:
             presence.leave()
         return environ
 
-    def finish(self) -> None:
-        super().finish()
+    def build_response_header(self) -> bytes:
+        head: bytes = super().build_response_header()
+        if self.request.command == "HEAD":
+            self.chunked_response = False  # not even the chunk that ends a body
+        return head
+
+    def write(self, data: bytes) -> None:
+        if self.wrote_header:
+            super().write(data)
+            return
         channel = self.channel
+        channel.question = b""
+        self.begin(b"" if self.request.command == "HEAD" else data)
+        channel.question = self._comment()
+
+    def begin(self, data: bytes) -> None:
+        """Send the head, and the beginning of the body."""
+        super().write(data)
+
+    def _comment(self) -> bytes:
+        """Return what may be sent between two pieces of the answer and means nothing there."""
+        for name, value in self.response_headers:
+            if name.lower() == "content-type" and value.startswith("text/event-stream"):
+                return (
+                    b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT) if self.chunked_response else COMMENT
+                )
+        return b""
+
+    def finish(self) -> None:
+        if not self.wrote_header:
+            self.write(b"")
+        channel = self.channel
+        channel.question = b""
+        super().finish()
         backlog = channel.total_outbufs_len > channel.adj.outbuf_high_watermark
         if backlog and len(channel.requests) > 1:
             # It asks on without reading: its next request would wait for it, on a thread.
@@ -79,13 +105,19 @@ class Request(WSGITask):
 
 
 class BadRequest(ErrorTask):
-    """What waitress itself refuses (a broken head, a body too large), as the contract's error."""
+    """What the server itself refuses (a broken head, a body too large), as the contract's error."""
 
     def execute(self) -> None:
+        self.channel.question = b""
         refusal = self.request.error
         error: ProxyError
         if refusal.code == 413:
             error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
+        elif refusal.code == 507:
+            error = InsufficientStorage(
+                f"This request cannot be taken: {refusal.body}. Free the folder for temporary "
+                "files (TMPDIR) of the machine that mlxproxy runs on."
+            )
         elif refusal.code == 500:
             error = InternalError("The request could not be answered; the proxy's log says why.")
         else:
@@ -99,20 +131,164 @@ class BadRequest(ErrorTask):
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
         self.content_length = len(body)
-        self.write(body)
+        self.write(b"" if self.request.command == "HEAD" else body)
 
 
 class Channel(HTTPChannel):
-    """A client's connection, whose end is told at once.
+    """A client's connection, from its acceptance to its end.
 
     waitress reads nothing of a connection while its request runs; reading on
-    (`channel_request_lookahead`) is how a client's leaving is seen while no byte flows.
+    (`channel_request_lookahead`) is how the end of what the client sends is seen while no byte
+    flows. A client that sends no more has either left or waits for its answer (`shutdown(SHUT_WR)`,
+    as `nc -N` does), and TCP does not say which: it must be sent something. One that has left
+    answers that with a reset, which ends the connection. So a client that waits gets what means
+    nothing at that point of its answer, twice at most: an interim response (RFC 9110, 15.2) or a
+    comment between events.
+
+    Attributes:
+        question: what may be sent so, now: empty where nothing may, None where nothing ever can
+            before the answer (HTTP/1.0 has no interim responses). Set by the request's thread
+            around what it sends, so that nothing gets between the parts of a piece.
     """
 
     parser_class = Parser
     task_class = Request
     error_task_class = BadRequest
     presence: Presence | None = None
+    question: bytes | None = b""
+    _half_closed: float | None = None  # since when the client sends no more (monotonic seconds)
+    _asked = 0  # how often it was asked since whether it is there
+    _parted: float | None = None  # since when it has all that it gets
+    _discarded = 0
+    _last_activity = 0.0
+
+    @property
+    def last_activity(self) -> float:
+        """When something last went over the connection, in monotonic seconds."""
+        return self._last_activity
+
+    @last_activity.setter
+    def last_activity(self, now: float) -> None:
+        # waitress gives the time of day, which jumps when the machine wakes or its clock is set.
+        self._last_activity = time.monotonic()
+
+    # -- what the poll loop asks
+
+    def readable(self) -> bool:
+        if self._parted is not None:
+            return True
+        return self._half_closed is None and bool(super().readable())
+
+    def writable(self) -> bool:
+        if self._parted is not None:
+            return False
+        return bool(super().writable()) or (self._half_closed is not None and not self.requests)
+
+    def deadline(self) -> float:
+        """Return when :meth:`expire` is due if nothing happens until then (monotonic seconds)."""
+        if self._parted is not None:
+            return self._parted + LINGER
+        if self.total_outbufs_len:
+            return self._last_activity + DEAF_AFTER
+        if not self.requests:
+            return self._last_activity + float(self.server.patience)
+        if self._half_closed is not None and self._asked < len(ASK_AT):
+            return self._half_closed + ASK_AT[self._asked]
+        return math.inf
+
+    def expire(self) -> None:
+        """Do what the time has come for: ask a silent client, or close."""
+        if self.requests and not self.total_outbufs_len:
+            self._ask()
+        else:
+            self.handle_close()
+
+    # -- the I/O thread's part
+
+    def handle_read(self) -> None:
+        size = self.adj.recv_bytes if self._parted is None else DISCARD
+        try:
+            data = self.socket.recv(size)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.handle_close()
+            return
+        if self._parted is not None:
+            self._discarded += len(data)
+            if not data or self._discarded > LINGER_BYTES:
+                self.handle_close()
+        elif data:
+            self._last_activity = time.monotonic()
+            self.received(data)
+        else:
+            self._half_closed = time.monotonic()  # and closed where no answer is due: see writable
+
+    def received(self, data: bytes) -> bool:
+        last = self.requests[-1:]
+        if last and last[0].error is not None:
+            return False  # what follows a request that is refused may be its body
+        return bool(super().received(data))
+
+    def handle_write(self) -> None:
+        if self._half_closed is not None and not self.requests:
+            self.close_when_flushed = True
+        if not self.requests:
+            self._flush_exception(self._flush_some)
+        elif self.total_outbufs_len:
+            self._flush_exception(self._flush_some_if_lockable)
+        if self.will_close:
+            self.handle_close()
+        elif self.close_when_flushed and self.connected and not self.total_outbufs_len:
+            self._part()
+
+    def _part(self) -> None:
+        """Close in stages (RFC 9112, 9.6): what the client still sends is read for a while.
+
+        A socket closed with something unread resets the connection, and the client, or the proxy it
+        comes through, may lose the answer that said why.
+        """
+        if self._half_closed is None:
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+            else:
+                self._parted = time.monotonic()
+                return
+        self.handle_close()
+
+    def _ask(self) -> None:
+        """Find out whether the client is still there."""
+        self._asked += 1
+        if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.handle_close()
+        elif self._asked == len(ASK_AT):
+            return
+        elif self.question is None:
+            # An answer without its head can only be waited for or given up. Whoever works on it
+            # may give it up; where nobody does, it goes out as ever.
+            self._asked = len(ASK_AT)
+            if self.presence is not None:
+                self.presence.leave()
+        elif not self._send_question():
+            self.handle_close()
+
+    def _send_question(self) -> bool:
+        """Send it unless the answer itself is being sent; return False if the client has left."""
+        with self.outbuf_lock:
+            question = self.question
+            if question and not self.total_outbufs_len:
+                try:
+                    sent = self.socket.send(question)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    return False
+                if 0 < sent < len(question):
+                    self.outbufs[-1].append(question[sent:])
+                    self.total_outbufs_len += len(question) - sent
+        return True
 
     def send_continue(self) -> None:
         if self.request.completed:  # there is no body to go on with
@@ -131,12 +307,10 @@ class DirectRequest(Request):
     """A request whose body goes the short way: its beginning together with the head (one packet,
     one wake of the client), each further chunk as it comes."""
 
-    wrote_header = False  # as in waitress, which has no types
-
-    def write(self, data: bytes) -> None:
+    def begin(self, data: bytes) -> None:
         joined = self.complete and self.has_body and 0 < len(data) <= JOINED
-        if self.wrote_header or not joined:
-            super().write(data)
+        if not joined:
+            super().begin(data)
         else:
             head: bytes = self.build_response_header()
             self.wrote_header = True
@@ -157,11 +331,11 @@ class DirectChannel(Channel):
     task_class = DirectRequest
 
     def send_chunk(self, data: bytes, head: bytes = b"") -> None:
-        """Sends a piece of a chunked body; raises as :meth:`send_now` does."""
+        """Send a piece of a chunked body; raise as :meth:`send_now` does."""
         self.send_now(b"%b%x\r\n%b\r\n" % (head, len(data), data))
 
     def send_now(self, data: bytes) -> None:
-        """Sends bytes, at once unless something waits already.
+        """Send bytes, at once unless something waits already.
 
         Raises:
             ClientDisconnected: the client has left.
@@ -180,7 +354,7 @@ class DirectChannel(Channel):
                     self.server.pull_trigger()
                     raise ClientDisconnected from None
                 if sent < len(data):
-                    self.last_activity = time.time()  # from here on the client is a slow one
+                    self._last_activity = time.monotonic()  # from here on the client is a slow one
         finally:
             lock.release()
         if sent < len(data):

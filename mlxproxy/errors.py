@@ -186,3 +186,10 @@ class BackendTimeout(ProxyError):
 class InsufficientMemory(ProxyError):
     status = 507
     code = "insufficient_memory"
+
+
+class InsufficientStorage(ProxyError):
+    """A body has no room where bodies wait until they are whole."""
+
+    status = 507
+    code = "insufficient_storage"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import resource
+import select
 import signal
 import socket
 import threading
@@ -28,12 +30,54 @@ DESCRIPTORS = 8192
 RESERVE = 48
 # Bytes a slow reader may have waiting in memory before the backend is no longer read for it.
 WATERMARK = 256 << 10
-DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
+# Open files that are no client's: logs, locks, a folder being read, the backend's start.
+OWN_DESCRIPTORS = 40
+CROWDED = 2.0  # seconds that a connection may be idle while there is no room for another
+REST = 0.5  # seconds without accepting, after an accept that the system had nothing left for
 STOPPED = 10.0  # seconds for the last bytes to reach the clients
 
 
 class CannotListen(Exception):
     """The address cannot be listened on; the message is the sentence for the user."""
+
+
+class Listener(TcpWSGIServer):
+    """The listening socket. It accepts what can be served; the rest waits in the kernel's queue."""
+
+    _resting_until = -math.inf
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another connection."""
+        return bool(len(self._map) >= self.adj.connection_limit)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a connection may be idle."""
+        return CROWDED if self.full else float(self.adj.channel_timeout)
+
+    def readable(self) -> bool:
+        resting = time.monotonic() < self._resting_until
+        return bool(self.accepting) and not self.full and not resting
+
+    def deadline(self) -> float:
+        return self._resting_until if self._resting_until > time.monotonic() else math.inf
+
+    def expire(self) -> None:
+        """Accept again: the next turn asks :meth:`readable`."""
+
+    def handle_accept(self) -> None:
+        try:
+            connection, address = self.socket.accept()
+        except OSError as error:  # the client has left already, or there is no descriptor for it
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._resting_until = time.monotonic() + REST
+            return
+        try:
+            self.set_socket_options(connection)
+            self.channel_class(self, connection, address, self.adj, map=self._map)
+        except OSError:  # macOS, where the client has left already
+            connection.close()
 
 
 class Server:
@@ -61,7 +105,7 @@ class Server:
         adjustments = Adjustments(
             sockets=[listener],
             threads=settings.max_concurrent + 2 * settings.max_queue + RESERVE,
-            connection_limit=_raise_descriptor_limit() // 2,
+            connection_limit=_room(_raise_descriptor_limit(), settings.max_concurrent),
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,
@@ -76,7 +120,7 @@ class Server:
         self._map: dict[int, Any] = {}
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
-        self._server = TcpWSGIServer(
+        self._server = Listener(
             app,
             self._map,
             _sock=listener,
@@ -98,12 +142,8 @@ class Server:
             numbers.append(signal.SIGHUP)
         for number in numbers:
             signal.signal(number, lambda *_: self.stop())
-        look = 0.0
         while not self._finished.is_set():
             self._turn(1.0)
-            if time.monotonic() >= look:
-                self._part_with_the_deaf()
-                look = time.monotonic() + 1.0
         self._drain_buffers()
         wasyncore.close_all(self._map)
 
@@ -125,14 +165,37 @@ class Server:
             self._server.pull_trigger()
 
     def _turn(self, timeout: float) -> None:
-        wasyncore.loop(timeout=timeout, use_poll=True, map=self._map, count=1)
+        """Wait for what happens next, for `timeout` seconds at most, and act on it.
 
-    def _part_with_the_deaf(self) -> None:
-        """Closes connections whose client takes nothing: each holds a thread and a place."""
-        now = time.time()
-        for channel in list(self._server.active_channels.values()):
-            if channel.total_outbufs_len and now - channel.last_activity > DEAF_AFTER:
-                channel.handle_close()
+        Unlike waitress's own loop it hears of the end of connections that are neither to be read
+        nor to be written; and each says itself when its time is over, on the monotonic clock.
+        """
+        poll = select.poll()
+        until = now = time.monotonic()
+        until += timeout
+        for descriptor, it in list(self._map.items()):
+            wanted = select.POLLIN if it.readable() else 0
+            if not it.accepting and it.writable():
+                wanted |= select.POLLOUT
+            poll.register(descriptor, wanted)
+            if isinstance(it, (Channel, Listener)):
+                until = min(until, it.deadline())
+        for descriptor, happened in poll.poll(max(0.0, until - now) * 1000):
+            it = self._map.get(descriptor)
+            if it is None:
+                continue
+            if happened & select.POLLIN:
+                wasyncore.read(it)
+            if happened & select.POLLOUT and self._map.get(descriptor) is it:
+                wasyncore.write(it)
+            # With something to read, reading tells what has ended: on macOS a client that has only
+            # ended its sending counts as hung up.
+            if not happened & (select.POLLIN | select.POLLOUT):
+                it.handle_close()
+        now = time.monotonic()
+        for it in list(self._map.values()):
+            if isinstance(it, (Channel, Listener)) and it.deadline() <= now:
+                it.expire()
 
     def _drain_buffers(self) -> None:
         """Lets the last bytes, and the errors of those who were ended, reach their clients."""
@@ -167,6 +230,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _room(descriptors: int, max_concurrent: int) -> int:
+    """Return for how many connections these descriptors are enough.
+
+    Each may need one for itself and one for a body that waits on disk; as many as are answered at
+    once need one more, to the backend.
+    """
+    free = descriptors - OWN_DESCRIPTORS
+    return max(4, free // 3, (free - max_concurrent) // 2)
+
+
 def _raise_descriptor_limit() -> int:
     """Raises this process's limit of open files (256 on macOS); returns what it is now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -178,5 +251,5 @@ def _raise_descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         except (OSError, ValueError):
-            log.warning("at most %d connections: the limit of open files is that low", soft // 2)
+            log.warning("the limit of open files is %d: few clients are served at once", soft)
     return min(soft, DESCRIPTORS)

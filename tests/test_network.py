@@ -29,7 +29,7 @@ import psutil
 import pytest
 import requests
 
-from mlxproxy import create_app, logs, server, serving
+from mlxproxy import channel, create_app, logs, server, serving
 from mlxproxy.access import Access
 from mlxproxy.catalog import Catalog
 from mlxproxy.hub import Hub
@@ -716,7 +716,6 @@ class Alone:
     def _run(self) -> None:
         while not self._over.is_set():
             self.server._turn(0.02)
-            self.server._part_with_the_deaf()
 
     def close(self) -> None:
         self._over.set()
@@ -742,8 +741,8 @@ def alone() -> Iterator[Callable[..., Alone]]:
 def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
     alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
-    assert server.DEAF_AFTER <= 60
-    monkeypatch.setattr(server, "DEAF_AFTER", 0.3)
+    assert channel.DEAF_AFTER <= 60
+    monkeypatch.setattr(channel, "DEAF_AFTER", 0.3)
     ended = threading.Event()
 
     def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
@@ -767,7 +766,7 @@ def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
 def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
     alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
-    monkeypatch.setattr(server, "DEAF_AFTER", 0.3)
+    monkeypatch.setattr(channel, "DEAF_AFTER", 0.3)
     ended = threading.Event()
 
     def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
@@ -815,9 +814,7 @@ def test_a_connection_on_which_nothing_comes_for_two_minutes_is_closed(
     one = alone(lambda *_: [])
     adjustments = one.server._server.adj
     assert adjustments.channel_timeout <= 120
-    assert adjustments.cleanup_interval <= 30
-    adjustments.channel_timeout, adjustments.cleanup_interval = 0.2, 0.1
-    one.server._server.next_channel_cleanup = 0
+    adjustments.channel_timeout = 0.2
     for sent in (b"", b"GET / HTTP/1.1\r\nX-"):
         with socket.create_connection(("127.0.0.1", one.port), 5) as connection:
             connection.sendall(sent)
