@@ -19,6 +19,7 @@ import requests
 
 from tests import tiny
 from tests.terminal import Terminal, environment
+from tests.wire import Alone
 
 SERVER_BIN = Path(sys.executable).parent / "mlx_lm.server"
 
@@ -179,6 +180,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
     yield starter
     for proxy in started:
         proxy.clean_up()
+
+
+@pytest.fixture
+def alone() -> Iterator[Callable[..., Alone]]:
+    started: list[Alone] = []
+
+    def starter(application: Callable[..., Any], **fields: Any) -> Alone:
+        started.append(Alone(application, **fields))
+        return started[-1]
+
+    yield starter
+    for one in started:
+        one.close()
 
 
 # -- for tests of the command

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import http.client
-import io
 import itertools
 import json
 import logging
@@ -21,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import openai
@@ -29,14 +27,15 @@ import psutil
 import pytest
 import requests
 
-from mlxproxy import channel, create_app, logs, server, serving
+from mlxproxy import channel, create_app, logs, serving
 from mlxproxy.access import Access
 from mlxproxy.catalog import Catalog
 from mlxproxy.hub import Hub
 from mlxproxy.metrics import Metrics
 from mlxproxy.settings import Settings
 from tests import standin
-from tests.conftest import Proxy, free_port, until
+from tests.conftest import Proxy, until
+from tests.wire import Alone, Answer, answers, received, shape
 
 pytestmark = [pytest.mark.standin, pytest.mark.xdist_group("network")]
 
@@ -75,56 +74,6 @@ NEARLY_HEALTH = [
     "/v1/models;/health",
     "/v1/../health/v1/models",
 ]
-
-
-class Answer(NamedTuple):
-    """One HTTP answer as it stood on the wire."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    def error(self) -> dict[str, Any]:
-        """The error object, after a look at its shape."""
-        return shape(json.loads(self.body))
-
-
-def shape(answer: dict[str, Any]) -> dict[str, Any]:
-    error: dict[str, Any] = answer["error"]
-    assert {"message", "type", "param", "code"} <= set(error)
-    assert error["message"].strip().endswith((".", "?")), error["message"]
-    return error
-
-
-class Wire(io.BytesIO):
-    """Bytes that http.client reads answers from."""
-
-    def makefile(self, *_: object) -> Wire:
-        return self
-
-    def close(self) -> None:  # the next answer follows
-        pass
-
-
-def answers(received: bytes) -> list[Answer]:
-    """All answers in what came over one connection."""
-    wire = Wire(received)
-    found = []
-    while wire.tell() < len(received):
-        answer = http.client.HTTPResponse(wire)  # type: ignore[arg-type]
-        answer.begin()
-        found.append(Answer(answer.status, answer.headers, answer.read()))
-    return found
-
-
-def received(connection: socket.socket, seconds: float = 10.0) -> bytes:
-    """All that comes until the other side closes; fails if it does not."""
-    connection.settimeout(seconds)
-    data = b""
-    with contextlib.suppress(ConnectionResetError):
-        while more := connection.recv(1 << 16):
-            data += more
-    return data
 
 
 def connect(proxy: Proxy) -> socket.socket:
@@ -698,43 +647,6 @@ def test_long_answers_that_nobody_reads_take_little_memory(proxy: Proxy) -> None
         with others_are_served(proxy):
             grown = memory(proxy) - before
     assert grown < 130, f"{grown} MB of the 320 that wait for them"
-
-
-class Alone:
-    """The server without the rest, over an application of a test's own."""
-
-    def __init__(self, application: Callable[..., Any], **fields: Any) -> None:
-        settings = Settings(
-            proxy_host="127.0.0.1", proxy_port=free_port(), max_concurrent=1, max_queue=0, **fields
-        )
-        self.server = server.Server(application, settings, lambda: None, lambda: None)
-        self.port = settings.proxy_port
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            self.server._turn(0.02)
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-        server.wasyncore.close_all(self.server._map)
-        self.server._dispatcher.shutdown(timeout=1)
-
-
-@pytest.fixture
-def alone() -> Iterator[Callable[..., Alone]]:
-    started: list[Alone] = []
-
-    def starter(application: Callable[..., Any], **fields: Any) -> Alone:
-        started.append(Alone(application, **fields))
-        return started[-1]
-
-    yield starter
-    for one in started:
-        one.close()
 
 
 @pytest.mark.parametrize("direct", [True, False])
