@@ -352,8 +352,9 @@ def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_ti
 # -- too little of something
 
 
+@pytest.mark.parametrize("idle", [0, 20])
 def test_with_few_open_files_everybody_is_served_one_after_the_other(
-    models: Path, program: Path, tmp_path: Path
+    models: Path, program: Path, tmp_path: Path, idle: int
 ) -> None:
     standin.change(program, **standin.SCRIPT)
     proxy = Proxy(tmp_path / "instance", models, MLX_SERVER_BIN=program)
@@ -370,9 +371,9 @@ def test_with_few_open_files_everybody_is_served_one_after_the_other(
     try:
         until(proxy._answers, 20, "the first answer")
         assert proxy.load("tiny/alpha").ok
-        standin.change(program, events=5, interval=0.05)
+        standin.change(program, events=5, interval=0.1)
         with contextlib.ExitStack() as held, ThreadPoolExecutor(60) as pool:
-            for _ in range(20):
+            for _ in range(idle):
                 held.enter_context(connect(proxy.port))  # and says nothing
             large = {"user": "x" * 600_000}
             found = list(pool.map(lambda _: proxy.chat(**large).status_code, range(60)))
