@@ -25,6 +25,7 @@ def create_app(services: Services) -> Flask:
     app = Flask(__name__, instance_path=str(services.settings.instance_path), static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body
+    app.url_map.merge_slashes = False  # which answers with a redirect, in HTML
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     web.install(app)

@@ -1,8 +1,9 @@
 """Who may call: API keys, and what protects a household's machine from web pages.
 
 A page in any browser of the network can send requests to this proxy. It cannot hide where it comes
-from (`Origin`), nor, when it lets its own name point at this machine (DNS rebinding), that name
-(`Host`). Clients that are no browsers send no Origin and an address or a known name.
+from (`Origin`, or `Sec-Fetch-Site` where it may send no Origin, as for an image), nor, when it lets
+its own name point at this machine (DNS rebinding), that name (`Host`). Clients that are no browsers
+send neither of the first two, and an address or a known name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import re
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed
 
@@ -28,6 +28,11 @@ SECURITY_HEADERS = {
 # Names that always mean this machine or its virtual machines' host, whoever asks.
 LOCAL_NAMES = ("localhost", "host.docker.internal", "host.containers.internal")
 LOCAL_SUFFIXES = (".local", ".localhost")
+# What a browser says of where a request comes from (Fetch Metadata, W3C) if no other site has part
+# in it: the proxy's own pages, or somebody who has typed the address.
+OWN_SITES = ("same-origin", "none")
+# What a link on any page may lead to: these answer at once, and change nothing.
+LINKED_PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/models/loaded")
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,38 @@ class Access:
                 "ALLOWED_ORIGINS if they should."
             )
 
+    def check_site(self, site: str | None, host: str, followed: bool) -> None:
+        """Raises OriginNotAllowed if a page of another site asks in a way that tells no Origin.
+
+        Args:
+            site: the `Sec-Fetch-Site` header; None where the client is no browser, or the browser
+                does not trust the address (it trusts https, and http to this machine).
+            host: the Host header, checked before.
+            followed: whether somebody has followed a link, to what a link may lead to.
+        """
+        if site is None or site in OWN_SITES or followed or "*" in self.origins:
+            return
+        # On one site, which another port does not leave, are pages of this machine.
+        if site == "same-site" and self._is_this_machine(_name_of(host)):
+            return
+        raise OriginNotAllowed(
+            "A page of another site asks for this, and does not say which. Open the address "
+            "yourself; pages of ALLOWED_ORIGINS must ask with fetch() and its usual mode, cors."
+        )
+
     def allows(self, origin: str, host: str) -> bool:
         """Whether pages of this origin may call: this machine's, this proxy's own, those set."""
-        if "*" in self.origins or origin.lower().rstrip("/") in self.origins:
+        origin = origin.lower()
+        if "*" in self.origins or origin in self.origins:
             return True
-        try:
-            parts = urlsplit(origin)
-            name = parts.hostname or ""
-        except ValueError:
+        scheme, _, authority = origin.partition("://")
+        name = _name_of(authority)
+        if scheme not in ("http", "https") or not name:
             return False
-        if parts.scheme not in ("http", "https") or not name:
-            return False
-        return _is_loopback(name) or name in self.names or parts.netloc.lower() == host.lower()
+        return self._is_this_machine(name) or authority == host.lower()
+
+    def _is_this_machine(self, name: str) -> bool:
+        return _is_loopback(name) or name in self.names
 
     def check_key(self, authorization: str | None, x_api_key: str | None) -> str | None:
         """The key that was given, None where none is set. Raises InvalidApiKey if it is wrong."""
@@ -110,12 +135,16 @@ def own_names() -> frozenset[str]:
     return frozenset({full, short, f"{short}.local"} - {"", ".local"})
 
 
-_HOST = re.compile(r"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|([\w.-]+?)\.?)(?::\d*)?", re.ASCII)
+_LABEL = "[a-z0-9_-]{1,63}"
+_HOST = re.compile(
+    rf"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|({_LABEL}(?:\.{_LABEL})*)\.?)(?::[0-9]{{0,5}})?", re.ASCII
+)
+_LONGEST_HOST = 255 + len(":65535")  # RFC 1035, 2.3.4
 
 
 def _name_of(host: str) -> str:
     """The name or address in a Host header, in lower case; empty if it is no such header."""
-    match = _HOST.fullmatch(host.strip().lower())
+    match = _HOST.fullmatch(host.lower()) if len(host) <= _LONGEST_HOST else None
     return (match[1] or match[2]) if match else ""
 
 

@@ -17,6 +17,7 @@ from mlxproxy.hub import Hub
 from mlxproxy.text import harmless
 from mlxproxy.writing import Writer
 
+LONGEST_LINE = 4000  # characters; what is longer is made so by what somebody sends
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -25,6 +26,8 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         line = super().formatMessage(record)
+        if len(line) > LONGEST_LINE:
+            line = line[:LONGEST_LINE] + "..."
         if line.isprintable():
             return line
         return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in line)

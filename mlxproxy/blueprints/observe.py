@@ -111,6 +111,8 @@ def _followed(
     Raises:
         TooManyRequests: so many follow already.
     """
+    if request.method == "HEAD":
+        return Response(mimetype="text/event-stream", headers=STREAM_HEADERS)
     subscription = parts.hub.subscribe(*kinds, client=asker())
     response = Response(stream(subscription), mimetype="text/event-stream", headers=STREAM_HEADERS)
     client.on_leave(subscription.wake)

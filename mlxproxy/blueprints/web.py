@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from flask import Flask, Request, Response, current_app, g, jsonify, request
@@ -19,7 +19,7 @@ from werkzeug.exceptions import (
     MethodNotAllowed as WerkzeugMethodNotAllowed,
 )
 
-from mlxproxy.access import SECURITY_HEADERS, request_id
+from mlxproxy.access import LINKED_PATHS, SECURITY_HEADERS, request_id
 from mlxproxy.errors import (
     InternalError,
     InvalidJSON,
@@ -29,9 +29,13 @@ from mlxproxy.errors import (
     ProxyError,
     RequestTooLarge,
 )
+from mlxproxy.head import LONGEST_METHOD
 from mlxproxy.presence import Presence
 from mlxproxy.relay import Trace
 from mlxproxy.services import Services
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger("mlxproxy.request")
 
@@ -40,6 +44,7 @@ QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log line
 # Parsed, a body of nothing but small values is thirty times as large, and all else stands still
 # meanwhile. Ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
+HOST = "mlxproxy.host"  # where the environment has the Host header
 
 
 def services() -> Services:
@@ -85,6 +90,14 @@ def json_body(required: bool = True) -> dict[str, Any]:
 
 def install(app: Flask) -> None:
     """Adds all of this to the application."""
+    inner = app.wsgi_app
+
+    def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        # Which hosts are ours is decided here alone: werkzeug refuses some in a way of its own.
+        environ[HOST] = environ.pop("HTTP_HOST", "")
+        return inner(environ, start_response)
+
+    app.wsgi_app = wsgi_app  # type: ignore[method-assign]
     app.before_request(_admit)
     app.after_request(_finish)
     app.register_error_handler(Exception, _render)
@@ -100,15 +113,17 @@ def _admit() -> Response | None:
     g.who = {  # the request in its events and its log line
         "id": g.request_id,
         "client": asked.remote_addr,
-        "method": asked.method,
+        "method": asked.method[:LONGEST_METHOD],
         "path": quote(asked.path[:200], safe="/:@,;~+"),
     }
     access = parts.access
-    host = environ.get("HTTP_HOST", "")
+    host = environ[HOST]
     origin = environ.get("HTTP_ORIGIN")
     if host:  # HTTP/1.0 clients need not send one; every browser does
         access.check_host(host)
     access.check_origin(origin, host)
+    if origin is None and (site := environ.get("HTTP_SEC_FETCH_SITE")) is not None:
+        access.check_site(site, host, _is_followed_link(asked))
     if asked.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
         return Response(status=204)
     if asked.path not in OPEN_PATHS:
@@ -118,13 +133,21 @@ def _admit() -> Response | None:
     return None
 
 
+def _is_followed_link(asked: Request) -> bool:
+    """Whether somebody has followed a link on a page, to what a link may lead to."""
+    fetch = [asked.environ.get(f"HTTP_SEC_FETCH_{name}") for name in ("MODE", "DEST")]
+    return (
+        asked.method == "GET" and asked.path in LINKED_PATHS and fetch == ["navigate", "document"]
+    )
+
+
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
     headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
     origin = environ.get("HTTP_ORIGIN")
     if origin is not None:
         headers.add("Vary", "Origin")
-        if services().access.allows(origin, environ.get("HTTP_HOST", "")):
+        if services().access.allows(origin, environ[HOST]):
             _share(response, origin)
     if not response.is_streamed:
         recorder()(response.status_code, g.get("trace"))
@@ -195,7 +218,8 @@ def _known(error: Exception) -> ProxyError | None:
         return RequestTooLarge(f"The body is larger than {limit:,} bytes (MAX_BODY).")
     if isinstance(error, WerkzeugMethodNotAllowed):
         allowed = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
-        return MethodNotAllowed(f"{request.path} takes {allowed}, not {request.method}.")
+        method = request.method[:LONGEST_METHOD]
+        return MethodNotAllowed(f"{request.path[:200]} takes {allowed}, not {method}.")
     if isinstance(error, BadRequest):
         return InvalidRequest("The request could not be read.")
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
