@@ -18,6 +18,7 @@ import logging
 import math
 import socket
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from waitress.channel import ClientDisconnected, HTTPChannel
@@ -50,13 +51,18 @@ COMMENT = b":\n\n"  # means nothing in a stream of events
 
 
 class Request(WSGITask):
-    """A request with its client's presence in the environment."""
+    """A request whose environment has its client's presence, and what is to be done at its end."""
 
     wrote_header = False  # as in waitress, which has no types
+
+    def service(self) -> None:
+        with ExitStack() as self.at_end:
+            super().service()
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         presence = environ["mlxproxy.presence"] = Presence()
+        environ["mlxproxy.at_end"] = self.at_end
         channel = self.channel
         channel.presence = presence
         channel.question = CONTINUE if self.version == "1.1" else None

@@ -13,6 +13,7 @@ from mlxproxy import guard
 from mlxproxy.access import Access, own_names
 from mlxproxy.backend import Backend, BackendConfig, Load, server_program
 from mlxproxy.backendlog import LogFile
+from mlxproxy.budget import Budget
 from mlxproxy.catalog import Catalog, Model, memory
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.catalog.scanning import Fingerprint, fingerprint
@@ -32,6 +33,7 @@ from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy")
 
+BODIES = 8  # of the largest size may be in memory at once
 PRELOAD_RETRY = 2.0  # seconds between looks for a model whose disk is not there yet
 
 
@@ -49,6 +51,7 @@ class Services:
     metrics: Metrics
     ownership: Ownership
     log_file: LogFile
+    bodies: Budget  # bytes of requests in memory
 
     def close(self) -> None:
         """Lets answers finish, stops the backend, gives the port up."""
@@ -207,6 +210,7 @@ def build(settings: Settings) -> Services:
         metrics=metrics,
         ownership=ownership,
         log_file=log_file,
+        bodies=Budget(BODIES * settings.max_body),
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mlxproxy import create_app, logs
+from mlxproxy import allocator, create_app, logs
 from mlxproxy.backendlog import LogFile
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.ownership import AlreadyRunning
@@ -32,6 +32,7 @@ def serve(settings: Settings) -> None:
         CannotServe: the address or the backend port is taken, or the instance folder unusable.
         SettingError: the key file is not as it should be.
     """
+    allocator.return_what_is_free()
     with logs.unwaited():
         _serve(settings)
 

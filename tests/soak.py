@@ -60,9 +60,6 @@ SETTINGS: dict[str, Any] = {
     "SHUTDOWN_TIMEOUT": 5,
     "IDLE_TTL": IDLE,
 }
-# glibc keeps for each of its arenas what was once needed there, and ever larger blocks: so told,
-# it gives back what is free, and the proxy's memory is what the proxy holds.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 # Nobody unloads and nothing dies: no other error has a cause.
 CALM = frozenset({"too_many_requests", "model_swapped", "load_failed", "no_model_loaded"})
@@ -605,7 +602,6 @@ class Soak:
         instance = self.folder / phase.name / "instance"
         instance.mkdir(parents=True)
         proxy = Proxy(instance, self.models, **settings)
-        proxy.environment |= MALLOC
         try:
             yield proxy.start()
         finally:

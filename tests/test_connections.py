@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
@@ -416,3 +418,33 @@ def test_a_body_that_has_no_room_is_refused_with_a_status(
         assert "uncaptured" not in proxy.said()
     finally:
         proxy.clean_up()
+
+
+# -- memory
+
+
+def resident(proxy: Proxy) -> int:
+    """The proxy's memory in MiB."""
+    assert proxy.process is not None
+    return int(psutil.Process(proxy.process.pid).memory_info().rss >> 20)
+
+
+def test_memory_comes_back_after_large_bodies(proxy: Proxy) -> None:
+    body = json.dumps({"messages": [], "user": "x" * 30_000_000}).encode()
+    before = resident(proxy)
+    for _ in range(20):  # each on another thread
+        assert requests.post(proxy.url + PATH, data=body, timeout=30).status_code == 400
+    assert resident(proxy) - before < 60
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is not glibc's")
+def test_glibc_takes_what_it_is_told() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from mlxproxy import allocator as it; it.return_what_is_free() or 1/0",
+        ],
+        check=False,
+    )
+    assert done.returncode == 0 or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version")

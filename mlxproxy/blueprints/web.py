@@ -44,6 +44,7 @@ QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log line
 # Parsed, a body of nothing but small values is thirty times as large, and all else stands still
 # meanwhile. Ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
+VALUE_BYTES = 64  # of an empty list, the smallest that is one object each
 HOST = "mlxproxy.host"  # where the environment has the Host header
 
 
@@ -66,16 +67,30 @@ def client() -> str:
     return g.get("key") or request.remote_addr or "unknown"
 
 
+def take_memory(size: int) -> None:
+    """Takes so many bytes of what may be in memory, to the end of this request's answer.
+
+    Raises:
+        TooManyRequests: its client holds, or all hold, too many already.
+    """
+    if (at_end := request.environ.get("mlxproxy.at_end")) is not None:  # of our own server
+        at_end.callback(services().bodies.take(client(), size))
+
+
 def json_body(required: bool = True) -> dict[str, Any]:
     """The request's body as a JSON object.
 
     Raises:
         InvalidJSON, InvalidRequest: it is not JSON, or not an object.
+        TooManyRequests: too many bytes of bodies are in memory already.
     """
+    take_memory(request.content_length or 0)
     raw = request.get_data(cache=False)
     # (A tool call's arguments are a text in the text, whose commas may be written as escapes.)
-    if sum(raw.count(comma) for comma in (b",", rb"\u002c", rb"\u002C")) > MAX_VALUES:
+    values = sum(raw.count(comma) for comma in (b",", rb"\u002c", rb"\u002C"))
+    if values > MAX_VALUES:
         raise InvalidRequest(f"The body has more than {MAX_VALUES:,} values.")
+    take_memory(values * VALUE_BYTES)
     if not raw and not required:
         return {}
     try:
@@ -199,6 +214,8 @@ def _render(error: Exception) -> Response:
         known = InternalError(
             f"Something went wrong inside mlxproxy; its log names the request {g.request_id}."
         )
+    # What has raised it may still hold it, and its frames hold the body of the request.
+    error.__traceback__ = None
     response = jsonify(known.body())
     response.status_code = known.status
     if known.retry_after is not None:
