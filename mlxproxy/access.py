@@ -92,11 +92,10 @@ class Access:
         origin = origin.lower()
         if "*" in self.origins or origin in self.origins:
             return True
-        scheme, _, authority = origin.partition("://")
-        name = _name_of(authority)
-        if scheme not in ("http", "https") or not name:
+        match = _ORIGIN.fullmatch(origin) if len(origin) <= _LONGEST_ORIGIN else None
+        if match is None:
             return False
-        return self._is_this_machine(name) or authority == host.lower()
+        return self._is_this_machine(match[2] or match[3]) or match[1] == host.lower()
 
     def _is_this_machine(self, name: str) -> bool:
         return _is_loopback(name) or name in self.names
@@ -135,11 +134,12 @@ def own_names() -> frozenset[str]:
     return frozenset({full, short, f"{short}.local"} - {"", ".local"})
 
 
-_LABEL = "[a-z0-9_-]{1,63}"
-_HOST = re.compile(
-    rf"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|({_LABEL}(?:\.{_LABEL})*)\.?)(?::[0-9]{{0,5}})?", re.ASCII
-)
+_NAME = r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*"
+_HOST = re.compile(rf"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|({_NAME})\.?)(?::[0-9]{{0,5}})?", re.ASCII)
+# A browser's own writing of an origin (HTML, "ASCII serialisation"), and nothing else.
+_ORIGIN = re.compile(rf"https?://((?:\[([0-9a-f:.]+)\]|({_NAME}))(?::[0-9]{{1,5}})?)")
 _LONGEST_HOST = 255 + len(":65535")  # RFC 1035, 2.3.4
+_LONGEST_ORIGIN = len("https://") + _LONGEST_HOST
 
 
 def _name_of(host: str) -> str:

@@ -89,6 +89,14 @@ def test_addresses_and_names_of_this_machine_are_hosts(host: str) -> None:
         ":8080",
         ".",
         " ",
+        ".local",
+        "..local",
+        "a..local",
+        ".localhost",
+        "localhost..",
+        "localhost\xa0",
+        "a" * 64 + ".local",
+        ("a" * 60 + ".") * 5 + "local",
     ],
 )
 def test_a_name_that_was_pointed_at_this_machine_is_no_host_of_ours(host: str) -> None:
@@ -175,12 +183,50 @@ def test_pages_of_this_machine_and_those_set_may_call(origin: str, host: str) ->
         "http://[",
         "http://[::1",
         "http://\u212aocalhost",
+        "http://evil\\@localhost",
+        "http://localhost\\@evil.example",
+        "http://evil.example#@localhost",
+        "http://evil.example?@localhost",
+        "http://evil.example/@localhost",
+        "http://user@localhost",
+        "http://localhost/",
+        "http://localhost/path",
+        "http://localhost:3000x",
+        "http://localhost:",
+        "http://[::1].evil",
+        "http://[::1]evil:80",
+        "http://[::1%evil.example]",
+        "http://::1",
+        "http://localhost\t",
+        "http://local\nhost",
+        " http://localhost",
+        "http:localhost",
+        "http:/localhost",
+        "http:///localhost",
+        "javascript://localhost",
+        "http://127.1",
+        "http://2130706433",
+        "http://0x7f.0.0.1",
+        "http://localhost http://evil.example",
     ],
 )
 def test_pages_from_elsewhere_may_not(origin: str) -> None:
     error = refusal(OURS.check_origin, origin, "192.168.1.5:8080")
     assert isinstance(error, OriginNotAllowed)
     assert "ALLOWED_ORIGINS" in error.message
+
+
+@pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:8080", "mac:8080"])
+def test_other_ports_of_this_machine_are_the_same_site(host: str) -> None:
+    assert refusal(OURS.check_site, "same-site", host, False) is None
+    assert isinstance(refusal(OURS.check_site, "cross-site", host, False), OriginNotAllowed)
+
+
+@pytest.mark.parametrize("host", ["llm.example", "192.168.1.5:8080", "other.local"])
+def test_the_same_site_may_be_another_machine_elsewhere(host: str) -> None:
+    assert isinstance(refusal(OURS.check_site, "same-site", host, False), OriginNotAllowed)
+    assert refusal(OURS.check_site, "same-origin", host, False) is None
+    assert refusal(Access(origins=frozenset("*")).check_site, "cross-site", host, False) is None
 
 
 def test_no_origin_is_no_browser() -> None:

@@ -30,6 +30,7 @@ import requests
 from mlxproxy import channel, create_app, logs, serving
 from mlxproxy.access import Access
 from mlxproxy.catalog import Catalog
+from mlxproxy.errors import NoModelLoaded
 from mlxproxy.hub import Hub
 from mlxproxy.metrics import Metrics
 from mlxproxy.settings import Settings
@@ -336,6 +337,54 @@ def test_a_page_from_elsewhere_is_refused_on_every_path(proxy: Proxy, origin: st
     assert describe(proxy)["id"] == "tiny/alpha"
 
 
+EMBEDDED = [("no-cors", "image"), ("no-cors", "script"), ("navigate", "iframe"), ("cors", "empty")]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "none, cross-site", "?"])
+@pytest.mark.parametrize(("mode", "kind"), EMBEDDED)
+def test_what_a_strange_page_embeds_is_refused_on_every_path(
+    proxy: Proxy, site: str, mode: str, kind: str
+) -> None:
+    """Such a request tells no Origin: an image, a script, a frame."""
+    fetch = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": kind}
+    headers = {"Host": "llm.example", **fetch}  # where same-site may be another machine
+    for method, path in [*CALLS, ("GET", "/health")]:
+        answer = ask(proxy, method, path, headers=headers, data="{}")
+        assert answer.status_code == 403, (method, path)
+        if method != "HEAD":
+            assert shape(answer.json())["code"] == "origin_not_allowed"
+    assert describe(proxy)["id"] == "tiny/alpha"
+
+
+def test_pages_of_this_machine_and_of_allowed_origins_say_where_they_are_and_are_served(
+    proxy: Proxy,
+) -> None:
+    for headers in (
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},  # an address that was typed
+        {"Sec-Fetch-Site": "same-site"},  # of http://localhost:5173 to http://localhost:8080
+        {"Sec-Fetch-Site": "cross-site", "Origin": PAGE},
+        {"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1:5173"},
+    ):
+        host = {"Host": "localhost:8080"}
+        assert ask(proxy, "GET", "/v1/models", headers={**headers, **host}).ok, headers
+        assert chat(proxy, headers={**headers, **host}).ok, headers
+
+
+def test_a_link_on_a_strange_page_leads_to_what_changes_nothing_and_ends(proxy: Proxy) -> None:
+    link = {
+        "Sec-Fetch-Site": "cross-site",
+        "Sec-Fetch-Mode": "navigate",
+        "Sec-Fetch-Dest": "document",
+    }
+    for path in ("/health", "/v1/models", "/v1/models/loaded", "/metrics"):
+        assert ask(proxy, "GET", path, headers=link).ok, path
+    for path in ("/v1/events", "/v1/logs", "/v1/logs?follow=true", "/v1/events?follow=false"):
+        assert ask(proxy, "GET", path, headers=link).status_code == 403, path
+    for path in ("/v1/models/unload", "/v1/models/load", "/v1/models"):
+        assert ask(proxy, "POST", path, headers=link, data="").status_code == 403, path
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
 def test_a_simple_post_from_a_strange_page_does_nothing(
     proxy: Proxy, program: Path, kind: str | None
@@ -421,6 +470,50 @@ def test_a_name_that_was_pointed_at_this_machine_is_refused_on_every_path(proxy:
 )
 def test_the_machines_own_names_are_answered(proxy: Proxy, host: str) -> None:
     assert ask(proxy, "GET", "/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [".local", "..local", "a..local", "-" * 64 + ".local", "a" * 300 + ".local", "\xe9.local"]
+    + ["localhost:999999", "localhost:x", "[::1", "::1", "a b.local", "a\\b.local", "a,b.local"],
+)
+def test_what_is_no_name_is_refused_as_a_foreign_name_is(proxy: Proxy, host: str) -> None:
+    (answer,) = exchange(proxy, head("GET", "/health", host=host, connection="close"))
+    assert (answer.status, answer.error()["code"]) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1//models", "/v1/models//", "/v1///models/loaded", "//", "/v1/models/", "/health/", "*"]
+    + ["/v1/models/%2F", "/%00", "/v1/models/%ff", "/../v1/models", "x", "http://a/v1//models"]
+    + ["/v1/models/a//b", "/V1/MODELS", "/v1/models;x", "/?/v1/models", "/" * 60_000],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE", "BREW"])
+def test_an_odd_path_or_method_is_answered_in_the_contracts_shape(
+    proxy: Proxy, method: str, path: str
+) -> None:
+    (answer,) = exchange(proxy, head(method, path, connection="close"))
+    assert answer.status in (400, 404, 405), answer
+    assert answer.error()["code"] in ("not_found", "model_not_found", "method_not_allowed")
+    assert len(answer.body) < 2000
+
+
+def test_head_gets_no_body_and_takes_no_place(proxy: Proxy) -> None:
+    for path in ("/v1/events", "/v1/logs?follow=true", "/v1/models", "/nothing", "/health"):
+        with connect(proxy) as connection:
+            connection.sendall(head("HEAD", path, connection="close"))
+            data = received(connection)
+        assert data.endswith(b"\r\n\r\n"), path
+        assert data.count(b"\r\n\r\n") == 1, path
+    with contextlib.ExitStack() as held:
+        for _ in range(8):  # all places of one client
+            held.enter_context(ask(proxy, "GET", "/v1/events", stream=True))
+        assert ask(proxy, "GET", "/v1/events", stream=True).status_code == 429
+        assert ask(proxy, "HEAD", "/v1/events").status_code == 200
+    sent = head("HEAD", "/x", content_length=str(MAX_BODY + 1))
+    with connect(proxy) as connection:
+        connection.sendall(sent)
+        assert received(connection).endswith(b"\r\n\r\n")
 
 
 def test_clients_that_are_no_browsers_notice_nothing(proxy: Proxy) -> None:
@@ -1012,6 +1105,24 @@ def test_an_unforeseen_fault_tells_its_number_and_nothing_else(
     )
 
 
+def test_an_error_that_was_answered_holds_nothing_of_its_request() -> None:
+    """It may be kept by what has raised it; its frames would keep the request's body in memory."""
+    error = NoModelLoaded("No model is loaded.")
+
+    def fault() -> None:
+        raise error
+
+    parts: Any = SimpleNamespace(
+        settings=Settings(instance_path=Path("/nowhere")),
+        access=Access(),
+        controller=SimpleNamespace(describe=fault),
+        hub=Hub(),
+        metrics=Metrics(),
+    )
+    assert create_app(parts).test_client().get("/v1/models/loaded").status_code == 503
+    assert error.__traceback__ is None
+
+
 # -- the request's id and its log line
 
 
@@ -1147,10 +1258,39 @@ def test_nothing_a_client_sends_can_forge_a_line_or_reach_the_terminal(proxy: Pr
     assert not any(line.startswith(FORGED[:8]) for line in log(proxy).splitlines())
 
 
-def test_a_long_path_fills_no_log(proxy: Proxy) -> None:
-    ask(proxy, "GET", "/" + "x" * 60_000, headers={"X-Request-Id": "long-path"})
-    (line,) = until(lambda: lines_of(proxy, "long-path"), what="its line")
-    assert len(line) < 2000
+def test_nothing_long_that_is_sent_fills_the_log(proxy: Proxy) -> None:
+    before = len(log(proxy))
+    long = "x" * 30_000
+    for sent in (
+        head("GET", "/" + long),
+        head("PUT", "/v1/models/" + long),
+        head(long.upper(), "/v1/models"),
+        head("GET", "/health", host=long),
+        head("GET", "/health", origin=long),
+        head("GET", "/nothing", x_request_id=long),
+        head("GET", f"/v1/logs?source={long}"),
+        head("POST", "/v1/models/load", transfer_encoding=long),
+        long.encode() + b"\r\n\r\n",
+    ):
+        (answer,) = exchange(proxy, sent.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert answer.status >= 400
+        assert len(answer.body) < 2000
+    lines = log(proxy)[before:].splitlines()
+    assert len(lines) >= 9
+    assert max(map(len, lines)) < 1000
+
+
+def test_a_long_line_of_a_librarys_is_cut_too() -> None:
+    lines: list[str] = []
+    file: Any = SimpleNamespace(put=lines.append)
+    before = list(logging.getLogger().handlers)
+    logs.to_followers(file, Hub())
+    (added,) = [it for it in logging.getLogger().handlers if it not in before]
+    try:
+        logging.getLogger("waitress").error("Exception while serving %s", "/x" * 30_000)
+    finally:
+        logging.getLogger().removeHandler(added)
+    assert len(lines[0]) < 5000
 
 
 def test_a_line_of_a_librarys_is_one_line_too() -> None:
