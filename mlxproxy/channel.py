@@ -193,7 +193,7 @@ class Channel(HTTPChannel):
     def deadline(self) -> float:
         """Return when :meth:`expire` is due if nothing happens until then (monotonic seconds)."""
         if self._parted is not None:
-            return self._parted + LINGER
+            return self._parted + (0.0 if self.server.full else LINGER)
         if self.total_outbufs_len:
             return self._last_activity + DEAF_AFTER
         if not self.requests:
@@ -297,10 +297,11 @@ class Channel(HTTPChannel):
         return True
 
     def send_continue(self) -> None:
-        if self.request.completed:  # there is no body to go on with
-            self.request.expect_continue = False
-        else:
-            super().send_continue()
+        with self.outbuf_lock:  # a request's thread may call this, while the I/O thread closes
+            if self.request.completed or not self.connected:
+                self.request.expect_continue = False  # there is no body to go on with
+            else:
+                super().send_continue()
 
     def handle_close(self) -> None:
         super().handle_close()

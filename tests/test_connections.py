@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from waitress.channel import ClientDisconnected
 
 from mlxproxy import channel
 from tests import standin
@@ -260,6 +261,84 @@ def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
         (answer,) = answers(received(connection, NOTICED + 1))
     assert shape(json.loads(answer.body))["code"] == "backend_failed"
     assert finished(program)[-1] == "client_gone"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("direct", [True, False])
+def test_no_question_gets_into_the_middle_of_an_answer(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool, version: str
+) -> None:
+    monkeypatch.setattr(channel, "ASK_AT", tuple(step / 2000 for step in range(20_000)))
+    events = [b"data: %d\n\n" % number for number in range(3000)]
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        time.sleep(0.05)  # asked before the head, where that can be
+        start_response("200 OK", [("Content-Type", "text/event-stream; charset=utf-8")])
+        for event in events:
+            yield event
+            if event.endswith(b"0\n\n"):
+                time.sleep(0.0005)
+
+    one = alone(application, direct_send=direct)
+    with ThreadPoolExecutor(4) as pool:
+        for data in pool.map(lambda _: half_closed(one.port, version), range(8)):
+            assert (CONTINUE in data) is (version == "1.1")
+            (answer,) = answers(data)
+            assert answer.body.replace(channel.COMMENT, b"") == b"".join(events)
+            asked = answer.body != b"".join(events)
+            assert asked is (version == "1.1")  # HTTP/1.0 was given up before the head
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    seen: list[bytes | None] = []
+    for name in ("write_soon", "send_now"):
+        original = getattr(channel.DirectChannel, name)
+
+        def send(self: Any, data: bytes, original: Any = original) -> Any:
+            if data.startswith(b"HTTP/1.1 200") or data == b"0\r\n\r\n":
+                seen.append(self.question)
+            return original(self, data)
+
+        owner = channel.Channel if name == "write_soon" else channel.DirectChannel
+        monkeypatch.setattr(owner, name, send)
+
+    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    assert half_closed(alone(application, direct_send=direct).port, "1.1")
+    assert seen
+    assert set(seen) == {b""}
+
+
+def half_closed(port: int, version: str) -> bytes:
+    """All that comes for a request after which nothing more is sent."""
+    with connect(port) as connection:
+        connection.sendall(request("GET", "/", version=version))
+        connection.shutdown(socket.SHUT_WR)
+        return received(connection, 20)
+
+
+def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = threading.Event()
+
+    def gone(*_: object) -> None:
+        answered.set()
+        raise ClientDisconnected
+
+    monkeypatch.setattr(channel.BadRequest, "write", gone)
+    one = alone(lambda *_: [])
+    with connect(one.port) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert answered.wait(5)
+        assert received(connection) == b""
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 # -- answers that come before the request is whole
