@@ -34,6 +34,9 @@ WATERMARK = 256 << 10
 OWN_DESCRIPTORS = 40
 CROWDED = 2.0  # seconds that a connection may be idle while there is no room for another
 REST = 0.5  # seconds without accepting, after an accept that the system had nothing left for
+# The system asks a silent client's machine by itself whether it is still there, in seconds: for one
+# that was unplugged, or has left long after the end of its sending, there is no other sign.
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 STOPPED = 10.0  # seconds for the last bytes to reach the clients
 
 
@@ -65,6 +68,15 @@ class Listener(TcpWSGIServer):
 
     def expire(self) -> None:
         """Accept again: the next turn asks :meth:`readable`."""
+
+    def set_socket_options(self, connection: socket.socket) -> None:
+        super().set_socket_options(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if (
+                option := getattr(socket, name, None)
+            ) is not None:  # macOS has another for the first
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def handle_accept(self) -> None:
         try:

@@ -430,6 +430,15 @@ def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_ti
         assert received(connection, 3) == b""
 
 
+def test_the_system_asks_after_silent_clients_by_itself(alone: Callable[..., Alone]) -> None:
+    """One that was unplugged, or leaves long after the end of its sending, gives no other sign."""
+    one = alone(lambda *_: [])
+    with connect(one.port):
+        (held,) = until(lambda: list(one.server._server.active_channels.values()))
+        assert held.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert held.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 10
+
+
 # -- too little of something
 
 
