@@ -329,6 +329,21 @@ def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
     assert proxy.loaded()["pid"] == pid
 
 
+def test_a_link_that_leads_to_another_model_now_answers_with_that_model(
+    start: Callable[..., Proxy], models: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    root.mkdir()
+    link = root / "current"
+    proxy = start(root)
+    for name in ("alpha", "beta"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(models / "tiny" / name)
+        assert proxy.load("current").json()["changed"] is True
+        said = proxy.chat(max_tokens=3).json()["choices"][0]["message"]["content"]
+        assert said == tiny.answer(name, 3)
+
+
 def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:

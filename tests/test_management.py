@@ -5,7 +5,11 @@ One proxy over the scripted stand-in serves the whole file.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import requests
 
 from mlxproxy.catalog import LONGEST_NAME
 from tests import standin, tiny
-from tests.conftest import Proxy
+from tests.conftest import Proxy, until
 
 pytestmark = [pytest.mark.standin, pytest.mark.xdist_group("management")]
 
@@ -119,3 +123,114 @@ def test_a_text_that_cannot_be_given_back_is_refused_with_its_field(
     assert refused.status_code == 400
     assert error(refused)["code"] == "invalid_request"
     assert error(refused)["param"] == field
+
+
+# -- who waits, and whose load is given up
+
+
+@pytest.fixture
+def slow(proxy: Proxy, program: Path) -> Iterator[Path]:
+    """Loads that take a second from now on, with alpha loaded."""
+    assert load(proxy, "alpha").ok
+    standin.change(program, load_seconds=1.0)
+    yield program
+    standin.change(program, load_seconds=0.0)
+    ask(proxy, "POST", "/v1/models/unload")
+
+
+def starts(program: Path) -> int:
+    return len(standin.record(program, "started"))
+
+
+def options(proxy: Proxy) -> dict[str, Any]:
+    """What the loaded model was loaded with."""
+    found: dict[str, Any] = ask(proxy, "GET", "/v1/models/loaded").json().get("options") or {}
+    return found
+
+
+def test_a_client_that_asks_for_load_after_load_keeps_nobodys_chat_waiting(
+    proxy: Proxy, slow: Path
+) -> None:
+    before = starts(slow)
+    for number in range(300):
+        name = ("alpha", "beta")[number % 2]
+        told = load(proxy, name, wait=False, enable_thinking=True, adapters=[f"/a/{number}"])
+        assert told.status_code == 202
+    answered = ask(proxy, "POST", CHAT, BOB, json=HELLO)
+    assert answered.ok
+    assert starts(slow) - before <= 2, "the load under way, and perhaps the last"
+    until(lambda: options(proxy).get("adapters") == ["/a/299"], what="the last load")
+    assert starts(slow) - before <= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_loads_of_clients_that_have_left_are_given_up(
+    proxy: Proxy, slow: Path, stream: bool
+) -> None:
+    before = starts(slow)
+    address = ("127.0.0.1", proxy.port)
+    for number in range(30):
+        body = {"model_id": "tiny/beta", "stream": stream, "adapters": [f"/left/{number}"]}
+        raw = json.dumps(body).encode()
+        key = (ALICE, BOB)[number % 2]
+        head = f"POST {LOAD} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        with socket.create_connection(address) as connection:
+            connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+            if not number:
+                until(lambda: starts(slow) > before, what="the first load's start")
+    assert ask(proxy, "POST", CHAT, CARLA, json=HELLO).ok
+    assert load(proxy, "alpha", CARLA).ok
+    assert starts(slow) - before <= 3, "the one that had begun, perhaps one that ended, and ours"
+
+
+def test_one_clients_loads_leave_room_for_anothers(proxy: Proxy, slow: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        many = [
+            pool.submit(load, proxy, "beta", adapters=[f"/many/{number}"]) for number in range(12)
+        ]
+        until(lambda: sum(one.done() for one in many) >= 8, what="the refusals")
+        assert load(proxy, "alpha", BOB, wait=False).status_code == 202
+        assert ask(proxy, "POST", CHAT, BOB, json=HELLO).ok
+        codes = sorted(one.result().status_code for one in many)
+    assert codes == [200] * 4 + [429] * 8
+    refused = next(one.result() for one in many if one.result().status_code == 429)
+    assert error(refused)["code"] == "too_many_requests"
+    assert int(refused.headers["Retry-After"]) > 0
+
+
+# -- what is on disk
+
+
+def pid(proxy: Proxy) -> int:
+    return int(ask(proxy, "GET", "/v1/models/loaded").json()["pid"])
+
+
+def test_a_model_that_was_rewritten_is_loaded_again(proxy: Proxy, folder: Path) -> None:
+    assert load(proxy, "alpha").ok
+    before = pid(proxy)
+    assert load(proxy, "alpha").json()["changed"] is False
+    assert pid(proxy) == before
+    config = folder / "models" / "tiny" / "alpha" / "generation_config.json"
+    config.write_text("{}")
+    assert load(proxy, "alpha").json()["changed"] is True
+    assert pid(proxy) != before
+    assert load(proxy, "alpha").json()["changed"] is False
+
+
+def test_a_link_that_leads_to_another_model_now_is_loaded_again(proxy: Proxy, folder: Path) -> None:
+    link = folder / "models" / "current"
+    for name in ("alpha", "beta"):
+        target = folder / "elsewhere" / name
+        shutil.copytree(folder / "models" / "tiny" / name, target, copy_function=os.link)
+    link.symlink_to(folder / "elsewhere" / "alpha")
+    assert ask(proxy, "POST", LOAD, json={"model_id": "current"}).json()["changed"] is True
+    assert ask(proxy, "POST", LOAD, json={"model_id": "current"}).json()["changed"] is False
+    link.unlink()
+    link.symlink_to(folder / "elsewhere" / "beta")
+    assert ask(proxy, "POST", LOAD, json={"model_id": "current"}).json()["changed"] is True
+
+
+def test_a_load_of_what_a_chat_has_loaded_finds_it_loaded(proxy: Proxy) -> None:
+    ask(proxy, "POST", "/v1/models/unload")
+    assert ask(proxy, "POST", CHAT, json={**HELLO, "model": "tiny/beta"}).ok
+    assert load(proxy, "beta").json()["changed"] is False
