@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxproxy import services
 from mlxproxy.catalog import Catalog, inspection, scanning
 from mlxproxy.catalog import catalog as catalog_module
 from mlxproxy.catalog.inspection import Folder
@@ -606,6 +608,51 @@ def test_a_cache_file_that_cannot_be_written_is_no_obstacle(root: Path, tmp_path
     model(root / "publisher" / "model")
     catalog = Catalog([root], cache_file=tmp_path / "no" / "folder" / "catalog.json", patience=30)
     assert ids(catalog) == ["publisher/model"]
+
+
+# -- whether a model is still the one that was loaded
+
+
+def test_each_change_of_a_models_files_shows_in_its_fingerprint(root: Path) -> None:
+    folder, other = model(root / "a"), model(root / "b")
+    link = root / "link"
+    link.symlink_to(folder)
+    seen = [scanning.fingerprint(str(link))]
+
+    def changed() -> bool:
+        seen.append(scanning.fingerprint(str(link)))
+        return seen[-1] != seen[-2]
+
+    assert not changed()
+    weights = folder / "model.safetensors"
+    times = (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    weights.rename(folder / "kept")
+    shutil.copy(folder / "kept", weights)
+    os.utime(weights, ns=times)
+    assert changed(), "another file of the same size and time"
+    with weights.open("r+b") as file:
+        file.write(b"x")
+    os.utime(weights, ns=(0, 0))
+    assert changed(), "rewritten in place"
+    (folder / "generation_config.json").write_text("{}")
+    assert changed(), "one more file"
+    (folder / "notes.md").write_text("what mlx-lm does not read")
+    assert not changed()
+    link.unlink()
+    link.symlink_to(other)
+    assert changed(), "another model"
+
+
+def test_a_disk_that_keeps_silent_is_not_asked_for_a_fingerprint(
+    root: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(root / "publisher" / "model")
+    found = catalog.find("publisher/model")
+    assert services.files_of(found) is not None
+    asked: list[str] = []
+    monkeypatch.setattr(services, "fingerprint", asked.append)
+    assert services.files_of(dataclasses.replace(found, stale=True)) is None
+    assert not asked
 
 
 # -- slow disks
