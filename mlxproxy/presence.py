@@ -9,8 +9,9 @@ from collections.abc import Callable
 class Presence:
     """A client's presence for one request.
 
-    The server calls :meth:`leave` from its I/O thread when the connection has ended, so a callback
-    must be short and must not block on the network.
+    The server calls :meth:`leave` from its I/O thread when the connection has ended, or when it can
+    no longer be told whether anybody waits, so a callback must be short and must not block on the
+    network.
     """
 
     def __init__(self) -> None:
