@@ -475,7 +475,7 @@ def test_with_few_open_files_everybody_is_served_one_after_the_other(
 
 
 def test_a_body_that_has_no_room_is_refused_with_a_status(
-    start: Callable[..., Proxy], models: Path, program: Path, tmp_path: Path
+    models: Path, program: Path, tmp_path: Path
 ) -> None:
     nowhere = tmp_path / "full"
     nowhere.mkdir()
