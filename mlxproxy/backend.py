@@ -307,6 +307,8 @@ class Backend:
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
             if parsed(answer)["choices"][0]["message"]["role"] == "assistant":
                 self._serving = True
+                if self._link:
+                    self._link.let_clients_in()
                 return
         raise self.failure("its answer to a first chat is not whole")
 

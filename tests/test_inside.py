@@ -20,7 +20,7 @@ from mlxproxy.engines.mlx_lm.inside import detokenizer, pace, prompt_cache, prom
 from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
 from mlxproxy.engines.mlx_lm.link import Link
-from tests.conftest import SERVER_BIN
+from tests.conftest import SERVER_BIN, until
 
 PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
 SHELL = "#!/bin/sh\n'''exec' %s \"$0\" \"$@\"\n' '''\n"
@@ -376,6 +376,9 @@ def test_a_death_comes_over_the_channel() -> None:
     assert link.has("departures")
     assert not link.has("seeds")
     assert link.hang(time.monotonic(), 300, 600) is None
+    assert not reporter.serving()
+    link.let_clients_in()
+    until(reporter.serving, what="the word that clients are let in")
     reporter.close()
 
 

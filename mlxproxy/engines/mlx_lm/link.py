@@ -38,6 +38,11 @@ class Link:
         self.theirs.close()
         threading.Thread(target=self._run, name="backend-link", daemon=True).start()
 
+    def let_clients_in(self) -> None:
+        """Tell the backend that what it logs from now on may hold what clients said."""
+        with contextlib.suppress(OSError):
+            self._ours.send(b"\n")
+
     def close(self) -> None:
         """Give up both ends: there is no child."""
         self.theirs.close()
@@ -75,4 +80,4 @@ class Link:
                 if self.has("heartbeat"):
                     self._liveness = Liveness(computes_on_cpu=report["device"] == "cpu")
             for name, why in report["off"].items():
-                log.warning("this mlx-lm does not take the feature %s: %s", name, why)
+                log.warning("%s is off with this mlx-lm: %s", name, why)

@@ -245,7 +245,6 @@ class Departures:
         def advance_once(this: Any) -> Any:
             with self._pulse.at("step"):
                 prompts, tokens = advance(this)
-            self._pulse.served = self._pulse.served or bool(tokens)
             for token in tokens:
                 if token.finish_reason is not None:
                     self._release(self._in_batch.pop(token.uid, None))
@@ -286,7 +285,6 @@ class Departures:
             with self._pulse.at("step"):
                 for token in stream(*arguments, **named):
                     self._pulse.step()
-                    self._pulse.served = True
                     yield token
 
         server.ResponseGenerator._serve_single = serve_single

@@ -1,6 +1,7 @@
 """The backend's channel to the proxy: what it says of itself, where no model's words can reach.
 
-One JSON object a line, over the socket that the proxy gave as standard input:
+One JSON object a line, over the socket that the proxy gave as standard input. The proxy sends one
+byte, when it lets clients in.
 
 ==============  ====================================================================================
 ``features``    names of what is armed; ``off``: names of what is not, with the reason
@@ -31,8 +32,9 @@ class Reporter:
     def __init__(self, descriptor: int | None) -> None:
         self._socket = None if descriptor is None else socket.socket(fileno=descriptor)
         self._lock = threading.Lock()
+        self._serving = descriptor is None
         if self._socket is not None:
-            self._socket.setblocking(False)
+            threading.Thread(target=self._listen, name="reporter", daemon=True).start()
 
     @classmethod
     def of_standard_input(cls) -> Reporter:
@@ -49,7 +51,15 @@ class Reporter:
             return
         line = json.dumps(report).encode() + b"\n"
         with self._lock, contextlib.suppress(OSError):
-            self._socket.send(line)
+            self._socket.send(line, socket.MSG_DONTWAIT)
+
+    def serving(self) -> bool:
+        """Return whether the proxy has let clients in; until then, errors speak of the model."""
+        return self._serving
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            self._serving = bool(self._socket and self._socket.recv(1))
 
     def close(self) -> None:
         """Give the channel up."""
@@ -65,7 +75,6 @@ class Pulse:
         doing: what it is at now: ``step``, ``tokenize`` or ``load``; None between two of them.
         since: when that began, in seconds of the monotonic clock.
         active: requests that the generation thread has taken and not yet let go.
-        served: whether a token was generated: until then, whatever fails speaks of the model.
     """
 
     def __init__(self) -> None:
@@ -73,7 +82,6 @@ class Pulse:
         self.doing: str | None = None
         self.since = time.monotonic()
         self.active = 0
-        self.served = False
 
     @contextlib.contextmanager
     def at(self, work: str) -> Iterator[None]:

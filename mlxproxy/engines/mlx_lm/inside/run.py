@@ -44,7 +44,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),
         "death": lambda: quiet.arm_death(
-            server, lambda: pulse.served, lambda why: reporter.send(died=why)
+            server, reporter.serving, lambda why: reporter.send(died=why)
         ),
         "heartbeat": lambda: _arm_heartbeat(server, reporter, pulse, watched),
     }
@@ -95,7 +95,7 @@ def main() -> None:
     reporter = Reporter(None) if given is None else Reporter.of_standard_input()
     faulthandler.enable()  # a crash of the process leaves each thread's place in the log
     pulse = Pulse()
-    quiet.arm(lambda: pulse.served)
+    quiet.arm(reporter.serving)
     try:
         arm(reporter, pulse, json.loads(given or "{}"))
     except ImportError as error:  # of another layout altogether

@@ -44,11 +44,13 @@ def arm(server: Any, utils: Any, mx: Any) -> None:
     is_batchable = server.ResponseGenerator._is_batchable
     min_p_filter = mx.compile(_min_p(mx))
 
-    @functools.wraps(server._make_sampler)
+    make = server._make_sampler
+
+    @functools.wraps(make)
     def make_sampler(args: Any, tokenizer: Any) -> Sampler:
         asked = args.sampling
-        if asked.temperature == 0:
-            greedy: Sampler = utils.greedy_sampler
+        if asked.temperature == 0:  # always the likeliest token
+            greedy: Sampler = make(args, tokenizer)
             return greedy
         temperature = mx.array(asked.temperature)
         filters: list[Sampler] = []
