@@ -36,8 +36,8 @@ class Budget:
             own, all_together = self._held[client], self._held.total()
             if (own and own + size > self._limit // 2) or all_together + size > self._limit:
                 raise TooManyRequests(
-                    f"Requests with {all_together:,} bytes are being answered, {own:,} of them "
-                    f"yours; {size:,} more are too many. Try again when one of them has ended.",
+                    f"The requests being answered hold {all_together:,} bytes ({own:,} of them "
+                    f"yours); there is no room for {size:,} more. Try again when one has ended.",
                     retry_after=5,
                 )
             self._held[client] += size

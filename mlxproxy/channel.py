@@ -43,6 +43,7 @@ DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for 
 # enough that a quick answer needs no asking, twice since the first answer may be that of a proxy
 # which is about to close, and a last look at what came back.
 ASK_AT = (0.3, 1.0, 1.6)
+LOOK_EVERY = 10.0  # seconds between two looks after that
 LINGER = 3.0  # seconds for which what a client still sends is read after its answer
 LINGER_BYTES = 64 << 20  # and how much of it
 DISCARD = 256 << 10  # bytes read at once then
@@ -198,9 +199,12 @@ class Channel(HTTPChannel):
             return self._last_activity + DEAF_AFTER
         if not self.requests:
             return self._last_activity + float(self.server.patience)
-        if self._half_closed is not None and self._asked < len(ASK_AT):
+        if self._half_closed is None:
+            return math.inf
+        if self._asked < len(ASK_AT):
             return self._half_closed + ASK_AT[self._asked]
-        return math.inf
+        # macOS's poll tells nothing of a connection of which nothing is wanted.
+        return self._half_closed + LOOK_EVERY * (1 + self._asked - len(ASK_AT))
 
     def expire(self) -> None:
         """Do what the time has come for: ask a silent client, or close."""
@@ -269,7 +273,7 @@ class Channel(HTTPChannel):
         self._asked += 1
         if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.handle_close()
-        elif self._asked == len(ASK_AT):
+        elif self._asked >= len(ASK_AT):
             return
         elif self.question is None:
             # An answer without its head can only be waited for or given up. Whoever works on it
@@ -362,7 +366,9 @@ class DirectChannel(Channel):
                     raise ClientDisconnected from None
                 if sent < len(data):
                     self._last_activity = time.monotonic()  # from here on the client is a slow one
+            if sent < len(data):
+                # Under the lock still (a reentrant one, which its wait gives up): a question of the
+                # I/O thread's would else come between this piece and its rest.
+                self.write_soon(data[sent:])
         finally:
             lock.release()
-        if sent < len(data):
-            self.write_soon(data[sent:])

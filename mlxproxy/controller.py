@@ -714,7 +714,8 @@ class Controller:
             return self._give_up(
                 lease, backend, f"it sent nothing for {silence:g} s (STALL_TIMEOUT)"
             )
-        if silent_anyhow and now - lease.granted < LONGEST * silence:
+        since = max(lease.heard, lease.granted) if tells else lease.granted
+        if silent_anyhow and now - since < LONGEST * silence:
             if not tells:
                 lease.heard = time.monotonic()
             return lease.error

@@ -233,7 +233,9 @@ class Settings:
         10.0, _duration(), "Seconds between SIGTERM and SIGKILL for the backend"
     )
     stall_timeout: float = _setting(
-        300.0, _duration(1), "Seconds without a byte until the backend is taken for dead"
+        300.0,
+        _duration(1),
+        "Seconds that one step of the backend's work may take before it is considered dead",
     )
     shutdown_timeout: float = _setting(
         30.0, _duration(), "Seconds that a stop of the proxy lets answers finish"

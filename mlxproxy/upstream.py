@@ -223,7 +223,7 @@ class Upstream:
             self._frame = Chunked()
         elif length is not None:
             if _LENGTH.fullmatch(length) is None:
-                raise _broken("sent an answer whose length is none")
+                raise _broken("sent an answer with an invalid Content-Length")
             self._frame = Sized(int(length))
         return True
 

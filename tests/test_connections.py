@@ -138,8 +138,8 @@ def test_the_backend_stops_for_a_client_that_has_left(
         left = time.monotonic()
         until(lambda: len(finished(program)) > before, what="the end at the backend")
         assert time.monotonic() - left < NOTICED
-    assert finished(program)[-1] == "client_gone"
-    assert not busy(proxy)
+    until(lambda: finished(program)[-1:] == ["client_gone"], what="the end at the backend")
+    until(lambda: not busy(proxy), what="its place is free")
 
 
 def test_the_backend_stops_for_a_client_that_was_killed(proxy: Proxy, program: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_client_that_only_ends_its_sending_gets_all_of_its_answer(
         assert b"alpha7 " in answer.body
     else:
         assert json.loads(answer.body)["choices"]
-    assert finished(program)[-1] == "done"
+    until(lambda: finished(program)[-1:] == ["done"], what="the end at the backend")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -260,7 +260,7 @@ def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
         connection.shutdown(socket.SHUT_WR)
         (answer,) = answers(received(connection, NOTICED + 1))
     assert shape(json.loads(answer.body))["code"] == "backend_failed"
-    assert finished(program)[-1] == "client_gone"
+    until(lambda: finished(program)[-1:] == ["client_gone"], what="the end at the backend")
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])

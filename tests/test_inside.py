@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import socket
 import socketserver
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlxproxy import backend
 from mlxproxy.backend import INSIDE, program_command
-from mlxproxy.engines.mlx_lm.inside import detokenizer, pace, prompt_cache, prompts, quiet, sampling
-from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require
+from mlxproxy.engines.mlx_lm.inside import (
+    detokenizer,
+    pace,
+    prompt_cache,
+    prompts,
+    quiet,
+    run,
+    sampling,
+)
+from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_attributes
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
 from mlxproxy.engines.mlx_lm.link import Link
 from tests.conftest import SERVER_BIN, until
@@ -82,6 +93,20 @@ def test_a_feature_whose_names_have_changed_stays_off() -> None:
     with pytest.raises(Unexpected, match="is not a function"):
         require(Module(call=5), {"call": ("self",)})
     require(Module(call=renamed), {"call": ("this",)})
+
+
+def test_attributes_that_a_constructor_no_longer_sets_are_missed() -> None:
+    class Batch:
+        def __init__(self) -> None:
+            self.waiting: list[int] = []
+
+    require_attributes(Module(Batch=Batch), "Batch", ("waiting",))
+    with pytest.raises(Unexpected, match="Batch has no queue"):
+        require_attributes(Module(Batch=Batch), "Batch", ("waiting", "queue"))
+
+
+def test_the_options_have_one_name_on_both_sides() -> None:
+    assert backend.INSIDE_OPTIONS == run.OPTIONS
 
 
 @pytest.mark.parametrize("feature", [prompt_cache, detokenizer, prompts, sampling, pace])
@@ -256,6 +281,15 @@ def test_a_seeded_request_joins_the_others_unless_it_draws_from_the_shared_gener
     assert not joins(generator, asked(5, xtc_probability=0.5))
 
 
+@pytest.mark.backend
+def test_at_temperature_0_the_backends_own_sampler_is_used(armed_sampling: Any) -> None:
+    """Its name differs between versions."""
+    mx = armed_sampling.mx
+    tokenizer = SimpleNamespace(encode=lambda text: [0], eos_token_ids={1})
+    sample = armed_sampling.server._make_sampler(asked(temperature=0), tokenizer)
+    assert sample(mx.array([[0.0, 3.0, 1.0]])).item() == 1
+
+
 # -- prompts
 
 
@@ -306,19 +340,28 @@ def test_one_lucky_measurement_does_not_lead_to_a_long_piece() -> None:
 # -- what may be written
 
 
+@contextlib.contextmanager
+def armed_quiet() -> Iterator[None]:
+    """What is written while the feature is armed and clients are served."""
+    kept = logging.getLogRecordFactory(), socketserver.BaseServer.handle_error
+    hook = threading.excepthook
+    quiet.arm(lambda: True)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(kept[0])
+        socketserver.BaseServer.handle_error = kept[1]  # type: ignore[method-assign]
+        threading.excepthook = hook
+
+
 def withheld(message: str, error: BaseException | None = None) -> str:
     """What the log shows of a message of the server's."""
-    kept = logging.getLogRecordFactory(), socketserver.BaseServer.handle_error
-    try:
-        quiet.arm(lambda: True)
-        information = (type(error), error, error.__traceback__) if error else None
+    information = (type(error), error, error.__traceback__) if error else None
+    with armed_quiet():
         record = logging.getLogRecordFactory()(
             "root", logging.WARNING, "/x/mlx_lm/server.py", 7, message, None, information
         )
         return logging.Formatter().format(record)
-    finally:
-        logging.setLogRecordFactory(kept[0])
-        socketserver.BaseServer.handle_error = kept[1]  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -333,6 +376,18 @@ def withheld(message: str, error: BaseException | None = None) -> str:
 )
 def test_what_anybody_said_is_not_in_the_backends_log(message: str) -> None:
     assert "SECRET" not in withheld(message)
+
+
+def test_the_end_of_a_thread_leaves_no_words_either(capsys: pytest.CaptureFixture[str]) -> None:
+    """In mlx-lm 0.31 the generation thread ends with a traceback."""
+    said = "SEC" + "RET"
+    with armed_quiet():
+        thread = threading.Thread(target=int, args=(said,), name="Thread-1 (_generate)")
+        thread.start()
+        thread.join()
+    shown = capsys.readouterr().err
+    assert shown.startswith("Exception in thread Thread-1 (_generate): ValueError")
+    assert said not in shown
 
 
 def test_figures_are_in_the_backends_log() -> None:

@@ -15,12 +15,15 @@ def beats(
     doing: str | None = "step",
     cpu: float = 0.0,
     steps: float = 0.0,
+    faults: float = 0.0,
     gpu: bool = False,
 ) -> Liveness:
     """The beats of so many seconds, with processor seconds and steps per second."""
     liveness = Liveness(computes_on_cpu=not gpu)
     for second in range(seconds + 1):
-        beat = Beat(int(second * steps), doing, busy=True, cpu=second * cpu)
+        beat = Beat(
+            int(second * steps), doing, busy=True, cpu=second * cpu, faults=int(second * faults)
+        )
         liveness.take(beat, float(second))
     return liveness
 
@@ -47,7 +50,19 @@ def test_a_step_that_computes_may_take_until_the_stall_limit() -> None:
 def test_a_step_on_a_gpu_uses_no_processor_time() -> None:
     assert hang(beats(299, gpu=True), 299) is None
     assert "STALL_TIMEOUT" in str(hang(beats(302, gpu=True), 302))
-    assert "stood still" in str(hang(beats(11, gpu=True, doing=None), 11))
+    assert "stood still" in str(hang(beats(11, gpu=True, doing="tokenize"), 11))
+    assert hang(beats(29, gpu=True, doing=None), 29) is None, "it may wait for the GPU"
+    assert "stood still" in str(hang(beats(31, gpu=True, doing=None), 31))
+
+
+def test_a_process_that_waits_for_pages_from_the_disk_does_not_hang() -> None:
+    assert hang(beats(200, faults=3), 200) is None
+
+
+def test_an_hour_without_requests_is_not_the_length_of_a_step() -> None:
+    liveness = beats(3)  # the last beat came before the end of the step
+    liveness.take(Beat(0, "step", busy=True, cpu=0, faults=0), 3600.0)
+    assert hang(liveness, 3601, waiting_since=3599) is None
 
 
 def test_an_adapter_may_be_read_from_a_slow_disk() -> None:
@@ -65,9 +80,9 @@ def test_a_process_that_no_longer_says_anything_is_a_hang() -> None:
 def test_nothing_is_expected_of_an_idle_thread() -> None:
     liveness = Liveness(computes_on_cpu=True)
     for second in range(1000):
-        liveness.take(Beat(7, None, busy=False, cpu=0), float(second))
+        liveness.take(Beat(7, None, busy=False, cpu=0, faults=0), float(second))
     assert hang(liveness, 1000) is None
-    liveness.take(Beat(7, "step", busy=True, cpu=0), 1000.0)
+    liveness.take(Beat(7, "step", busy=True, cpu=0, faults=0), 1000.0)
     assert hang(liveness, 1005) is None
 
 

@@ -62,7 +62,9 @@ class Link:
     def _run(self) -> None:
         with self._ours, self._ours.makefile("rb") as lines, contextlib.suppress(OSError):
             while line := lines.readline(MAX_LINE_BYTES):
-                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, AttributeError, RecursionError
+                ):
                     self._take(json.loads(line))
 
     def _take(self, report: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ as a whole no longer even says so.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +15,9 @@ SILENT_SECONDS: Final = 20.0
 """No beat for this long while a request waits: the process stands still as a whole. Beats come
 every second; a machine that pages heavily delays them by some."""
 STUCK_SECONDS: Final = 10.0
-"""No step, and no processor time used, for this long, where a step would use it."""
+"""No step, no processor time and no page from the disk for this long, where a step needs them."""
+STUCK_BESIDE_GPU_SECONDS: Final = 30.0
+"""The same between two steps on a GPU: it may be the GPU that is waited for."""
 IDLE_SHARE: Final = 0.05
 """A processor's share below which a process does not compute: its watcher alone needs less."""
 
@@ -27,6 +30,7 @@ class Beat:
     doing: str | None
     busy: bool
     cpu: float
+    faults: int
 
     @classmethod
     def from_json(cls, value: Any) -> Beat:
@@ -41,6 +45,7 @@ class Beat:
             doing=None if doing is None else str(doing),
             busy=bool(value["busy"]),
             cpu=float(value["cpu"]),
+            faults=int(value["faults"]),
         )
 
 
@@ -60,10 +65,12 @@ class Liveness:
 
     def take(self, beat: Beat, now: float) -> None:
         """Take a beat that has come."""
-        last = self._last
-        if last is None or not (last.busy and beat.busy) or beat.steps != last.steps:
+        last, since = self._last, now - self._beat_at
+        # Beats pause while nobody asks for anything.
+        paused = last is None or not (last.busy and beat.busy) or since > SILENT_SECONDS
+        if last is None or paused or beat.steps != last.steps:
             self._step_at = self._used_at = now
-        elif beat.cpu - last.cpu > IDLE_SHARE * (now - self._beat_at):
+        elif beat.cpu - last.cpu > IDLE_SHARE * since or beat.faults != last.faults:
             self._used_at = now
         self._last, self._beat_at = beat, now
 
@@ -83,9 +90,8 @@ class Liveness:
             return f"its process has given no sign of life for {silent:.0f} s"
         if last is None or not last.busy:
             return None
-        needs_cpu = self._on_cpu or last.doing in (None, "tokenize")
         unused = self._beat_at - self._used_at
-        if needs_cpu and last.doing != "load" and unused > min(STUCK_SECONDS, stall_timeout):
+        if unused > self._stuck_after(last.doing):
             return f"its generation thread has stood still for {unused:.0f} s"
         limit, name = stall_timeout, "STALL_TIMEOUT"
         if last.doing == "load":
@@ -93,3 +99,11 @@ class Liveness:
         if self._beat_at - self._step_at > limit:
             return f"one step of its work has taken more than {limit:g} s ({name})"
         return None
+
+    def _stuck_after(self, doing: str | None) -> float:
+        """Return the seconds without any use of the processor that this work can never take."""
+        if doing == "load":
+            return math.inf
+        if self._on_cpu or doing == "tokenize":
+            return STUCK_SECONDS
+        return STUCK_BESIDE_GPU_SECONDS if doing is None else math.inf

@@ -130,6 +130,7 @@ class Departures:
         """
         gate.require(server, SERVER_NAMES)
         gate.require(generate, GENERATE_NAMES)
+        gate.require_attributes(generate, "BatchGenerator", ("_unprocessed_sequences",))
         self._arm_handler(server)
         self._arm_context(server)
         self._arm_queue(server)
@@ -197,6 +198,8 @@ class Departures:
         @functools.wraps(load)
         def load_for_request(this: Any, *arguments: Any, **named: Any) -> Any:
             try:
+                if self._taken is not None and self._taken.left:  # while it waited for a drain
+                    raise ClientLeft
                 return load(this, *arguments, **named)
             except BaseException:
                 self._release(self._taken)
@@ -273,7 +276,8 @@ class Departures:
         def serve_single(this: Any, request: Any, *arguments: Any) -> None:
             call = getattr(request[2], "call", None)
             try:
-                serve(this, request, *arguments)
+                with self._pulse.at("step"):  # reads images, before there is a token to count
+                    serve(this, request, *arguments)
             finally:
                 self._release(call)
 
@@ -282,10 +286,9 @@ class Departures:
             call, report = self._taken, named.get("prompt_progress_callback")
             if report is not None:
                 named["prompt_progress_callback"] = self._checked(call, report)
-            with self._pulse.at("step"):
-                for token in stream(*arguments, **named):
-                    self._pulse.step()
-                    yield token
+            for token in stream(*arguments, **named):
+                self._pulse.step()
+                yield token
 
         server.ResponseGenerator._serve_single = serve_single
         server.stream_generate = stream_generate

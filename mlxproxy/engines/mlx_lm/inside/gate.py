@@ -14,6 +14,18 @@ class Unexpected(Exception):
     """This mlx-lm is not as a feature expects; the message says in what."""
 
 
+def require_attributes(module: Any, name: str, attributes: tuple[str, ...]) -> None:
+    """Check that the constructor of a class sets these attributes, or at least knows their names.
+
+    Raises:
+        Unexpected: it does not know one of them.
+    """
+    known = getattr(module, name).__init__.__code__.co_names
+    for attribute in attributes:
+        if attribute not in known:
+            raise Unexpected(f"{module.__name__}.{name} has no {attribute}")
+
+
 def require(module: Any, names: Names) -> None:
     """Check that each name exists in `module` and takes the parameters, in this order.
 

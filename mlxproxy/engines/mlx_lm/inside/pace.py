@@ -22,6 +22,13 @@ LEAST = 8
 # the deeper in a prompt, the longer each token takes.
 GROWTH = 2
 
+BATCH_ATTRIBUTES = (
+    "prefill_step_size",
+    "prefill_batch_size",
+    "_currently_processing",
+    "_unprocessed_sequences",
+)
+
 
 class Pace:
     """How many tokens of prompts are read in a second, and the piece that follows from it."""
@@ -64,6 +71,7 @@ def arm(server: Any, generate: Any, clock: Callable[[], float] = time.monotonic)
         generate,
         {"BatchGenerator.next": ("self",), "PromptProcessingBatch.prompt": ("self", "tokens")},
     )
+    gate.require_attributes(generate, "BatchGenerator", BATCH_ATTRIBUTES)
     gate.require(server, {"stream_generate": ()})
     batch, prompts = generate.BatchGenerator, generate.PromptProcessingBatch
     advance, read, stream = batch.next, prompts.prompt, server.stream_generate

@@ -13,6 +13,7 @@ import logging
 import re
 import socketserver
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from types import TracebackType
@@ -49,7 +50,17 @@ def arm(serving: Callable[[], bool]) -> None:
         if error is not None and not isinstance(error, ConnectionError):
             logging.error("A request failed: %s", describe(error))
 
+    show = threading.excepthook
+
+    def excepthook(failed: threading.ExceptHookArgs) -> None:
+        if serving() and failed.exc_value is not None:
+            name = failed.thread.name if failed.thread else "?"
+            print(f"Exception in thread {name}: {describe(failed.exc_value)}", file=sys.stderr)
+        else:
+            show(failed)
+
     logging.setLogRecordFactory(quiet_record)
+    threading.excepthook = excepthook
     socketserver.BaseServer.handle_error = handle_error  # type: ignore[method-assign]
 
 

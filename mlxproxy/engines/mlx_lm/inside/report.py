@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -73,20 +74,18 @@ class Pulse:
     Attributes:
         steps: pieces of work done: a step of the batch, a token, a piece of a prompt.
         doing: what it is at now: ``step``, ``tokenize`` or ``load``; None between two of them.
-        since: when that began, in seconds of the monotonic clock.
         active: requests that the generation thread has taken and not yet let go.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.doing: str | None = None
-        self.since = time.monotonic()
         self.active = 0
 
     @contextlib.contextmanager
     def at(self, work: str) -> Iterator[None]:
         """Be at that work for the length of a block."""
-        before, self.doing, self.since = self.doing, work, time.monotonic()
+        before, self.doing = self.doing, work
         try:
             yield
         finally:
@@ -96,7 +95,6 @@ class Pulse:
     def step(self) -> None:
         """Count a piece of work as done."""
         self.steps += 1
-        self.since = time.monotonic()
 
     def beat(self, queued: int) -> dict[str, Any]:
         """Return the state as a report.
@@ -107,7 +105,7 @@ class Pulse:
         return {
             "steps": self.steps,
             "doing": self.doing,
-            "seconds": round(time.monotonic() - self.since, 3),
             "busy": bool(self.active or queued),
             "cpu": round(time.process_time(), 3),
+            "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
         }

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import departures, detokenizer, pace, prompt_cache, prompts, quiet, sampling
+from . import departures, detokenizer, gate, pace, prompt_cache, prompts, quiet, sampling
 from .gate import Unexpected
 from .report import Pulse, Reporter
 
-OPTIONS = "MLXPROXY_INSIDE"
+OPTIONS = "MLXPROXY_INSIDE"  # as in mlxproxy/backend.py
 BEAT_SECONDS = 1.0
 
 
@@ -43,14 +43,17 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "prompts": lambda: prompts.arm(server, options.get("context")),
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),
+        # Its beats tell of what departures count, and are sent by the thread that watches for them.
+        "heartbeat": lambda: _arm_heartbeat(server, reporter, pulse, watched),
         "death": lambda: quiet.arm_death(
             server, reporter.serving, lambda why: reporter.send(died=why)
         ),
-        "heartbeat": lambda: _arm_heartbeat(server, reporter, pulse, watched),
     }
     armed, off = [], {}
     for name, enable in features.items():
         try:
+            if name == "heartbeat" and "departures" in off:
+                raise Unexpected("it needs departures")
             enable()
             armed.append(name)
         except (Unexpected, AttributeError, TypeError) as error:
@@ -61,6 +64,11 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
 def _arm_heartbeat(
     server: Any, reporter: Reporter, pulse: Pulse, watched: departures.Departures
 ) -> None:
+    names: gate.Names = {
+        "ModelProvider._load": ("self",),
+        "ResponseGenerator._run_generate": ("self",),
+    }
+    gate.require(server, names)
     provider, generator = server.ModelProvider, server.ResponseGenerator
     load, run = provider._load, generator._run_generate
 
