@@ -153,11 +153,8 @@ def is_exclusive(request: Mapping[str, Any], own_seeds: bool = False) -> bool:
     Args:
         own_seeds: whether a seeded request has a generator of its own (`inside/sampling.py`).
     """
-    if not request.keys().isdisjoint({"adapters", "draft_model"}):
-        return True
-    if "seed" in request and not (own_seeds and not request.get("xtc_probability")):
-        return True
-    return bool(fields.images(request.get("messages", ())))
+    alone = {"adapters", "draft_model"} if own_seeds else {"adapters", "draft_model", "seed"}
+    return not request.keys().isdisjoint(alone) or bool(fields.images(request.get("messages", ())))
 
 
 def _combine(request: dict[str, Any], limits: Limits) -> None:

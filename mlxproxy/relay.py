@@ -311,7 +311,9 @@ _TEMPLATE = re.compile(
     r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
 )
 _EMPTY = "the prompt has no tokens"
-_PROMPT = re.compile(rf"{_EMPTY}|the prompt has \d+ tokens, and the model's context is \d+")
+_PROMPT = re.compile(
+    rf"{_EMPTY}|the prompt has (?:more than )?\d+ tokens, and the model's context is \d+"
+)
 _ADVICE = {True: "Send some text.", False: "Send less."}
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Ask again; if it happens with the same request, the backend's log says more."

@@ -193,6 +193,25 @@ def test_a_tool_call_may_take_longer_than_the_stall_limit(
     assert proxy.loaded()["pid"] == pid
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("text", "calls"), [('{"name": "f"}', ["{}"]), ("[1, 22]", []), ('"hello"', []), ('{"na', [])]
+)
+def test_a_models_call_that_is_not_quite_right_does_not_cost_the_answer(
+    start: Callable[..., Proxy], tmp_path: Path, text: str, calls: list[str], stream: bool
+) -> None:
+    pieces = [text[first : first + 5] for first in range(0, len(text), 5)]
+    tiny.build(tmp_path / "models" / "tiny" / "caller", says="caller", call=pieces)
+    proxy = start(tmp_path / "models")
+    proxy.load("tiny/caller")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    answer = proxy.chat(tools=tools, max_tokens=50, stream=stream)
+    assert answer.ok
+    assert "error" not in answer.text
+    for arguments in calls:
+        assert json.dumps(arguments) in answer.text
+
+
 def test_what_a_model_says_ends_nobodys_answer_and_reaches_nobody_else(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:

@@ -617,8 +617,6 @@ def test_what_the_backend_answers_alone_is_known_beforehand(
 def test_a_seed_of_its_own_lets_a_request_join_the_others() -> None:
     seeded = checked("chat", {"seed": 1})
     assert is_exclusive(seeded, own_seeds=True) is False
-    drawing = checked("chat", {"seed": 1, "xtc_probability": 0.5})
-    assert is_exclusive(drawing, own_seeds=True) is True
 
 
 def test_no_refusal_repeats_what_was_said() -> None:

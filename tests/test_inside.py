@@ -27,6 +27,7 @@ from mlxproxy.engines.mlx_lm.inside import (
     quiet,
     run,
     sampling,
+    tool_calls,
 )
 from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_attributes
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
@@ -268,17 +269,31 @@ def test_a_seed_gives_the_same_text_whoever_else_is_answered(armed_sampling: Any
 
 
 @pytest.mark.backend
-def test_a_seeded_request_joins_the_others_unless_it_draws_from_the_shared_generator(
-    armed_sampling: Any,
-) -> None:
+def test_a_seeded_request_joins_the_others(armed_sampling: Any) -> None:
     generator = SimpleNamespace(
         model_provider=SimpleNamespace(is_batchable=True), cli_args=SimpleNamespace(kv_bits=None)
     )
-    joins = armed_sampling.server.ResponseGenerator._is_batchable
     request = asked(5)
-    assert joins(generator, request)
+    assert armed_sampling.server.ResponseGenerator._is_batchable(generator, request)
     assert request.seed == 5
-    assert not joins(generator, asked(5, xtc_probability=0.5))
+
+
+@pytest.mark.backend
+def test_what_xtc_leaves_out_is_drawn_by_the_requests_own_seed(armed_sampling: Any) -> None:
+    """Two tokens are likely, and XTC leaves out the likelier one half of the times."""
+    mx = armed_sampling.mx
+    logits = mx.log(mx.array([[0.6, 0.4, 1e-6]]))
+    tokenizer = SimpleNamespace(encode=lambda text: [2], eos_token_ids={2})
+
+    def drawn(seed: int, probability: float = 0.5) -> list[int]:
+        request = asked(seed, xtc_probability=probability, xtc_threshold=0.1, temperature=0.01)
+        sample = armed_sampling.server._make_sampler(request, tokenizer)
+        return [sample(logits).item() for _ in range(32)]
+
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+    assert set(drawn(5)) == {0, 1}
+    assert set(drawn(5, probability=1.0)) == {1}
 
 
 @pytest.mark.backend
@@ -304,12 +319,100 @@ def test_a_prompt_that_the_model_cannot_take_is_one_requests_error(
         def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[list[int]]:
             return ([1] * tokens,)
 
+        def generate(self, request: Any, generation_args: Any) -> None: ...
+
     prompts.arm(Module(ResponseGenerator=ResponseGenerator), context=8)
     if refused is None:
         assert ResponseGenerator()._tokenize(None, None, None) == ([1] * tokens,)
         return
     with pytest.raises(ValueError, match=refused):
         ResponseGenerator()._tokenize(None, None, None)
+
+
+class Tokenizer:
+    """One of a token for each character, as the tokenizers package has it."""
+
+    def __init__(self) -> None:
+        self.backend_tokenizer = self
+        self._tokenizer = self
+        self.read: list[int] = []
+
+    def to_str(self) -> str:
+        return ""
+
+    def from_str(self, text: str) -> Tokenizer:
+        return self
+
+    def no_truncation(self) -> None: ...
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
+        self.read.append(len(texts[0]))
+        return [SimpleNamespace(ids=[1] * len(texts[0]))]
+
+
+def test_a_text_far_too_long_is_counted_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Tokenizer()
+    monkeypatch.setattr(Tokenizer, "from_str", staticmethod(lambda text: tokenizer))
+    counter = prompts.Counter()
+    assert not counter.exceeds(tokenizer, ["x" * 200_000], context=100_000), "may be short tokens"
+    assert tokenizer.read == []
+    assert counter.exceeds(tokenizer, ["x" * 4_000_000], context=100_000)
+    assert sum(tokenizer.read) < 3 * prompts.PIECE_CHARACTERS
+    assert not counter.exceeds(None, ["x" * 4_000_000], context=100_000), "cannot be told"
+
+
+def test_all_texts_of_a_request_are_counted() -> None:
+    parts = [{"type": "text", "text": "b"}, {"type": "image_url"}]
+    messages = [{"content": "a"}, {"content": parts}, {"content": None}, {}]
+    assert list(prompts.texts_of(SimpleNamespace(prompt=None, messages=messages))) == ["a", "b"]
+    assert list(prompts.texts_of(SimpleNamespace(prompt="p", messages=None))) == ["p"]
+
+
+# -- tool calls
+
+
+def calls_of(parsed: Any, *, client_left: bool = False) -> list[Any]:
+    """What becomes of a model's call that a parser reads as this."""
+
+    class ToolCallFormatter:
+        def __init__(self, tool_parser: Any, tools: Any, streaming: bool = False) -> None:
+            self.parser = tool_parser
+
+        def __call__(self, tool_calls: list[str]) -> list[Any]:
+            call = self.parser(tool_calls[0], None)
+            return [{"name": call["name"], "arguments": call["arguments"]}]
+
+    def parser(text: str, tools: Any) -> Any:
+        if isinstance(parsed, Exception):
+            raise parsed
+        return parsed
+
+    def check_client() -> None:
+        if client_left:
+            raise ConnectionError
+
+    tool_calls.arm(Module(ToolCallFormatter=ToolCallFormatter), check_client)
+    return ToolCallFormatter(parser, None)(["one call"])
+
+
+@pytest.mark.parametrize(
+    "parsed",
+    ["hello", 55, [1, 2], None, {}, {"name": 5}, KeyError("x"), RecursionError(), OverflowError()],
+)
+def test_a_call_that_cannot_be_read_costs_that_call_alone(parsed: Any) -> None:
+    assert calls_of(parsed) == []
+
+
+def test_a_call_without_arguments_has_none() -> None:
+    assert calls_of({"name": "f"}) == [{"name": "f", "arguments": {}}]
+    assert calls_of({"name": "f", "parameters": {"a": 1}}) == [{"name": "f", "arguments": {"a": 1}}]
+
+
+def test_no_call_is_read_for_a_client_that_has_left() -> None:
+    with pytest.raises(ConnectionError):
+        calls_of({"name": "f"}, client_left=True)
 
 
 # -- the pace of reading prompts

@@ -41,7 +41,7 @@ GENERATE_NAMES: gate.Names = {
 }
 
 
-class ClientLeft(Exception):
+class ClientLeft(ConnectionError):
     """The client of this request has left."""
 
 
@@ -102,6 +102,12 @@ class Departures:
                 if not call.left:
                     call.look()
 
+    def check_client(self) -> None:
+        """Raise ClientLeft if the client that this thread serves has left."""
+        call = getattr(self._handler, "call", None)
+        if call is not None and call.left:
+            raise ClientLeft
+
     @contextlib.contextmanager
     def _watch(self, connection: socket.socket) -> Iterator[Call]:
         call = self._handler.call = Call(connection)
@@ -146,7 +152,7 @@ class Departures:
         def handle_completion(this: Any, request: Any, stop_words: Any) -> None:
             with self._watch(this.connection) as call:
                 call.released.set()  # until it is submitted
-                with contextlib.suppress(ClientLeft, ConnectionError):
+                with contextlib.suppress(ConnectionError):
                     handle(this, request, stop_words)
                 if call.left:
                     call.released.wait(LET_GO_SECONDS)

@@ -4,14 +4,24 @@ A prompt of no tokens (blank messages under a bare template, a `role_mapping` of
 the generation thread with `Sequence … has an empty prompt`. A prompt beyond the model's context is
 read for minutes, while everybody waits, for an answer that is noise. What a prompt's tokens are is
 known here alone; both become errors of that one request (mlx-lm 0.32.2 answers 404 with the text).
+
+The generation thread tokenizes, and everybody waits for it. So a very long text is counted before,
+on the thread of its own request, and only until it is too long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from . import gate
+
+PIECE_CHARACTERS = 1 << 16
+SEAM_TOKENS = 8  # that a cut between two pieces may add
+LONG = 2  # characters for each token of the context, from which on a text is counted beforehand
 
 EMPTY = "the prompt has no tokens"
 TOO_LONG = "the prompt has {tokens} tokens, and the model's context is {context}"
@@ -26,8 +36,20 @@ def arm(server: Any, context: int | None) -> None:
     Raises:
         Unexpected: it tokenizes in another way.
     """
-    gate.require(server, {"ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args")})
-    tokenize = server.ResponseGenerator._tokenize
+    names: gate.Names = {
+        "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
+        "ResponseGenerator.generate": ("self", "request", "generation_args"),
+    }
+    gate.require(server, names)
+    tokenize, generate = server.ResponseGenerator._tokenize, server.ResponseGenerator.generate
+    counter = Counter()
+
+    @functools.wraps(generate)
+    def count_and_generate(self: Any, request: Any, *arguments: Any, **named: Any) -> Any:
+        tokenizer = self.model_provider.tokenizer
+        if context is not None and counter.exceeds(tokenizer, texts_of(request), context):
+            raise ValueError(TOO_LONG.format(tokens=f"more than {context}", context=context))
+        return generate(self, request, *arguments, **named)
 
     @functools.wraps(tokenize)
     def _tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -40,3 +62,51 @@ def arm(server: Any, context: int | None) -> None:
         return result
 
     server.ResponseGenerator._tokenize = _tokenize
+    server.ResponseGenerator.generate = count_and_generate
+
+
+def texts_of(request: Any) -> Iterator[str]:
+    """Yield the texts that a prompt will hold at least."""
+    if isinstance(request.prompt, str):
+        yield request.prompt
+    for message in request.messages or ():
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
+
+
+class Counter:
+    """Counts tokens by a tokenizer of its own: one that two threads use may raise."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: Any = None
+        self._own: Any = None
+
+    def exceeds(self, tokenizer: Any, texts: Iterable[str], context: int) -> bool:
+        """Return whether these texts certainly have more tokens than the context, as far as that
+        can be told."""
+        whole = list(texts)
+        if sum(map(len, whole)) <= LONG * context:
+            return False
+        counted = 0
+        with contextlib.suppress(AttributeError, TypeError, ValueError), self._lock:
+            own = self._copy_of(tokenizer)
+            for text in whole:
+                for start in range(0, len(text), PIECE_CHARACTERS):
+                    piece = text[start : start + PIECE_CHARACTERS]
+                    (encoded,) = own.encode_batch([piece], add_special_tokens=False)
+                    counted += max(0, len(encoded.ids) - SEAM_TOKENS)
+                    if counted > context:
+                        return True
+        return False
+
+    def _copy_of(self, tokenizer: Any) -> Any:
+        if tokenizer is not self._of:
+            fast = tokenizer._tokenizer.backend_tokenizer
+            own = type(fast).from_str(fast.to_str())
+            own.no_truncation()
+            self._own, self._of = own, tokenizer
+        return self._own

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from . import tool_calls
+
 FIGURES = re.compile(
     r"Prompt processing progress: \d+/\d+"
     r"|Prompt Cache: \d+ sequences, [\d.]+ GB"
@@ -110,7 +112,7 @@ def _withheld(record: logging.LogRecord) -> str:
     message = record.getMessage()
     if message.startswith("Received tools but model does not support tool calling"):
         return "Received tools, but the model does not support tool calling."
-    if message.startswith("Failed to parse tool call"):
+    if message.startswith(tool_calls.FAILED):
         return "A tool call of the model's could not be parsed."
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:

@@ -18,7 +18,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import departures, detokenizer, gate, pace, prompt_cache, prompts, quiet, sampling
+from . import (
+    departures,
+    detokenizer,
+    gate,
+    pace,
+    prompt_cache,
+    prompts,
+    quiet,
+    sampling,
+    tool_calls,
+)
 from .gate import Unexpected
 from .report import Pulse, Reporter
 
@@ -40,6 +50,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "prompt_cache": lambda: prompt_cache.arm(cache),
         "detokenizer": lambda: detokenizer.arm(tokenizer_utils),
         "sampling": lambda: sampling.arm(server, sample_utils, mx),
+        "tool_calls": lambda: tool_calls.arm(server, watched.check_client),
         "prompts": lambda: prompts.arm(server, options.get("context")),
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),

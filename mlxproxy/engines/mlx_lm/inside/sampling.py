@@ -60,14 +60,17 @@ def arm(server: Any, utils: Any, mx: Any) -> None:
         if asked.min_p:
             log_min_p = mx.array(math.log(asked.min_p))
             filters.append(lambda x: min_p_filter(x, log_min_p))
+        draws = None if args.seed is None else Draws(mx, args.seed)
         if asked.xtc_probability > 0:
             special = tokenizer.encode("\n") + list(tokenizer.eos_token_ids)
             filters.append(
-                lambda x: utils.apply_xtc(x, asked.xtc_probability, asked.xtc_threshold, special)
+                (lambda x: utils.apply_xtc(x, asked.xtc_probability, asked.xtc_threshold, special))
+                if draws is None
+                else lambda x: _seeded_xtc(mx, utils, draws, x, asked, special)
             )
         if asked.top_k > 0:
             filters.append(lambda x: utils.apply_top_k(x, asked.top_k))
-        draw = _seeded(mx, args.seed) if _joins(args) else utils.categorical_sampling
+        draw = utils.categorical_sampling if draws is None else draws.token
 
         def sampler(logprobs: Any) -> Any:
             for apply in filters:
@@ -80,8 +83,7 @@ def arm(server: Any, utils: Any, mx: Any) -> None:
     def _is_batchable(self: Any, args: Any) -> Any:
         seed = args.seed
         try:
-            if _joins(args):
-                args.seed = None
+            args.seed = None
             return is_batchable(self, args)
         finally:
             args.seed = seed
@@ -90,20 +92,30 @@ def arm(server: Any, utils: Any, mx: Any) -> None:
     server.ResponseGenerator._is_batchable = _is_batchable
 
 
-def _joins(args: Any) -> bool:
-    """Whether a seeded request needs no generator but its own (XTC draws from the shared one)."""
-    return args.seed is not None and not args.sampling.xtc_probability > 0
+class Draws:
+    """The random draws of one request, which its seed alone decides."""
+
+    def __init__(self, mx: Any, seed: int) -> None:
+        self._mx = mx
+        self._key = mx.random.key(seed % (1 << KEY_BITS))
+
+    def _next(self) -> Any:
+        self._key, now = self._mx.random.split(self._key)
+        return now
+
+    def token(self, logprobs: Any, temperature: Any) -> Any:
+        """Draw a token, as mlx-lm's `categorical_sampling` does."""
+        return self._mx.random.categorical(logprobs * (1.0 / temperature), key=self._next())
+
+    def uniform(self) -> Any:
+        """Draw a number from 0 to 1."""
+        return self._mx.random.uniform(0, 1, key=self._next())
 
 
-def _seeded(mx: Any, seed: int) -> Callable[[Any, Any], Any]:
-    key = mx.random.key(seed % (1 << KEY_BITS))
-
-    def draw(logprobs: Any, temperature: Any) -> Any:
-        nonlocal key
-        key, now = mx.random.split(key)
-        return mx.random.categorical(logprobs * (1.0 / temperature), key=now)
-
-    return draw
+def _seeded_xtc(mx: Any, utils: Any, draws: Draws, logits: Any, asked: Any, special: Any) -> Any:
+    """Apply mlx-lm's XTC or not, as the request's own draw says."""
+    applied = utils.apply_xtc(logits, 1.0, asked.xtc_threshold, special)
+    return mx.where(draws.uniform() > asked.xtc_probability, logits, applied)
 
 
 def _min_p(mx: Any) -> Callable[[Any, Any], Any]:
