@@ -25,9 +25,9 @@ WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters"
 
 ONE_AT_A_TIME = """\
 import sys
-from mlx_lm import server
-server.ResponseGenerator._is_batchable = lambda self, args: False
-sys.exit(server.main())
+from mlx_lm.server import ResponseGenerator, main
+ResponseGenerator._is_batchable = lambda self, args: False
+sys.exit(main())
 """
 
 
