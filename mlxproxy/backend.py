@@ -22,8 +22,6 @@ import psutil
 
 from mlxproxy import ports, processes
 from mlxproxy.backendlog import Drain, Listener, LogFile
-from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.scanning import Fingerprint
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.errors import (
     BackendFailed,
@@ -34,6 +32,7 @@ from mlxproxy.errors import (
     ProxyError,
 )
 from mlxproxy.processes import Mark, ask
+from mlxproxy.spec import Load
 from mlxproxy.upstream import Silence, Upstream, parsed
 
 log = logging.getLogger("mlxproxy.backend")
@@ -59,46 +58,6 @@ FIRST_CHAT: tuple[str, dict[str, object]] = (
     {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
 )
 VERDICT = 0.5  # seconds in which the reason of a death follows the end of a connection
-
-
-@dataclass(frozen=True)
-class Load:
-    """A model and the options it is loaded with; equal loads are the same process.
-
-    Attributes:
-        ttl: seconds without a request until it is unloaded; None: the setting's.
-        adapters: adapter folders that requests may name.
-        draft_models: draft models that requests may name.
-        files: what was on disk at its path; None: not looked at, whatever it is.
-    """
-
-    model: Model = field(compare=False)
-    enable_thinking: bool = False
-    ttl: float | None = field(default=None, compare=False)
-    adapters: frozenset[str] = frozenset()
-    draft_models: frozenset[str] = frozenset()
-    files: Fingerprint | None = field(default=None, compare=False, repr=False)
-    path: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", str(self.model.path))
-
-    @property
-    def model_id(self) -> str:
-        return self.model.id
-
-    def is_met_by(self, loaded: Load) -> bool:
-        """Whether a process that was started for `loaded` is what this load asks for."""
-        return self == loaded and (self.files is None or self.files == loaded.files)
-
-    def options(self) -> dict[str, object]:
-        """What a client chose, as JSON."""
-        return {
-            "enable_thinking": self.enable_thinking,
-            "ttl": self.ttl,
-            "adapters": sorted(self.adapters),
-            "draft_models": sorted(self.draft_models),
-        }
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -16,10 +15,11 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from mlxproxy.controller.state import Snapshot
 from mlxproxy.metrics import Counts, Histogram
 
 
-def render(counts: Counts, state: dict[str, Any], memory: int, accept: str) -> tuple[bytes, str]:
+def render(counts: Counts, state: Snapshot, memory: int, accept: str) -> tuple[bytes, str]:
     """All metrics as text, and its content type.
 
     Args:
@@ -37,7 +37,7 @@ def render(counts: Counts, state: dict[str, Any], memory: int, accept: str) -> t
 class _Now(Collector):
     """One scrape."""
 
-    def __init__(self, counts: Counts, state: dict[str, Any], memory: int) -> None:
+    def __init__(self, counts: Counts, state: Snapshot, memory: int) -> None:
         self._counts = counts
         self._state = state
         self._memory = memory
@@ -62,9 +62,9 @@ class _Now(Collector):
         yield _histogram(
             "mlxproxy_tokens_per_second", "Generation speed of each answer", counts.speed
         )
-        yield GaugeMetricFamily("mlxproxy_in_flight", "Answers under way", self._state["in_flight"])
+        yield GaugeMetricFamily("mlxproxy_in_flight", "Answers under way", self._state.in_flight)
         yield GaugeMetricFamily(
-            "mlxproxy_waiting", "Requests waiting for a model or a place", self._state["waiting"]
+            "mlxproxy_waiting", "Requests waiting for a model or a place", self._state.waiting
         )
         yield _histogram(
             "mlxproxy_load_seconds", "From a backend's start to its first answer", counts.loads

@@ -12,8 +12,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from mlxproxy.controller.state import Event, Exited, Loaded, SlotState, Snapshot
 from mlxproxy.relay import Trace
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
@@ -64,7 +64,7 @@ class Metrics:
         self._counts = Counts()
         self._streams: dict[int, Trace] = {}
         self._last_speed: float | None = None
-        self._state = "empty"
+        self._state = SlotState.EMPTY
         self._left_ready: float | None = None  # when the swap under way began
 
     def counts(self) -> Counts:
@@ -104,23 +104,23 @@ class Metrics:
                 counts.speed.add(speed)
                 self._last_speed = speed
 
-    def event(self, kind: str, data: dict[str, Any]) -> None:
-        """Takes the controller's events; called under its lock, so this never waits."""
+    def event(self, event: Event) -> None:
+        """Take one of the controller's events, in their order; this never waits."""
         with self._lock:
-            if kind == "loaded":
-                self._counts.loads.add(data["seconds"])
+            if isinstance(event, Loaded):
+                self._counts.loads.add(event.seconds)
                 self._last_speed = None
-            elif kind == "death":
+            elif isinstance(event, Exited):
                 self._counts.deaths += 1
-            elif kind == "state":
-                self._enter(data["state"])
+            elif isinstance(event, Snapshot):
+                self._enter(event.main.state)
 
-    def _enter(self, state: str) -> None:
+    def _enter(self, state: SlotState) -> None:
         before, self._state = self._state, state
-        if state == "empty" or (state == "ready" and before == "draining"):
+        if state is SlotState.EMPTY or (state is SlotState.READY and before is SlotState.DRAINING):
             self._left_ready = None  # an unload, a failure, or a swap that was called off
-        elif before == "ready" and state in ("draining", "stopping"):
+        elif before is SlotState.READY and state in (SlotState.DRAINING, SlotState.STOPPING):
             self._left_ready = time.monotonic()
-        elif state == "ready" and self._left_ready is not None:
+        elif state is SlotState.READY and self._left_ready is not None:
             self._counts.swaps.add(time.monotonic() - self._left_ready)
             self._left_ready = None

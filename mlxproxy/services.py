@@ -11,25 +11,26 @@ from typing import Any
 
 from mlxproxy import guard
 from mlxproxy.access import Access, own_names
-from mlxproxy.backend import Backend, BackendConfig, Load, server_program
+from mlxproxy.backend import Backend, BackendConfig, server_program
 from mlxproxy.backendlog import LogFile
+from mlxproxy.blueprints import shapes
 from mlxproxy.budget import Budget
 from mlxproxy.catalog import Catalog, Model, memory
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.catalog.scanning import Fingerprint, fingerprint
-from mlxproxy.controller import Controller, Limits
+from mlxproxy.controller import Controller, History, Limits
+from mlxproxy.controller.state import Event
 from mlxproxy.errors import (
-    InsufficientMemory,
     LoadFailed,
     ModelNotFound,
     ModelsRootUnavailable,
     ProxyError,
 )
-from mlxproxy.history import History
 from mlxproxy.hub import Hub
 from mlxproxy.metrics import Metrics
 from mlxproxy.ownership import Ownership
 from mlxproxy.settings import Settings
+from mlxproxy.spec import Load
 
 log = logging.getLogger("mlxproxy")
 
@@ -106,17 +107,6 @@ class Services:
             images=load.model.capabilities.vision,
         )
 
-    def require_memory(self, load: Load) -> None:
-        """Raises InsufficientMemory, with the numbers, if the model cannot fit."""
-        fit = memory.fit(load.model, memory.available(self.controller.memory()))
-        if not fit.fits:
-            raise InsufficientMemory(
-                f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads '
-                "it all the same.",
-                needed_bytes=fit.needed,
-                available_bytes=fit.available,
-            )
-
     def preload(self) -> None:
         """Loads what PRELOAD says, in the background, waiting for a disk that is mounted late."""
         name = self.settings.preload
@@ -186,14 +176,15 @@ def build(settings: Settings) -> Services:
     def launch(load: Load, on_end: Callable[[str], None]) -> Backend:
         return Backend(as_it_is_now(load, catalog), config, on_end)
 
-    def emit(kind: str, data: dict[str, Any]) -> None:
-        metrics.event(kind, data)
-        hub.publish(kind, data)
+    def emit(event: Event) -> None:
+        metrics.event(event)
+        hub.publish(*shapes.event(event))
 
     limits = Limits(
         drain_timeout=settings.drain_timeout,
         shutdown_timeout=settings.shutdown_timeout,
         stall_timeout=settings.stall_timeout,
+        stop_timeout=settings.stop_timeout,
         idle_ttl=settings.idle_ttl,
         max_concurrent=settings.max_concurrent,
         max_queue=settings.max_queue,
@@ -203,7 +194,7 @@ def build(settings: Settings) -> Services:
         settings=settings,
         roots=roots,
         catalog=catalog,
-        controller=Controller(limits, launch, ownership, history, emit),
+        controller=Controller(limits, launch, ownership, history, emit, memory.available),
         history=history,
         access=access,
         hub=hub,

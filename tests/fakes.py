@@ -9,17 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlxproxy.backend import Load
-from mlxproxy.controller import Controller, Lease, Limits
+from mlxproxy.blueprints import shapes
+from mlxproxy.controller import Controller, History, Lease, Limits
 from mlxproxy.errors import LoadCancelled, LoadFailed, ProxyError
-from mlxproxy.history import History
 from mlxproxy.ownership import Ownership
 from mlxproxy.presence import Presence
+from mlxproxy.spec import Load
 
 
 def model_load(name: str, **options: Any) -> Load:
     """A load of a model that is nowhere on disk."""
-    model: Any = SimpleNamespace(path=Path("/models") / name, id=name, size_bytes=1000)
+    needed = 2000 if name == "big" else 1000
+    path = Path("/models") / name
+    model: Any = SimpleNamespace(path=path, id=name, size_bytes=1000, needed_bytes=needed)
     return Load(model, **options)
 
 
@@ -99,7 +101,9 @@ class FakeBackend:
 class World:
     """A controller over fake backends, and what they have seen."""
 
-    def __init__(self, folder: Path, **limits: Any) -> None:
+    def __init__(
+        self, folder: Path, available: Callable[[int], int] | None = None, **limits: Any
+    ) -> None:
         self.lock = threading.Lock()
         self.running: list[FakeBackend] = []
         self.starts: list[str] = []
@@ -110,17 +114,22 @@ class World:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.controller = Controller(
             Limits(**{"ended_grace": 0.05, **limits}),
-            lambda load, on_end: FakeBackend(self, load, on_end),  # type: ignore[arg-type, return-value]
+            lambda load, on_end: FakeBackend(self, load, on_end),
             Ownership(folder, 1),
             History(folder / "history.json"),
-            lambda kind, data: self.events.append((kind, data)),
+            lambda event: self.events.append(shapes.event(event)),
+            available,
         )
 
     def load(self, name: str, seconds: float = 5.0, **options: Any) -> ProxyError | None:
         """A load, waited for: its error, if it failed."""
-        transition = self.controller.load(model_load(name, **options))
-        assert transition.done.wait(seconds)
-        return transition.error
+        claim = self.controller.load(model_load(name, **options))
+        assert claim.done.wait(seconds)
+        return claim.error
+
+    def describe(self) -> dict[str, Any]:
+        """The whole state, as JSON."""
+        return shapes.state(self.controller.describe())
 
     def lease(self, name: str | None = None, client: str = "someone", **options: Any) -> Lease:
         wanted = model_load(name) if name else None

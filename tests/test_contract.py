@@ -404,3 +404,13 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers_before_anything_is_
     assert error(answer)["needed_bytes"] > error(answer)["available_bytes"] > 0
     assert "estimate" in error(answer)["message"]
     assert proxy.loaded()["id"] == "tiny/alpha"
+    proxy.unload()
+    chat = proxy.chat(model="tiny/huge")
+    assert chat.status_code == 507
+    assert error(chat)["code"] == "insufficient_memory"
+    assert error(chat)["needed_bytes"] == error(answer)["needed_bytes"]
+    assert not proxy.loaded()["loaded"]
+    proxy.stop()
+    preloading = start(root, PRELOAD="tiny/huge")
+    until(lambda: "PRELOAD: tiny/huge does not fit" in preloading.said(), what="the reason")
+    assert not preloading.loaded()["loaded"]

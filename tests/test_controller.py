@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from mlxproxy import controller
-from mlxproxy.controller import LEAST_ROOM, MAX_LOADS, Claim, Lease
+from mlxproxy.controller import Claim, History, controller
+from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS, Scheduler
 from mlxproxy.errors import (
     BackendFailed,
     BackendTimeout,
+    InsufficientMemory,
+    InternalError,
     LoadCancelled,
     LoadFailed,
     ModelSwapped,
@@ -41,11 +44,11 @@ def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
     for each in made:
         each.close()
         assert not each.running
-        assert not any(thread is each.controller._conductor for thread in threading.enumerate())
+        assert not any(thread.is_alive() for thread in each.controller.threads)
 
 
 def state(world: World) -> str:
-    return str(world.controller.describe()["state"])
+    return str(world.describe()["state"])
 
 
 # -- loads
@@ -85,7 +88,7 @@ def test_different_loads_go_one_after_the_other_in_order(world: Callable[..., Wo
     assert all(transition.done.wait(5) for transition in asked)
     assert it.starts == ["a", "b", "c"]
     assert it.most == 1
-    assert it.controller.describe()["id"] == "c"
+    assert it.describe()["id"] == "c"
 
 
 def test_a_failed_load_tells_why_and_what_was_loaded_before(world: Callable[..., World]) -> None:
@@ -93,7 +96,7 @@ def test_a_failed_load_tells_why_and_what_was_loaded_before(world: Callable[...,
     it.broken.add("b")
     it.load("a")
     assert isinstance(it.load("b"), LoadFailed)
-    told = it.controller.describe()
+    told = it.describe()
     assert told["state"] == "empty"
     assert told["last_failure"]["reason"] == "b is broken"
     assert told["last_failure"]["previous"] == "a"
@@ -107,7 +110,7 @@ def test_the_failure_is_forgotten_with_the_next_success(world: Callable[..., Wor
     it.broken.add("b")
     it.load("b")
     it.load("a")
-    assert it.controller.describe()["last_failure"] is None
+    assert it.describe()["last_failure"] is None
 
 
 def test_an_unload_cancels_a_load_in_progress_and_those_behind_it(
@@ -274,7 +277,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place_at_once(
     presence = Presence()
     left = it.lease(presence=presence)
     presence.leave()
-    assert it.controller.describe()["waiting"] == 0
+    assert it.describe()["waiting"] == 0
     with pytest.raises(BackendFailed):
         left.wait(0)
     it.lease()  # takes the place in the queue
@@ -353,7 +356,7 @@ def test_a_death_ends_each_answer_and_the_next_request_brings_the_model_back(
         assert isinstance(lease.error, BackendFailed)
         lease.release()
     until(lambda: state(it) == "empty", what="the reaping")
-    assert "SIGKILL" in it.controller.describe()["last_failure"]["reason"]
+    assert "SIGKILL" in it.describe()["last_failure"]["reason"]
     again = it.lease()
     assert again.wait(5)
     assert again.load == model_load("a", enable_thinking=True)
@@ -409,7 +412,7 @@ def test_a_backend_that_dies_while_it_drains_does_not_stop_the_swap(
     it.running[0].die()
     lease.release()
     assert swap.done.wait(5)
-    assert it.controller.describe()["id"] == "b"
+    assert it.describe()["id"] == "b"
 
 
 def test_a_failed_return_is_not_tried_again_by_itself(world: Callable[..., World]) -> None:
@@ -440,7 +443,7 @@ def test_a_busy_model_is_not_idle(world: Callable[..., World]) -> None:
     it = world(idle_ttl=0.1)
     it.load("a")
     lease = it.lease()
-    assert it.controller.describe()["idle_unload_in"] is None
+    assert it.describe()["idle_unload_in"] is None
     with pytest.raises(pytest.fail.Exception):
         until(lambda: state(it) != "ready", 0.4)
     lease.release()
@@ -733,7 +736,7 @@ def waiting_load(it: World, client: str, name: str, **options: Any) -> Claim:
 
 
 def pending(it: World) -> int:
-    return len(it.controller._transitions)
+    return len(it.controller._core.operations)
 
 
 def test_of_the_loads_that_a_client_does_not_wait_for_only_the_last_counts(
@@ -756,8 +759,8 @@ def test_equal_loads_that_a_client_does_not_wait_for_are_one(world: Callable[...
     on_a = it.lease()
     for _ in range(300):
         background(it, "greedy", "b")
-    (transition,) = it.controller._transitions
-    assert len(transition.claims) == 1
+    (operation,) = it.controller._core.operations
+    assert len(operation.claims) == 1
     on_a.release()
     until(lambda: it.starts == ["a", "b"] and state(it) == "ready", what="the load")
 
@@ -817,7 +820,7 @@ def test_a_load_that_has_begun_goes_on_when_its_client_leaves(world: Callable[..
     it.controller.leave(claim)
     it.may_load.set()
     assert it.lease().wait(5)
-    assert it.controller.describe()["id"] == "b"
+    assert it.describe()["id"] == "b"
 
 
 def test_with_nothing_loaded_a_load_whose_client_has_left_goes_on_for_a_request_that_waits(
@@ -857,7 +860,7 @@ def test_a_load_of_what_is_loaded_takes_back_the_load_before_it(
     back = it.controller.load(model_load("a", ttl=60.0), Claim("one", waits=False))
     assert back.done.wait(5)
     assert not back.changed
-    assert it.controller.describe()["options"]["ttl"] == 60
+    assert it.describe()["options"]["ttl"] == 60
     assert on_a.error is None
     assert it.starts == ["a"]
 
@@ -912,7 +915,7 @@ def test_a_load_that_joins_what_the_one_turned_away_for_it_wanted_is_carried_out
         last.wait(0)
     on_a.release()
     assert modest.wait(5)
-    assert it.controller.describe()["id"] == "c"
+    assert it.describe()["id"] == "c"
 
 
 def test_loads_and_unloads_by_turns_do_not_pile_up(world: Callable[..., World]) -> None:
@@ -939,7 +942,7 @@ def test_requests_that_wait_have_a_turn_between_two_loads(world: Callable[..., W
     for lease, name in ((own, "b"), (modest, "c")):
         assert lease.wait(5)
         assert lease.load.model_id == name
-        assert it.controller.describe()["id"] == name
+        assert it.describe()["id"] == name
         lease.release()
     assert all(claim.wait(5) for claim in loads)
     assert it.starts == ["a", "b", "c", "d"]
@@ -995,8 +998,8 @@ def test_a_model_that_has_changed_on_disk_is_loaded_again(world: Callable[..., W
     until(lambda: it.starts == ["a", "a"], what="the start")
     joined = it.controller.load(model_load("a", files=after))
     again = it.controller.load(model_load("a", files=before))
-    assert joined is changed
-    assert again is not changed
+    assert joined.operation is changed.operation
+    assert again.operation is not changed.operation
     it.may_load.set()
     assert again.done.wait(5)
     assert changed.changed
@@ -1011,7 +1014,7 @@ def test_a_load_that_has_not_begun_will_read_what_is_on_disk_then(
     on_a = it.lease()
     first = it.controller.load(model_load("b", files=("/models/b", ())))
     second = it.controller.load(model_load("b", files=("/models/other", ())))
-    assert second is first
+    assert second.operation is first.operation
     on_a.release()
     assert first.done.wait(5)
     assert it.starts == ["a", "b"]
@@ -1031,8 +1034,9 @@ def test_the_model_of_a_swap_whose_client_left_after_answers_were_cut_for_it_is_
     presence.leave()
     cut.release()
     until(lambda: state(it) == "ready", what="the swap")
-    assert it.controller.describe()["id"] == "b"
-    assert it.lease().wait(5)
+    assert it.describe()["id"] == "b"
+    assert (lease := it.lease()).wait(5)
+    lease.release()
 
 
 def test_the_ttl_of_a_load_that_joined_in_the_last_moment_counts(
@@ -1071,12 +1075,134 @@ def test_what_a_request_needs_is_decided_in_one_step_with_its_place(
     it = world()
     it.load("a")
 
-    class Slow(Lease):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            unload = threading.Thread(target=it.controller.unload)
-            unload.start()
-            unload.join(0.2)  # as far as it gets now
+    needs_target = Scheduler.needs_target
 
-    monkeypatch.setattr(controller, "Lease", Slow)
+    def unload() -> None:
+        with contextlib.suppress(ShuttingDown):  # where it comes after the test's end
+            it.controller.unload()
+
+    def slow(core: Scheduler) -> bool:
+        needed = needs_target(core)
+        thread = threading.Thread(target=unload)
+        thread.start()
+        thread.join(0.2)  # as far as it gets now
+        return needed
+
+    monkeypatch.setattr(Scheduler, "needs_target", slow)
     assert it.lease("a").wait(5)
+
+
+# -- what must not stop the controller
+
+
+def test_a_subscriber_that_fails_stops_nothing(
+    world: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    it = world()
+
+    def fail(event: object) -> None:
+        raise RuntimeError("a subscriber of the test")
+
+    it.controller._emit = fail
+    assert it.load("a") is None
+    assert it.load("b") is None
+    lease = it.lease()
+    assert lease.wait(5)
+    lease.release()
+    assert it.controller.unload().wait(5)
+    assert "a subscriber has failed" in caplog.text
+
+
+def test_what_is_told_is_told_in_order_however_many_threads_decide(
+    world: Callable[..., World],
+) -> None:
+    it = world()
+    slow = threading.Event()
+    told: list[str] = []
+
+    def tell(event: object) -> None:
+        if not told:
+            slow.wait(5)  # and all others come meanwhile
+        told.append(type(event).__name__)
+
+    it.controller._emit = tell
+    first = threading.Thread(target=it.controller.load, args=(model_load("a"),))
+    first.start()
+    until(lambda: it.describe()["state"] == "ready", what="the load, told to nobody yet")
+    assert it.lease().wait(5)
+    slow.set()
+    first.join(5)
+    until(lambda: told[-2:] == ["Loaded", "Snapshot"], what="the end of the load, told last")
+
+
+def test_a_stop_ends_although_a_process_cannot_be_ended(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = world(shutdown_timeout=0.0, stop_timeout=0.0)
+    monkeypatch.setattr(controller, "SHUTDOWN_MARGIN_SECONDS", 0.2)
+    it.load("a")
+    go, stop = threading.Event(), FakeBackend.stop
+
+    def hangs(backend: FakeBackend) -> None:
+        go.wait(30)
+        stop(backend)
+
+    monkeypatch.setattr(FakeBackend, "stop", hangs)
+    began = time.monotonic()
+    it.controller.shutdown()
+    assert time.monotonic() - began < 10
+    assert "pid 1" in caplog.text
+    go.set()
+    until(lambda: not it.running, what="the end after all")
+
+
+def test_a_start_that_fails_unforeseen_is_told_and_leaves_nothing(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = world()
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBackend, "wait_ready", lambda *_: 1 / 0)
+        assert isinstance(it.load("a"), InternalError)
+    assert not it.running
+    assert it.load("a") is None
+
+
+# -- memory
+
+
+def test_a_chat_that_needs_a_model_that_does_not_fit_is_refused_as_a_load_is(
+    tmp_path: Path,
+) -> None:
+    asked: list[int] = []
+
+    def available(returned: int) -> int:
+        asked.append(returned)
+        return 1500
+
+    it = World(tmp_path, available, swap_on_request=True)
+    try:
+        assert it.load("a") is None
+        with pytest.raises(InsufficientMemory) as load:
+            it.load("big")
+        with pytest.raises(InsufficientMemory) as chat:
+            it.lease("big").wait(5)
+        assert chat.value.message == load.value.message
+        assert it.load("big", force=True) is None
+        seen = len(asked)
+        assert it.lease("big").wait(5)
+        assert it.lease().wait(5)
+        assert len(asked) == seen, "asked for a request that needs no load"
+    finally:
+        it.close()
+
+
+def test_a_model_that_was_forced_is_forced_again_after_the_next_start(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    it = world()
+    it.load("a", force=True)
+    last = History(tmp_path / "history.json").last()
+    assert last is not None
+    assert last["force"] is True
+    it.load("b")
+    assert "force" not in (History(tmp_path / "history.json").last() or {})

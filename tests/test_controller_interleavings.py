@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from mlxproxy.controller import LEAST_ROOM, MAX_LOADS, Claim, Lease, Transition
+from mlxproxy.controller import Claim, Lease
+from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS
 from mlxproxy.errors import ProxyError, TooManyRequests
 from mlxproxy.presence import Presence
 from tests.conftest import until
@@ -41,7 +42,7 @@ class Interleavings(RuleBasedStateMachine):
         )
         self.world.broken.add("broken")
         self.open: list[tuple[Lease, Presence]] = []
-        self.transitions: list[Transition] = []
+        self.transitions: list[Claim] = []
         self.waiting: list[Claim] = []
 
     @rule(
@@ -122,8 +123,8 @@ class Interleavings(RuleBasedStateMachine):
     def the_places_are_not_exceeded_and_a_lone_request_is_alone(self) -> None:
         controller = self.world.controller
         with controller._lock:
-            leases = set(controller._leases)
-            waiting = len(controller._queue)
+            leases = set(controller._core.slots[0].requests)
+            waiting = len(controller._core.queue)
         assert len(leases) <= controller.limits.max_concurrent
         assert waiting <= controller.limits.max_queue
         if any(lease.exclusive for lease in leases):
@@ -133,7 +134,7 @@ class Interleavings(RuleBasedStateMachine):
     def a_lease_without_an_error_is_on_a_backend_that_lives(self) -> None:
         controller = self.world.controller
         with controller._lock:
-            for lease in controller._leases:
+            for lease in controller._core.slots[0].requests:
                 assert lease.backend is not None
                 assert lease.error or lease.backend in self.world.running
 
@@ -141,11 +142,11 @@ class Interleavings(RuleBasedStateMachine):
     def no_client_has_more_than_its_share_of_the_loads(self) -> None:
         controller = self.world.controller
         with controller._lock:
-            claims = [it for item in controller._transitions if item.load for it in item.claims]
-            pending = len(controller._transitions)
+            claims = [it for item in controller._core.operations if item.load for it in item.claims]
+            pending = len(controller._core.operations)
         for client in "xyz":
             mine = [it for it in claims if it.client == client]
-            transitions = {it.transition for it in mine if it.waits}
+            transitions = {it.operation for it in mine if it.waits}
             assert len(transitions) <= MAX_LOADS
             assert sum(not it.waits for it in mine) <= 1
         assert len(claims) <= LEAST_ROOM
@@ -153,7 +154,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def _all_done(self) -> None:
         for transition in self.transitions:
-            assert transition.done.wait(5), f"{transition.phase} does not end"
+            assert transition.done.wait(5), f"{transition.operation} does not end"
         for claim in self.waiting:
             with contextlib.suppress(ProxyError):
                 assert claim.wait(5), "nobody tells a client of the end"
@@ -167,11 +168,11 @@ class Interleavings(RuleBasedStateMachine):
         for lease, _ in self.open:
             lease.release()
         controller = world.controller
-        until(lambda: not controller.describe()["in_flight"], what="the return of the leases")
-        assert controller.describe()["waiting"] == 0
+        until(lambda: not world.describe()["in_flight"], what="the return of the leases")
+        assert world.describe()["waiting"] == 0
         world.close()
         assert not world.running
-        assert not controller._conductor.is_alive()
+        assert not any(thread.is_alive() for thread in controller.threads)
         for lease, _ in self.open:  # decided one way or the other: nobody waits for ever
             if lease.backend is None and lease.error is not None:
                 assert isinstance(lease.error, ProxyError)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxproxy import fairness
+from mlxproxy.controller import policy
 
 
 @dataclass(eq=False)
@@ -31,10 +31,10 @@ class Counters:
         self.waiting += [Request(client, next(self.turns)) for client in clients]
 
     def serve(self) -> Request:
-        request = fairness.next_in_turn(self.waiting, self.held)
+        request = policy.next_in_turn(self.waiting, self.held)
         self.waiting.remove(request)
         self.held[request.client] += 1
-        fairness.served(self.waiting, request.client, next(self.turns))
+        policy.served(self.waiting, request.client, next(self.turns))
         return request
 
     def serve_all(self, alone: bool = True) -> str:
@@ -111,7 +111,7 @@ def test_no_client_is_overtaken_twice_by_another(events: list[tuple[str, int]]) 
 )
 def test_where_one_too_many_waits_the_newest_of_the_greediest_goes(waiting: str, goes: int) -> None:
     requests = [Request(client) for client in waiting]
-    away = fairness.turned_away(requests)
+    away = policy.turned_away(requests)
     if waiting == "bbaac":  # two are equally greedy: one of them
         assert away in requests[:4]
     else:

@@ -23,8 +23,8 @@ import pytest
 
 from mlxproxy import processes
 from mlxproxy.catalog import Catalog
+from mlxproxy.controller import History
 from mlxproxy.files import read_record
-from mlxproxy.history import History
 from mlxproxy.ownership import Ownership, Record
 from mlxproxy.ports import is_free
 from mlxproxy.processes import MARK, lives

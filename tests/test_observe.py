@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mlxproxy import create_app, services, settings
 from mlxproxy.backendlog import LogFile
+from mlxproxy.controller.plan import Scheduler
+from mlxproxy.controller.state import Limits, Moment, SlotState
 from mlxproxy.errors import TooManyRequests
 from mlxproxy.hub import FOLLOWERS, FOLLOWERS_OF_ONE, KEPT, Hub
 from mlxproxy.logtail import LogTail
@@ -384,7 +387,8 @@ def test_a_stream_under_way_is_in_flight_and_has_a_speed(
 def told(metrics: Metrics, *states: str) -> int:
     """The swaps counted after these states."""
     for state in states:
-        metrics.event("state", {"state": state})
+        snapshot = Scheduler(Limits()).snapshot(Moment(0.0, 0.0))
+        metrics.event(replace(snapshot, main=replace(snapshot.main, state=SlotState(state))))
     return sum(metrics.counts().swaps.counts)
 
 

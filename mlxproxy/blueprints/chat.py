@@ -8,9 +8,9 @@ from typing import Literal
 from flask import Blueprint, Response, g
 
 from mlxproxy import guard, relay
-from mlxproxy.backend import Load
 from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
 from mlxproxy.controller import Lease
+from mlxproxy.spec import Load
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 

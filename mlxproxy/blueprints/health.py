@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Blueprint, request
 
+from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.web import services
 from mlxproxy.errors import ProxyError
 
@@ -16,7 +17,7 @@ blueprint = Blueprint("health", __name__)
 def health() -> dict[str, Any]:
     """The original's four fields, then what is under way and what went wrong last."""
     parts = services()
-    state = parts.controller.describe()
+    state = shapes.state(parts.controller.describe())
     answer = {
         "proxy": "ok",
         "backend": backend_word(state),

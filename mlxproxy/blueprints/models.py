@@ -9,11 +9,11 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from mlxproxy import guard
-from mlxproxy.backend import Load
+from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
 from mlxproxy.catalog import LONGEST_NAME, memory
 from mlxproxy.catalog.model import Model
-from mlxproxy.controller import Claim, Transition
+from mlxproxy.controller import Claim, Controller
 from mlxproxy.errors import (
     InvalidRequest,
     MethodNotAllowed,
@@ -21,6 +21,7 @@ from mlxproxy.errors import (
     ProxyError,
 )
 from mlxproxy.settings import seconds
+from mlxproxy.spec import Load
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
@@ -51,7 +52,7 @@ def listing() -> Response:
 def _items(models: Iterable[Model]) -> list[str]:
     """Models as the listing shows them, in JSON: what their files tell, and what is so now."""
     controller = services().controller
-    state = controller.describe()
+    state = shapes.state(controller.describe())
     loaded = state["model_id"]
     loading = (state["transition"] or {}).get("model_id")
     available = memory.available(controller.memory())
@@ -74,7 +75,7 @@ def _json(text: str) -> Response:
 @blueprint.get("/loaded")
 def loaded() -> dict[str, Any]:
     """What is loaded, since when, with which options; or why nothing is."""
-    state = services().controller.describe()
+    state = shapes.state(services().controller.describe())
     if state["model_id"] is None:
         kept = ("state", "state_since", "in_flight", "waiting", "transition", "last_failure")
         return {"loaded": False, **{name: state[name] for name in kept}}
@@ -97,19 +98,19 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
     parts = services()
     controller, claim = parts.controller, Claim(client(), waits=wait)
-    transition = controller.load(wanted, claim)
+    controller.load(wanted, claim)
     if not wait:
         return {"status": "loading", **_told(wanted)}, 202
     presence().on_leave(lambda: controller.leave(claim))
     if stream:
         record = recorder()
-        events = _progress(transition, claim, wanted)
+        events = _progress(controller, claim, wanted)
         response = Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
         response.call_on_close(lambda: controller.leave(claim))
         response.call_on_close(lambda: record(200, None))
         return response
     claim.wait()
-    return {"status": "loaded", **_told(wanted), "changed": transition.changed}
+    return {"status": "loaded", **_told(wanted), "changed": claim.changed}
 
 
 @blueprint.post("/unload")
@@ -117,10 +118,10 @@ def unload() -> dict[str, Any]:
     """Unloads what is loaded; cancels a load in progress."""
     _body(required=False)
     controller, claim = services().controller, Claim(client())
-    transition = controller.unload(claim)
+    controller.unload(claim)
     presence().on_leave(lambda: controller.leave(claim))
     claim.wait()
-    return {"status": "unloaded" if transition.changed else "already_unloaded"}
+    return {"status": "unloaded" if claim.changed else "already_unloaded"}
 
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -155,12 +156,13 @@ def _wanted(body: dict[str, Any]) -> Load:
         ) from None
     missing = parts.catalog.missing_roots()
     try:
-        wanted = parts.load_for(
+        return parts.load_for(
             name,
             enable_thinking=_flag(body, "enable_thinking", parts.settings.enable_thinking),
             ttl=ttl,
             adapters=_names(body, "adapters"),
             draft_models=_names(body, "draft_models"),
+            force=_flag(body, "force", False),
         )
     except ProxyError as error:
         if missing and error.code == "model_not_found":
@@ -168,9 +170,6 @@ def _wanted(body: dict[str, Any]) -> Load:
                 f"The models folder {missing[0]} is not there. Is the disk mounted?"
             ) from None
         raise
-    if not _flag(body, "force", False):
-        parts.require_memory(wanted)
-    return wanted
 
 
 def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
@@ -200,15 +199,15 @@ def _told(wanted: Load) -> dict[str, Any]:
     return {"model_id": wanted.path, "id": wanted.model_id, **wanted.options()}
 
 
-def _progress(transition: Transition, claim: Claim, wanted: Load) -> Iterator[bytes]:
+def _progress(controller: Controller, claim: Claim, wanted: Load) -> Iterator[bytes]:
     """The load as server-sent events: progress, then `loaded` or the error."""
     try:
         while not claim.wait(PROGRESS_INTERVAL):
-            yield _event({"status": "loading", **transition.progress()})
+            yield _event({"status": "loading", **shapes.progress(controller.progress(claim))})
     except ProxyError as error:
         yield error.event()
     else:
-        yield _event({"status": "loaded", **_told(wanted), "changed": transition.changed})
+        yield _event({"status": "loaded", **_told(wanted), "changed": claim.changed})
 
 
 def _event(data: dict[str, Any]) -> bytes:

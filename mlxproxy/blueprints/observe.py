@@ -27,6 +27,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.web import client as asker
 from mlxproxy.blueprints.web import presence, recorder, services
 from mlxproxy.errors import InvalidRequest
@@ -93,7 +94,7 @@ def snapshot(parts: Services) -> dict[str, Any]:
     """The state as the controller describes it, with speed (tokens per second) and memory."""
     load = parts.controller.current()
     return {
-        **parts.controller.describe(),
+        **shapes.state(parts.controller.describe()),
         "tokens_per_second": parts.metrics.speed(),
         "memory_bytes": parts.controller.memory(),
         "weights_bytes": load.model.weights_bytes if load is not None else None,
@@ -139,7 +140,7 @@ def _events(parts: Services, client: Presence, subscription: Subscription) -> It
             yield _event(*event)
             silent = 0.0
             continue
-        transition = parts.controller.describe()["transition"]
+        transition = shapes.state(parts.controller.describe())["transition"]
         silent += TICK
         if transition is not None and transition["kind"] == "load":
             yield _event("load", transition)

@@ -6,9 +6,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.backend import Load
 from mlxproxy.files import note, read_record
 from mlxproxy.settings import seconds
+from mlxproxy.spec import Load
 
 KEPT = 200
 
@@ -42,6 +42,7 @@ class History:
                 "model_id": load.path,
                 "enable_thinking": load.enable_thinking,
                 "ttl": load.ttl,
+                **({"force": True} if load.force else {}),
             }
             self._store()
 
@@ -69,6 +70,7 @@ def _last(stored: object) -> dict[str, Any] | None:
         "model_id": stored["model_id"],
         "enable_thinking": stored.get("enable_thinking") is True,
         "ttl": _duration(stored.get("ttl")),
+        **({"force": True} if stored.get("force") is True else {}),
     }
 
 

@@ -1,0 +1,87 @@
+"""The controller's typed values as the contract's JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxproxy.controller.state import (
+    Event,
+    Exited,
+    Failure,
+    Loaded,
+    OperationSnapshot,
+    Progress,
+    Snapshot,
+)
+from mlxproxy.spec import Load
+
+
+def state(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the whole state: what `/health` and `/v1/models/loaded` are made of."""
+    main, failure, operation = snapshot.main, snapshot.failure, snapshot.operation
+    load, left = main.load, main.idle_unload_in
+    return {
+        "state": main.state.value,
+        "state_since": main.state_since,
+        **_names(load),
+        "enable_thinking": load.enable_thinking if load else None,
+        "options": {**load.options(), "ttl": main.ttl} if load else None,
+        "loaded_at": main.loaded_at,
+        "pid": main.pid,
+        "port": main.port,
+        "in_flight": snapshot.in_flight,
+        "waiting": snapshot.waiting,
+        "idle_unload_in": None if left is None else round(left, 1),
+        "transition": None if operation is None else _operation(operation),
+        "last_failure": None if failure is None else _failure(failure),
+    }
+
+
+def progress(done: Progress) -> dict[str, Any]:
+    """Return how far a load is."""
+    return {
+        **_names(done.load),
+        "phase": done.phase.value,
+        "seconds": round(done.seconds, 1),
+        "bytes_read": done.bytes_read,
+        "bytes_total": done.bytes_total,
+        "last_seconds": done.last_seconds,
+    }
+
+
+def event(what: Event) -> tuple[str, dict[str, Any]]:
+    """Return the name and the data of an event of `/v1/events`."""
+    if isinstance(what, Snapshot):
+        return "state", state(what)
+    if isinstance(what, Progress):
+        return "load", progress(what)
+    if isinstance(what, Loaded):
+        return "loaded", {"id": what.load.model_id, "seconds": round(what.seconds, 2)}
+    assert isinstance(what, Exited)
+    return "death", {"id": what.load.model_id, "reason": what.reason}
+
+
+def _names(load: Load | None) -> dict[str, str | None]:
+    """The contract calls the path `model_id`, and the id `id`."""
+    return {"model_id": load.path if load else None, "id": load.model_id if load else None}
+
+
+def _operation(operation: OperationSnapshot) -> dict[str, Any]:
+    return {
+        "kind": "load" if operation.load else "unload",
+        "cause": operation.cause.value,
+        **_names(operation.load),
+        "phase": operation.phase.value,
+        "seconds": round(operation.seconds, 1),
+    }
+
+
+def _failure(failure: Failure) -> dict[str, Any]:
+    return {
+        **_names(failure.load),
+        "code": failure.code,
+        "reason": failure.reason,
+        "at": failure.at,
+        "previous": failure.previous,
+        "log": list(failure.log),
+    }

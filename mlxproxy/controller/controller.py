@@ -1,0 +1,500 @@
+"""The lock around the core: takes an event, asks the core, releases the lock, performs the effects.
+
+Nothing is logged, sent or waited for under the lock. What is slow (a start until it answers, a
+stop) is done by one worker thread a slot, which comes back with an event; one more thread, the
+timer, brings the events of deadlines. Effects of two events may be performed out of order by two
+threads: the core's state is the truth, and what must not overtake each other (the jobs of a slot;
+what is told to subscribers and the log) goes through a queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from mlxproxy.backend import without_paths
+from mlxproxy.controller.history import History
+from mlxproxy.controller.lease import Claim, Lease
+from mlxproxy.controller.plan import Scheduler
+from mlxproxy.controller.state import (
+    Abort,
+    Cancel,
+    Closed,
+    Effect,
+    Emit,
+    Event,
+    Finish,
+    Forget,
+    Grant,
+    Limits,
+    Log,
+    Moment,
+    Operation,
+    Phase,
+    Process,
+    Progress,
+    Reject,
+    Remember,
+    SlotState,
+    Snapshot,
+    Start,
+    Stop,
+)
+from mlxproxy.errors import InternalError, ProxyError, TooManyRequests
+from mlxproxy.ownership import Ownership
+from mlxproxy.presence import Presence
+from mlxproxy.spec import Load
+from mlxproxy.upstream import Upstream
+
+log = logging.getLogger("mlxproxy.controller")
+
+# What a shutdown may take beyond its drain and two stops: Python's own start of a process, a kill.
+SHUTDOWN_MARGIN_SECONDS = 30.0
+
+Launch = Callable[[Load, Callable[[str], None]], Process]
+Subscriber = Callable[[Event], None]
+Available = Callable[[int], int]
+
+
+class Controller:
+    """Loads, unloads, and leases of the backends.
+
+    Args:
+        limits: how long and how many.
+        launch: makes the (not yet started) backend for a load; told whom to call at its end.
+        ownership: records the child for the case that we are killed.
+        history: remembers what was loaded and how long it took.
+        emit: told of every change, for events and metrics; must not block.
+        available: the bytes that all models together may use, given those that the present ones
+            hold; None: without bounds.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        launch: Launch,
+        ownership: Ownership,
+        history: History,
+        emit: Subscriber = lambda event: None,
+        available: Available | None = None,
+    ) -> None:
+        self.limits = limits
+        self._launch = launch
+        self._ownership = ownership
+        self._history = history
+        self._emit = emit
+        self._available = available
+
+        self._lock = threading.Lock()
+        self._sooner = threading.Condition(self._lock)  # a deadline that the timer does not know
+        self._core = Scheduler(limits, unix=time.time())
+        self._cancels: dict[int, threading.Event] = {}  # of the start under way in each slot
+        self._timer_wakes: float | None = None
+        self._outbox: deque[Emit | Log] = deque()
+        self._telling = threading.Lock()
+        self._closed = threading.Event()
+        self._jobs: list[SimpleQueue[Callable[[], None] | None]] = [
+            SimpleQueue() for _ in self._core.slots
+        ]
+        self.threads = [
+            threading.Thread(target=self._work, args=(jobs,), name=f"slot-{number}", daemon=True)
+            for number, jobs in enumerate(self._jobs)
+        ]
+        self.threads.append(threading.Thread(target=self._time, name="timer", daemon=True))
+        for thread in self.threads:
+            thread.start()
+
+    # -- loads and unloads
+
+    def load(self, load: Load, claim: Claim | None = None) -> Claim:
+        """Ask for a load, or join an equal one; the claim's `wait` returns when it has ended.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+            TooManyRequests: the client waits for too many loads, or too many clients wait.
+            InsufficientMemory: the model cannot fit, and is not forced to.
+        """
+        claim = claim or Claim()
+        budget = self._budget()
+        self._decide(lambda core, now: core.on_load(claim, load, now), budget)
+        return claim
+
+    def unload(self, claim: Claim | None = None) -> Claim:
+        """Ask for the unload of what is loaded; cancel the loads that were asked for before.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+            TooManyRequests: too many wait for an unload.
+        """
+        claim = claim or Claim()
+        self._decide(lambda core, now: core.on_unload(claim, now))
+        return claim
+
+    def leave(self, claim: Claim) -> None:
+        """The client of a claim is gone. Called any number of times, from any thread."""
+        self._decide(lambda core, now: core.on_leave(claim, now))
+
+    def progress(self, claim: Claim) -> Progress:
+        """Return how far the load of a claim is."""
+        assert claim.operation is not None
+        return self._progress(claim.operation)
+
+    # -- leases
+
+    def lease(
+        self,
+        client: str,
+        presence: Presence,
+        target: Callable[[], Load | None] = lambda: None,
+        exclusive: bool = False,
+    ) -> Lease:
+        """Return a place for one request: granted at once if the model is there and a place free.
+
+        Args:
+            client: who asks, for a fair share.
+            presence: the client's; when it leaves, the place is given up.
+            target: finds the load for the model that the request names (None: whatever is
+                loaded). Called without the lock, and only where it matters.
+            exclusive: whether the request must have the backend to itself.
+
+        Raises:
+            ShuttingDown, TooManyRequests.
+        """
+        lease = Lease(self, None, client, presence, exclusive)
+        resolved = False
+        budget: int | None = None
+
+        def enqueue(core: Scheduler, now: Moment) -> list[Effect] | None:
+            if not resolved and not core.closing and core.needs_target():
+                return None
+            return core.on_request(lease, now)
+
+        while not self._decide(enqueue, budget):
+            lease.target, resolved = target(), True
+            current = self.current()
+            if current is None or lease.target not in (None, current):
+                budget = self._budget()  # a load may come of it
+        if isinstance(lease.error, TooManyRequests):
+            raise lease.error
+        presence.on_leave(lambda: self._left(lease))
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """See Lease.release."""
+        upstream: Upstream | None = None
+
+        def released(core: Scheduler, now: Moment) -> list[Effect]:
+            nonlocal upstream
+            upstream, lease.upstream = lease.upstream, None
+            return core.on_released(lease, now)
+
+        self._decide(released)
+        if upstream is not None:
+            upstream.close()
+
+    def _left(self, lease: Lease) -> None:
+        self._decide(lambda core, now: core.on_disconnected(lease, now))
+
+    def attach(self, lease: Lease, upstream: Upstream) -> None:
+        """See Lease.connect."""
+        with self._lock:
+            if lease.error is None:
+                lease.upstream = upstream
+                return
+        upstream.close()
+        raise lease.error
+
+    def comment(self, lease: Lease) -> bytes:
+        """See Lease.comment."""
+        seconds = int(time.monotonic() - lease.since)
+        with self._lock:
+            current = self._core.operations[0] if self._core.operations else None
+            place = self._core.position(lease)
+        if current is not None and current.load is not None:
+            what = f"{'draining for' if current.phase is Phase.DRAINING else 'loading'} "
+            what += current.load.model_id
+        else:
+            what = f"waiting for a place, number {place} in the queue"
+        return f": {what} {seconds}s\n\n".encode()
+
+    # -- the end
+
+    def shutdown(self) -> None:
+        """Refuse new work, let answers finish (`shutdown_timeout`), stop the processes, return.
+
+        It returns in bounded time, even where the system cannot end a process.
+        """
+        self._decide(lambda core, now: core.on_shutdown(now))
+        limits = self.limits
+        bound = (
+            limits.shutdown_timeout
+            + limits.ended_grace
+            + 2 * limits.stop_timeout
+            + SHUTDOWN_MARGIN_SECONDS
+        )
+        if not self._closed.wait(bound):
+            pids = ", ".join(str(process.pid) for process in self._processes())
+            log.error("stopped without the end of the backend (pid %s)", pids or "unknown")
+            return
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(SHUTDOWN_MARGIN_SECONDS)
+
+    def hurry(self) -> None:
+        """End the wait for answers in flight: somebody asked twice for the stop."""
+        self._decide(lambda core, now: core.on_hurry(now))
+
+    # -- what others may know
+
+    def current(self) -> Load | None:
+        """Return what is loaded and answers; without the lock, as it is asked at each request."""
+        slot = self._core.main_slot()
+        return slot.load if slot.answers else None
+
+    def has(self, feature: str) -> bool:
+        """Return whether the loaded backend has a feature of `engines/mlx_lm/inside/`."""
+        slot = self._core.main_slot()
+        process = slot.process if slot.state is not SlotState.LOADING else None
+        return process is not None and process.has(feature)
+
+    def untouched(self) -> bool:
+        """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
+        with self._lock:
+            return self._core.is_untouched()
+
+    def memory(self) -> int:
+        """Return the bytes that an end of the present backends would give back."""
+        return sum(backend.memory() or 0 for backend in self._processes())
+
+    def describe(self) -> Snapshot:
+        """Return the whole state."""
+        with self._lock:
+            return self._core.snapshot(_moment())
+
+    def _budget(self) -> int | None:
+        """Return the bytes for all models together; None where there are no bounds."""
+        return self._available(self.memory()) if self._available is not None else None
+
+    # -- events in, effects out
+
+    def _decide(
+        self,
+        event: Callable[[Scheduler, Moment], list[Effect] | None],
+        budget: int | None = None,
+    ) -> bool:
+        """Let the core decide about an event, and act; return False if the event was put off.
+
+        Raises:
+            ProxyError: the core refuses it.
+        """
+        effects: list[Effect] = []
+        try:
+            with self._lock:
+                now = _moment()
+                if budget is not None:
+                    self._core.on_memory(budget)
+                try:
+                    effects += self._exits(now)
+                    decided = event(self._core, now)
+                    effects += decided or ()
+                finally:
+                    self._note(effects)
+        finally:
+            self._perform(effects)
+        return decided is not None
+
+    def _note(self, effects: list[Effect]) -> None:
+        """Do what must be in one step with the decision: a few assignments, no more."""
+        for effect in effects:
+            if isinstance(effect, Grant):
+                _lease(effect).backend = effect.process
+            elif isinstance(effect, Start):
+                self._cancels[effect.slot] = threading.Event()
+            elif isinstance(effect, Cancel):
+                self._cancels[effect.slot].set()
+            elif isinstance(effect, (Emit, Log)):
+                self._outbox.append(effect)
+        deadline = self._core.next_deadline()
+        if deadline is not None and (self._timer_wakes is None or deadline < self._timer_wakes):
+            self._timer_wakes = deadline
+            self._sooner.notify()
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Grant):
+                _lease(effect).grant()
+            elif isinstance(effect, (Reject, Abort)):
+                _lease(effect).end()
+            elif isinstance(effect, Finish):
+                assert isinstance(effect.claim, Claim)
+                effect.claim.end(effect.error)
+            elif isinstance(effect, Start):
+                self._queue_start(effect)
+            elif isinstance(effect, Stop):
+                self._queue_stop(effect)
+            elif isinstance(effect, Remember):
+                self._history.loaded(effect.load, effect.seconds)
+            elif isinstance(effect, Forget):
+                self._history.unloaded()
+            elif isinstance(effect, Closed):
+                self._close()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell subscribers and the log what is in the outbox, in its order; whoever comes while
+        another thread does it leaves it to that one."""
+        while self._outbox and self._telling.acquire(blocking=False):
+            try:
+                while self._outbox:
+                    self._tell_one(self._outbox.popleft())
+            finally:
+                self._telling.release()
+
+    def _tell_one(self, effect: Emit | Log) -> None:
+        if isinstance(effect, Log):
+            log.log(effect.level, "%s", effect.line)
+            return
+        try:
+            self._emit(effect.event)
+        except Exception:
+            log.exception("a subscriber has failed")
+
+    def _publish(self, event: Event) -> None:
+        self._outbox.append(Emit(event))
+        self._tell()
+
+    # -- the ends of processes
+
+    def notice_exits(self) -> None:
+        """Tell the core of the processes that have ended, whoever has seen it."""
+        self._decide(lambda core, now: [])
+
+    def _exits(self, now: Moment) -> list[Effect]:
+        effects: list[Effect] = []
+        for slot in self._core.slots:
+            backend = slot.process
+            if backend is None or backend.ended is None or slot.exited or not slot.answers:
+                continue
+            reason = without_paths(backend.ended.replace(backend.load.path, backend.load.model_id))
+            effects += self._core.on_exited(
+                slot.id, reason, now, backend.hung, backend.last_words()
+            )
+        return effects
+
+    # -- the workers
+
+    def _work(self, jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+        while (job := jobs.get()) is not None:
+            try:
+                job()
+            except Exception:
+                log.exception("a job failed in a way that is not foreseen")
+
+    def _queue_start(self, effect: Start) -> None:
+        cancelled = self._cancels[effect.slot]
+        self._jobs[effect.slot].put(lambda: self._start(effect.slot, effect.load, cancelled))
+
+    def _queue_stop(self, effect: Stop) -> None:
+        self._jobs[effect.slot].put(lambda: self._stop(effect.slot, effect.process))
+
+    def _start(self, slot: int, load: Load, cancelled: threading.Event) -> None:
+        """Start a backend and wait until it has answered; tell the core how it ended."""
+        began = time.monotonic()
+        backend: Process | None = None
+        error: ProxyError | None = None
+        try:
+            backend = launched = self._launch(load, lambda reason: self.notice_exits())
+            self._decide(lambda core, now: core.on_launched(slot, launched))
+            command = backend.command()
+            self._ownership.starting(command)
+            backend.start()
+            self._ownership.started(command, backend.pid or 0)
+            backend.wait_ready(cancelled, lambda phase: self._on_phase(slot, Phase(phase)))
+            seconds = time.monotonic() - began
+            self._decide(lambda core, now: core.on_started(slot, launched, seconds, now))
+            self.notice_exits()  # between its first answer and now
+            return
+        except ProxyError as failure:
+            error = failure
+        except Exception:
+            log.exception("a start failed in a way that is not foreseen")
+            error = InternalError("The load failed for an internal reason; see the log.")
+        failed = error
+        self._end_process(backend)
+        self._decide(lambda core, now: core.on_failed(slot, failed, now))
+
+    def _on_phase(self, slot: int, phase: Phase) -> None:
+        operation = self._core.slots[slot].operation
+        self._decide(lambda core, now: core.on_phase(slot, phase))
+        if operation is not None:
+            self._publish(self._progress(operation))
+
+    def _stop(self, slot: int, process: Process) -> None:
+        self._end_process(process)
+        self._decide(lambda core, now: core.on_stopped(slot, now))
+
+    def _end_process(self, backend: Process | None) -> None:
+        try:
+            if backend is not None:
+                backend.stop()
+            self._ownership.stopped()
+        except Exception:
+            log.exception("a stop failed in a way that is not foreseen")
+
+    def _progress(self, operation: Operation) -> Progress:
+        slot = None if operation.slot is None else self._core.slots[operation.slot]
+        backend = slot.process if slot is not None and slot.operation is operation else None
+        load = operation.load
+        starting = operation.phase in (Phase.STARTING, Phase.LOADING, Phase.WARMING)
+        read = backend.bytes_read() if backend is not None and starting else None
+        total = load.model.size_bytes if load else None
+        return Progress(
+            load,
+            operation.phase,
+            time.monotonic() - operation.since,
+            min(read, total) if read is not None and total else None,
+            total,
+            self._history.seconds(load) if load else None,
+        )
+
+    def _processes(self) -> list[Process]:
+        found = (slot.process for slot in self._core.slots if slot.state is not SlotState.LOADING)
+        return [process for process in found if process is not None]
+
+    # -- the timer
+
+    def _time(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                self._timer_wakes = self._core.next_deadline()
+                wait = None if self._timer_wakes is None else self._timer_wakes - time.monotonic()
+                if wait is None or wait > 0:
+                    self._sooner.wait(wait)
+                    continue
+            try:
+                self._decide(lambda core, now: core.on_tick(now))
+            except Exception:
+                log.exception("a deadline failed in a way that is not foreseen")
+                time.sleep(1.0)  # it is still due: not at full speed
+
+    def _close(self) -> None:
+        self._closed.set()
+        for jobs in self._jobs:
+            jobs.put(None)
+        with self._lock:
+            self._sooner.notify_all()
+
+
+def _moment() -> Moment:
+    return Moment(time.monotonic(), time.time())
+
+
+def _lease(effect: Grant | Reject | Abort) -> Lease:
+    assert isinstance(effect.request, Lease)
+    return effect.request

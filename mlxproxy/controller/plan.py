@@ -1,0 +1,1015 @@
+"""The core: what is loaded, who is answered, what is to be done about it.
+
+Each `on_…` method takes an event and its moment, changes the state, and returns what is to be done,
+in order. Nothing here waits, starts, sends, logs or looks at a clock, so every decision sees a
+whole state. The core is not thread-safe: `controller.py` holds its lock around each call, and
+performs the effects when it has let go of it.
+
+Loads are carried out in the order in which they were asked for; those that compete neither for a
+slot nor for memory go on side by side. What bounds the wait behind them:
+
+- A client may wait for MAX_LOADS loads at a time, and of those that it does not wait for
+  (`"wait": false`) only the last counts.
+- A load that nobody wants any more (its clients have left, or asked for another) is withdrawn, as
+  long as no answer was cut and nothing was stopped for it. The old model answers on.
+- When a load has ended, the requests that wait and that the loaded model may answer get the free
+  places, once, before the next load drains it. So a request waits for the load that is under way,
+  and behind its own queue, but not for all the loads behind that one; and a load waits for the
+  answers of one such turn at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mlxproxy.controller import policy
+from mlxproxy.controller.state import (
+    Abort,
+    Cancel,
+    Cause,
+    Claim,
+    Closed,
+    Effect,
+    Emit,
+    Exited,
+    Failure,
+    Finish,
+    Forget,
+    Grant,
+    Limits,
+    Loaded,
+    Log,
+    Moment,
+    Operation,
+    OperationSnapshot,
+    Phase,
+    Process,
+    Reject,
+    Remember,
+    Request,
+    Slot,
+    SlotSnapshot,
+    SlotState,
+    Snapshot,
+    Start,
+    Stop,
+)
+from mlxproxy.errors import (
+    BackendFailed,
+    BackendTimeout,
+    InsufficientMemory,
+    LoadCancelled,
+    ModelSwapped,
+    ModelUnloaded,
+    NoModelLoaded,
+    ProxyError,
+    ShuttingDown,
+    TooManyRequests,
+)
+from mlxproxy.spec import Load
+
+RETRY_AFTER_SECONDS = 5
+MAX_LOADS = 4  # that one client may wait for at a time
+LEAST_ROOM = 8  # requests that may wait for loads at least, and for unloads at most
+
+INFO, WARNING, ERROR = 20, 30, 40  # the levels of `logging`
+
+
+class Scheduler:
+    """Decides about slots, operations and requests.
+
+    Args:
+        limits: how long and how many.
+        slots: how many processes there may be.
+
+    Attributes:
+        budget: bytes for all models together; see :meth:`on_memory`.
+    """
+
+    def __init__(self, limits: Limits, slots: int = 1, unix: float = 0.0) -> None:
+        self.limits = limits
+        self.slots = [Slot(number, state_since=unix) for number in range(slots)]
+        self.operations: list[Operation] = []
+        self.queue: list[Request] = []
+        self.failure: Failure | None = None
+        self.budget = sys.maxsize
+        self.asked = False
+        self.closing = False
+        self.hurried = False
+        self._turns = itertools.count(1)
+        self._effects: list[Effect] = []
+
+    # -- events: requests
+
+    def needs_target(self) -> bool:
+        """Return whether a request's model matters to what is decided about it now."""
+        settled = not self.operations and any(slot.may_grant for slot in self.slots)
+        return self.limits.swap_on_request or not settled
+
+    def on_request(self, request: Request, now: Moment) -> list[Effect]:
+        """Queue a request, and grant it if its model is there and a place is free.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+        """
+        self._refuse_if_closing()
+        request.turn = next(self._turns)
+        request.since = now.monotonic
+        self.queue.append(request)
+        self._settle(now)
+        if request in self.queue and len(self.queue) > self.limits.max_queue:
+            self._shed()
+            self._settle(now)
+        return self._decided()
+
+    def on_released(self, request: Request, now: Moment) -> list[Effect]:
+        """Give a request's place back, or take it out of the queue."""
+        slot = self._slot_of(request)
+        if slot is not None:
+            slot.requests.remove(request)
+            slot.last_use = now.monotonic
+        elif request in self.queue:
+            self._leave_queue(request, now)
+        else:
+            return []
+        self._settle(now)
+        return self._decided()
+
+    def on_disconnected(self, request: Request, now: Moment) -> list[Effect]:
+        """The client is gone: out of the queue, or its answer is ended. A granted request keeps its
+        place until it is released."""
+        error = BackendFailed("The client has left.")
+        if request in self.queue:
+            self._leave_queue(request, now)
+            self._reject(request, error)
+            self._settle(now)
+        elif request.error is None and self._slot_of(request) is not None:
+            self._abort(request, error)
+        return self._decided()
+
+    # -- events: loads and unloads
+
+    def on_load(self, claim: Claim, load: Load, now: Moment) -> list[Effect]:
+        """Load a model, or join an equal load.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+            TooManyRequests: the client waits for too many loads, or too many clients wait.
+            InsufficientMemory: the model cannot fit, whatever is stopped for it.
+        """
+        self._refuse_if_closing()
+        claim.since = now.monotonic
+        joins = self._equal(load, now) is not None
+        if not joins and (error := self._misfit(load)) is not None:
+            raise error
+        self._admit(claim, joins)
+        operation = self._equal(load, now)  # not before: what it joins may have been given up
+        self.asked = True
+        for slot in self.slots:
+            slot.crashed = None
+            slot.exits.clear()
+        if operation is None:
+            operation = self._add(Operation(load, Cause.ASKED, now.monotonic))
+        elif (loaded := self._loaded_in(load)) is not None and operation.is_over:
+            loaded.ttl = load.ttl
+        else:
+            operation.cause = Cause.ASKED
+            operation.load = load  # equal, but for the ttl
+        if not claim.waits:
+            self._supersede(claim.client)
+        self._claim(operation, claim)
+        self._settle(now)
+        return self._decided()
+
+    def on_unload(self, claim: Claim, now: Moment, only: int | None = None) -> list[Effect]:
+        """Unload what is loaded, in one slot or in all; cancel the loads before it.
+
+        Raises:
+            ShuttingDown: the proxy is about to end.
+            TooManyRequests: too many wait for an unload.
+        """
+        self._refuse_if_closing()
+        claim.since = now.monotonic
+        waiting = [each for item in self.operations if item.load is None for each in item.claims]
+        self._make_room(claim, waiting, LEAST_ROOM)
+        self.asked = True
+        for slot in self._about(only):
+            slot.restore = slot.crashed = None
+        error = LoadCancelled("The load was cancelled: an unload was asked for meanwhile.")
+        for item in list(self.operations):
+            if item.load is not None and only in (None, item.slot):
+                self._reject_waiting(item.load, error)
+                name = item.load.model_id
+                self._cancel(
+                    item, LoadCancelled(f"The load of {name} was cancelled by an unload."), now
+                )
+        last = self.operations[-1] if self.operations else None
+        if last is not None and last.load is None and last.only in (None, only):
+            operation = last
+            operation.cause = Cause.ASKED
+        else:
+            operation = Operation(None, Cause.ASKED, now.monotonic, only)
+            if self.operations or any(slot.is_occupied for slot in self._about(only)):
+                self._add(operation)
+            else:
+                operation.changed = False
+                operation.phase = Phase.DONE
+        self._claim(operation, claim)
+        self._settle(now)
+        return self._decided()
+
+    def on_leave(self, claim: Claim, now: Moment) -> list[Effect]:
+        """The client of a claim is gone. May be called any number of times."""
+        self._drop(claim, LoadCancelled("The client has left."))
+        self._settle(now)
+        return self._decided()
+
+    # -- events: processes
+
+    def on_launched(self, slot_id: int, process: Process) -> list[Effect]:
+        """A slot's process is about to start."""
+        slot = self.slots[slot_id]
+        assert slot.state is SlotState.LOADING
+        slot.process = process
+        if slot.operation is not None:
+            slot.operation.launched = process.load
+        return []
+
+    def on_phase(self, slot_id: int, phase: Phase) -> list[Effect]:
+        """A start has come so far."""
+        operation = self.slots[slot_id].operation
+        if operation is not None and operation.slot == slot_id and not operation.is_over:
+            operation.phase = phase
+        return []
+
+    def on_started(
+        self, slot_id: int, process: Process, seconds: float, now: Moment
+    ) -> list[Effect]:
+        """A slot's process has answered a first chat, so many seconds after its start."""
+        slot = self.slots[slot_id]
+        operation = slot.operation
+        assert slot.state is SlotState.LOADING
+        assert operation is not None
+        assert operation.load
+        slot.process, slot.load = process, process.load
+        slot.operation = None
+        slot.ttl = operation.load.ttl  # of the last load that joined
+        slot.loaded_at = now.unix
+        slot.last_use = now.monotonic
+        self.failure = None
+        loaded = operation.load
+        self._effects += (
+            Remember(loaded, seconds),
+            Log(INFO, f"{loaded.model_id} loaded in {seconds:.1f} s"),
+        )
+        self._enter(slot, SlotState.READY, now)
+        self._effects.append(Emit(Loaded(loaded, seconds)))
+        self._finish(operation, operation.cancelled, now)
+        self._settle(now)
+        return self._decided()
+
+    def on_failed(self, slot_id: int, error: ProxyError, now: Moment) -> list[Effect]:
+        """A start has failed or was given up; nothing of it is left."""
+        slot = self.slots[slot_id]
+        operation = slot.operation
+        assert slot.state is SlotState.LOADING
+        assert operation is not None
+        assert operation.load
+        load = operation.load
+        if operation.cancelled is not None:
+            error = operation.cancelled
+        else:
+            self._effects.append(Log(ERROR, f"{load.model_id} was not loaded: {error.message}"))
+            self.failure = Failure(
+                load,
+                error.code,
+                error.message,
+                now.unix,
+                operation.previous,
+                tuple(error.details.get("log", ())),
+            )
+            self._reject_waiting(load, error)
+        self._vacate(slot, now)
+        self._finish(operation, error, now)
+        self._settle(now)
+        return self._decided()
+
+    def on_stopped(self, slot_id: int, now: Moment) -> list[Effect]:
+        """A slot's process has been stopped and reaped."""
+        slot = self.slots[slot_id]
+        assert slot.state is SlotState.STOPPING
+        assert slot.operation is not None
+        # Who still writes to a slow client has no process any more.
+        slot.requests.clear()
+        slot.process = slot.load = None
+        slot.exited = False
+        if slot.operation.slot != slot_id or slot.operation.cancelled is not None:
+            self._vacate(slot, now)
+        self._settle(now)
+        return self._decided()
+
+    def on_exited(
+        self, slot_id: int, reason: str, now: Moment, hung: bool = False, log: Sequence[str] = ()
+    ) -> list[Effect]:
+        """A process that was ready has ended by itself, or can no longer generate.
+
+        Whoever sees it may tell: only the first time counts. A start sees its own end.
+
+        Args:
+            hung: whether it was taken for dead because it sent nothing.
+            log: its last words.
+        """
+        slot = self.slots[slot_id]
+        load = slot.load
+        if not slot.answers or slot.exited or load is None:
+            return []
+        slot.exited = True
+        slot.exits = policy.recent_exits(slot.exits, now.monotonic)
+        looping = policy.is_crash_loop(slot.exits)
+        slot.crashed = load if looping else None
+        slot.restore = None if looping else self._as_asked(slot)
+        sentence = f"The backend with {load.model_id} has ended: {reason}."
+        if looping:
+            sentence += (
+                f" That was {policy.CRASH_LOOP_EXITS} times in "
+                f"{policy.CRASH_LOOP_SECONDS / 60:g} minutes, so it stays down until a load is "
+                "asked for."
+            )
+        error = (BackendTimeout if hung else BackendFailed)(
+            f"The backend has ended in the middle of the answer: {reason}. Ask again."
+        )
+        for request in slot.requests:
+            self._abort(request, error)
+        self.failure = Failure(load, "backend_failed", sentence, now.unix, None, tuple(log))
+        self._effects += (Emit(Exited(slot_id, load, reason)), Log(ERROR, sentence))
+        self._settle(now)
+        return self._decided()
+
+    # -- events: time, memory, the end
+
+    def on_memory(self, budget: int) -> None:
+        """So many bytes are there for all models together."""
+        self.budget = budget
+
+    def on_tick(self, now: Moment) -> list[Effect]:
+        """Time has passed: decide what was waiting for it."""
+        self._settle(now)
+        return self._decided()
+
+    def on_shutdown(self, now: Moment) -> list[Effect]:
+        """Refuse new work, let answers finish for `shutdown_timeout`, empty all slots."""
+        if not self.closing:
+            self.closing = True
+            error = ShuttingDown("mlxproxy is stopping. Try again when it has been started.")
+            for request in list(self.queue):
+                self._reject(request, error)
+            self.queue.clear()
+            given_up = ShuttingDown("mlxproxy is stopping: the load was given up.")
+            for operation in list(self.operations):
+                if operation.load is not None:
+                    operation.cancelled = None  # the stop is the better reason
+                    self._cancel(operation, given_up, now)
+                operation.deadline = min(
+                    operation.deadline, now.monotonic + self.limits.shutdown_timeout
+                )
+            self._add(Operation(None, Cause.SHUTDOWN, now.monotonic))
+            self._settle(now)
+        return self._decided()
+
+    def on_hurry(self, now: Moment) -> list[Effect]:
+        """Wait for no answers any more: somebody asked twice for the stop."""
+        self.hurried = True
+        self._settle(now)
+        return self._decided()
+
+    def next_deadline(self) -> float | None:
+        """Return when :meth:`on_tick` is next needed, in monotonic seconds; None: never so far."""
+        waits = [
+            operation.deadline
+            for operation in self.operations
+            if any(self._is_waited_for(slot, operation) for slot in self._victims(operation))
+        ]
+        idle = (self._idle_deadline(slot) for slot in self.slots)
+        return min((*waits, *(moment for moment in idle if moment is not None)), default=None)
+
+    # -- questions
+
+    def snapshot(self, now: Moment) -> Snapshot:
+        """Return the whole state."""
+        slots = tuple(self._slot_snapshot(slot, now.monotonic) for slot in self.slots)
+        operation = self.operations[0] if self.operations else None
+        return Snapshot(
+            slots,
+            slots[self.main_slot().id],
+            None
+            if operation is None
+            else OperationSnapshot(
+                operation.load, operation.cause, operation.phase, now.monotonic - operation.since
+            ),
+            sum(slot.in_flight for slot in slots),
+            len(self.queue),
+            self.failure,
+        )
+
+    def main_slot(self) -> Slot:
+        """Return the slot that a question about "the" model is about: the last used of the ready,
+        else of those that are at work."""
+        answering = [slot for slot in self.slots if slot.answers]
+        busy = [slot for slot in self.slots if slot.state is not SlotState.EMPTY]
+        return max(answering or busy or self.slots[:1], key=lambda slot: slot.last_use)
+
+    def position(self, request: Request) -> int:
+        """Return the request's number in the queue, from 1; 0 if it is not in it."""
+        return self.queue.index(request) + 1 if request in self.queue else 0
+
+    def is_untouched(self) -> bool:
+        """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
+        occupied = any(slot.is_occupied for slot in self.slots)
+        return not (self.asked or self.closing or self.operations or occupied)
+
+    def _slot_snapshot(self, slot: Slot, now: float) -> SlotSnapshot:
+        shown = slot.answers
+        deadline = self._idle_deadline(slot)
+        # A process that has not answered yet, or has been stopped, is none that anybody may use.
+        process = slot.process if slot.state is not SlotState.LOADING else None
+        return SlotSnapshot(
+            slot.id,
+            slot.state,
+            slot.state_since,
+            slot.load if shown else None,
+            slot.loaded_at if shown else None,
+            slot.ttl if shown else None,
+            process.pid if process else None,
+            process.port if process else None,
+            len(slot.requests),
+            None if deadline is None else max(0.0, deadline - now),
+        )
+
+    # -- decisions: until nothing is left to decide
+
+    def _decided(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _settle(self, now: Moment) -> None:
+        while self._step(now):
+            pass
+
+    def _step(self, now: Moment) -> bool:
+        """Take the first of the steps that is due; return whether one was."""
+        return (
+            self._withdraw(now)
+            or any(self._advance(item, now) for item in self.operations if item.is_placed)
+            or self._reap_or_idle(now)
+            or self._take_next(now)
+        )
+
+    def _take_next(self, now: Moment) -> bool:
+        """Begin the next operation; before a load, whoever waits has a turn."""
+        waiting = next((item for item in self.operations if not item.is_placed), None)
+        if waiting is not None and waiting.load is None:
+            return self._place_unload(waiting, now)
+        if self.queue and not self.closing:
+            for slot in sorted(self.slots, key=lambda slot: -slot.last_use):
+                if slot.may_grant and self._grant(slot, now):
+                    return True
+        if waiting is not None:
+            return self._place_load(waiting, now)
+        return not self.closing and self._load_for_requests(now)
+
+    def _grant(self, slot: Slot, now: Moment) -> bool:
+        """Grant the slot's free places, a fair share to each client; return whether any was."""
+        assert slot.process is not None
+        assert slot.load is not None
+        held = Counter(request.client for request in slot.requests)
+        waiting = [request for request in self.queue if self._may_use(request, slot)]
+        before = len(slot.requests)
+        while waiting and len(slot.requests) < self.limits.max_concurrent:
+            request = policy.next_in_turn(waiting, held)
+            if held[request.client] >= policy.most_places(self.limits.max_concurrent):
+                break  # and so does each other client that waits
+            waiting.remove(request)
+            if not policy.may_go(request, slot.requests):
+                if policy.has_waited_enough(request, now.monotonic):
+                    break
+                continue
+            self.queue.remove(request)
+            slot.requests.append(request)
+            request.slot = slot.id
+            held[request.client] += 1
+            policy.served(self.queue, request.client, next(self._turns))
+            self._effects.append(Grant(request, slot.id, slot.process))
+        return len(slot.requests) > before
+
+    def _load_for_requests(self, now: Moment) -> bool:
+        """Load what the first request needs that no slot serves or will serve."""
+        if any(not item.is_placed for item in self.operations):
+            return False
+        for request in self.queue:
+            if any(self._suits(request, load) for load in self._present_or_coming()):
+                continue
+            wanted = self._wanted(request)
+            if wanted is None:
+                if any(slot.state is not SlotState.EMPTY for slot in self.slots):
+                    continue  # what is on its way decides it
+                self.queue.remove(request)
+                self._reject(request, self._nothing_loaded())
+                return True
+            if (error := self._misfit(wanted)) is not None:
+                self.queue.remove(request)
+                self._reject(request, error)
+                return True
+            operation = Operation(wanted, Cause.REQUEST, now.monotonic)
+            if (placement := self._placement(wanted)) is not None:
+                self._add(operation)
+                self._begin(operation, placement, now)
+                return True
+            return False
+        return False
+
+    def _present_or_coming(self) -> list[Load]:
+        """What answers requests now, or will without another operation."""
+        present = [slot.load for slot in self.slots if slot.load is not None and slot.may_grant]
+        coming = [item.load for item in self.operations if item.load and not item.cancelled]
+        return present + coming
+
+    def _wanted(self, request: Request) -> Load | None:
+        """What to load for a request that no slot serves: as it was, where it is the same."""
+        former = sorted(
+            (slot for slot in self.slots if slot.restore is not None),
+            key=lambda slot: -slot.last_use,
+        )
+        restored = (slot.restore for slot in former if slot.restore is not None)
+        wanted = next((load for load in restored if self._suits(request, load)), request.target)
+        crashed = [slot.crashed for slot in self.slots if slot.crashed is not None]
+        if wanted is None or len(crashed) == len(self.slots):
+            return None
+        return None if any(load.path == wanted.path for load in crashed) else wanted
+
+    def _place_load(self, operation: Operation, now: Moment) -> bool:
+        """Begin a load if its slot is there; end it where that is not needed or not possible."""
+        load = operation.load
+        assert load is not None
+        if (slot := self._loaded_in(load)) is not None:
+            operation.changed = False  # what was between has been withdrawn
+            slot.ttl = load.ttl
+            self._finish(operation, None, now)
+        elif (equal := self._on_its_way(load)) is not None:
+            self._join(operation, equal)
+        elif (error := self._misfit(load)) is not None:
+            self._reject_waiting(load, error)
+            self._finish(operation, error, now)
+        elif (placement := self._placement(load)) is not None:
+            self._begin(operation, placement, now)
+        else:
+            return False
+        return True
+
+    def _placement(self, load: Load) -> policy.Placement | None:
+        reserved = [
+            item
+            for item in self.operations
+            if item.load is not None and item.phase in (Phase.DRAINING, Phase.STOPPING)
+        ]
+        limits = self.limits
+        placement = policy.place(
+            load, self.slots, reserved, self.budget, limits.max_loaded, limits.pinned
+        )
+        # What an unload gives back may do: nobody else is evicted before that is known.
+        leaving = any(item.is_placed and item.load is None for item in self.operations)
+        return None if placement is not None and placement.victims and leaving else placement
+
+    def _place_unload(self, operation: Operation, now: Moment) -> bool:
+        slots = self._about(operation.only)
+        if any(slot.operation is not None for slot in slots):
+            return False
+        victims = tuple(slot.id for slot in slots if slot.is_occupied)
+        self._begin(operation, policy.Placement(-1, victims), now)
+        return True
+
+    def _begin(self, operation: Operation, placement: policy.Placement, now: Moment) -> None:
+        """Give the operation its slots: nothing is granted on them any more."""
+        limit = self._drain_limit(operation)
+        operation.deadline = now.monotonic + limit
+        operation.victims = placement.victims
+        operation.phase = Phase.DRAINING
+        if operation.load is not None:
+            operation.slot = placement.slot
+            self.slots[placement.slot].operation = operation
+        for slot in self._victims(operation):
+            slot.operation = operation
+            if slot.requests:
+                self._enter(slot, SlotState.DRAINING, now)
+
+    def _drain_limit(self, operation: Operation) -> float:
+        limits = self.limits
+        return (
+            limits.shutdown_timeout if operation.cause is Cause.SHUTDOWN else limits.drain_timeout
+        )
+
+    def _advance(self, operation: Operation, now: Moment) -> bool:
+        """Take an operation that has its slots one step further; return whether it went."""
+        if operation.phase is Phase.DRAINING:
+            waits = any(self._is_waited_for(slot, operation) for slot in self._victims(operation))
+            if waits and not self.hurried and now.monotonic < operation.deadline:
+                return False
+            self._cut(operation, now)
+            return True
+        if operation.phase is not Phase.STOPPING:
+            return False
+        went = False
+        for slot in self._victims(operation):
+            if not slot.answers:
+                continue
+            waits = self._is_waited_for(slot, operation)
+            if not waits or now.monotonic >= operation.deadline:
+                assert slot.process is not None
+                assert slot.load is not None
+                operation.previous = slot.load.model_id
+                self._enter(slot, SlotState.STOPPING, now)
+                self._effects.append(Stop(slot.id, slot.process))
+                went = True
+        if any(slot.is_occupied for slot in self._victims(operation)):
+            return went
+        self._emptied(operation, now)
+        return True
+
+    def _cut(self, operation: Operation, now: Moment) -> None:
+        """End the answers that are still in flight: too late to withdraw it."""
+        operation.phase = Phase.STOPPING
+        operation.deadline = now.monotonic + self.limits.ended_grace
+        error = self._ending_for(operation)
+        cut = [
+            request
+            for slot in self._victims(operation)
+            for request in slot.requests
+            if request.error is None
+        ]
+        for request in cut:
+            self._abort(request, error)
+        if cut:
+            self._effects.append(
+                Log(WARNING, f"{len(cut)} answers in flight ended: {error.message}")
+            )
+
+    def _emptied(self, operation: Operation, now: Moment) -> None:
+        """Start the load, or end the operation, now that all it had to stop is gone."""
+        if operation.load is None:
+            if operation.cause is Cause.ASKED:
+                for slot in self._about(operation.only):
+                    slot.restore = None  # it may have ended while it drained
+                self._effects.append(Forget())
+            self._finish(operation, None, now)
+            if operation.cause is Cause.SHUTDOWN:
+                self._effects.append(Closed())
+            return
+        assert operation.slot is not None
+        slot = self.slots[operation.slot]
+        if operation.cancelled is not None:
+            self._vacate(slot, now)
+            self._finish(operation, operation.cancelled, now)
+            return
+        for victim in self._victims(operation):
+            victim.operation = None
+        operation.victims = ()
+        operation.phase = Phase.STARTING
+        slot.operation = operation
+        slot.load = operation.load
+        slot.restore = None
+        self._enter(slot, SlotState.LOADING, now)
+        self._effects.append(Start(slot.id, operation.load))
+
+    def _reap_or_idle(self, now: Moment) -> bool:
+        """Empty a slot whose process has ended, or that nobody has used for long enough."""
+        for slot in self.slots:
+            if slot.operation is not None:
+                continue
+            cause = None
+            if slot.exited:
+                cause = Cause.EXIT
+            elif slot.load is not None and self._is_idle(slot, now):
+                cause = Cause.IDLE
+                slot.restore = self._as_asked(slot)
+                line = f"{slot.load.model_id} has been idle: unloading it"
+                self._effects.append(Log(INFO, line))
+            if cause is not None:
+                operation = self._add(Operation(None, cause, now.monotonic, slot.id))
+                self._begin(operation, policy.Placement(-1, (slot.id,)), now)
+                return True
+        return False
+
+    def _is_idle(self, slot: Slot, now: Moment) -> bool:
+        deadline = self._idle_deadline(slot)
+        return deadline is not None and now.monotonic >= deadline
+
+    def _idle_deadline(self, slot: Slot) -> float | None:
+        if not slot.may_grant or slot.requests or self.queue or self.closing:
+            return None
+        if any(not item.is_placed for item in self.operations):
+            return None  # which decide about it
+        return policy.idle_deadline(slot.last_use, slot.ttl, self.limits.idle_ttl)
+
+    # -- joining, withdrawing, cancelling
+
+    def _add(self, operation: Operation) -> Operation:
+        self.operations.append(operation)
+        return operation
+
+    def _equal(self, load: Load, now: Moment) -> Operation | None:
+        """What a load joins: one that nothing will undo, or what is loaded."""
+        for operation in reversed(self.operations):
+            if operation.serves(load) and operation.cancelled is None:
+                return operation
+            if not operation.is_placed or (operation.only is None and operation.load is None):
+                return None
+        if self._loaded_in(load) is None:
+            return None
+        return Operation(load, Cause.ASKED, now.monotonic, phase=Phase.DONE, changed=False)
+
+    def _loaded_in(self, load: Load) -> Slot | None:
+        found = (slot for slot in self.slots if slot.may_grant and slot.load is not None)
+        return next((slot for slot in found if slot.load and load.is_met_by(slot.load)), None)
+
+    def _on_its_way(self, load: Load) -> Operation | None:
+        placed = (item for item in self.operations if item.is_placed and not item.cancelled)
+        return next((item for item in placed if item.serves(load)), None)
+
+    def _join(self, operation: Operation, equal: Operation) -> None:
+        """Let a load that has not begun become part of an equal one that has."""
+        self.operations.remove(operation)
+        operation.phase = Phase.DONE
+        equal.load, equal.cause = operation.load, operation.cause
+        for claim in operation.claims:
+            claim.operation = equal
+        equal.claims += operation.claims
+
+    def _claim(self, operation: Operation, claim: Claim) -> None:
+        claim.operation = operation
+        operation.claims.append(claim)
+        if operation.is_over:
+            self._effects.append(Finish(claim, operation.error))
+
+    def _drop(self, claim: Claim, error: ProxyError) -> None:
+        operation = claim.operation
+        if operation is not None and claim in operation.claims and not operation.is_over:
+            operation.claims.remove(claim)
+            self._effects.append(Finish(claim, error))
+
+    def _supersede(self, client: str) -> None:
+        """Forget what the client wanted without waiting for it: only its last word counts."""
+        error = LoadCancelled("The same client has asked for another load since.")
+        for operation in self.operations:
+            for claim in [each for each in operation.claims if not each.waits]:
+                if claim.client == client:
+                    operation.claims.remove(claim)
+                    self._effects.append(Finish(claim, error))
+
+    def _admit(self, claim: Claim, joins: bool) -> None:
+        """Return if the client may ask for one more load.
+
+        Raises:
+            TooManyRequests: it waits for too many, or too many wait and it has the most.
+        """
+        loads = [item for item in self.operations if item.load is not None]
+        mine = sum(
+            any(each.waits and each.client == claim.client for each in item.claims)
+            for item in loads
+        )
+        if claim.waits and not joins and mine >= MAX_LOADS:
+            raise TooManyRequests(
+                f"You wait for {mine} loads already. Wait for one of them, or unload.",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        claims = [each for item in loads for each in item.claims]
+        self._make_room(claim, claims, max(LEAST_ROOM, self.limits.max_queue))
+
+    def _make_room(self, claim: Claim, others: Sequence[Claim], room: int) -> None:
+        """Turn away the newest claim of whoever has the most, if there is one too many.
+
+        Raises:
+            TooManyRequests: that is the newcomer's.
+        """
+        if len(others) < room:
+            return
+        # Whoever does not wait has been told that the load goes on.
+        waiting = sorted((each for each in others if each.waits), key=lambda each: each.since)
+        refused = policy.turned_away([*waiting, claim])
+        error = TooManyRequests(
+            "Too many requests wait for loads and unloads already. Try again in a few seconds.",
+            retry_after=RETRY_AFTER_SECONDS,
+        )
+        if refused is claim:
+            raise error
+        operation = refused.operation
+        assert operation is not None
+        operation.claims.remove(refused)  # the newcomer may want the same: not withdrawn here
+        self._effects.append(Finish(refused, error))
+
+    def _withdraw(self, now: Moment) -> bool:
+        """Cancel a load that nobody wants any more, if nothing was cut or stopped for it."""
+        for operation in self.operations:
+            if operation.may_be_withdrawn() and self._is_needless(operation):
+                self._cancel(operation, LoadCancelled("Nobody waits for this load any more."), now)
+                return True
+        return False
+
+    def _is_needless(self, operation: Operation) -> bool:
+        """Whether it is a load without a claim, and without a request that needs it."""
+        load = operation.load
+        if load is None or operation.claims:
+            return False
+        before = self._before(operation)
+        return not any(
+            self._suits(request, load) and not any(self._suits(request, other) for other in before)
+            for request in self.queue
+        )
+
+    def _before(self, operation: Operation) -> list[Load]:
+        """What will be loaded when it is the operation's turn, as far as that is known."""
+        before = {
+            slot.id: slot.load
+            for slot in self.slots
+            if slot.load is not None and not slot.exited and slot.answers
+        }
+        coming: list[Load] = []
+        for earlier in self.operations:
+            if earlier is operation:
+                break
+            if earlier.cancelled is not None:
+                continue
+            for victim in earlier.victims:
+                before.pop(victim, None)
+            if (earlier.load is None and not earlier.is_placed) or len(self.slots) == 1:
+                before.clear()
+                coming.clear()
+            if earlier.load is not None:
+                coming.append(earlier.load)
+        return [*before.values(), *coming]
+
+    def _cancel(self, operation: Operation, why: ProxyError, now: Moment) -> None:
+        """End a load: at once while nothing was stopped for it, else as soon as it can be."""
+        if operation.may_be_withdrawn():
+            for slot in self._victims(operation):
+                slot.operation = None
+                if slot.state is SlotState.DRAINING:
+                    self._enter(slot, SlotState.READY, now)
+            if operation.slot is not None:
+                self.slots[operation.slot].operation = None
+            self._finish(operation, why, now)
+            return
+        first = operation.cancelled is None
+        operation.cancelled = operation.cancelled or why
+        if first and operation.slot is not None and operation.phase is not Phase.STOPPING:
+            self._effects.append(Cancel(operation.slot))
+
+    def _finish(self, operation: Operation, error: ProxyError | None, now: Moment) -> None:
+        operation.error = error
+        operation.phase = Phase.FAILED if error else Phase.DONE
+        self.operations.remove(operation)
+        for slot in self.slots:
+            if slot.operation is operation:
+                slot.operation = None
+        self._effects += [Finish(claim, error) for claim in operation.claims]
+        self._effects.append(Emit(self.snapshot(now)))
+
+    # -- requests
+
+    def _suits(self, request: Request, load: Load) -> bool:
+        """Whether a model may answer the request."""
+        named = request.target if self.limits.swap_on_request else None
+        return named is None or named.path == load.path
+
+    def _may_use(self, request: Request, slot: Slot) -> bool:
+        """Whether a slot may answer the request: best the one whose model it names."""
+        assert slot.load is not None
+        target = request.target
+        ready = [other.load.path for other in self.slots if other.may_grant and other.load]
+        if target is not None and target.path in ready:
+            return target.path == slot.load.path
+        return self._suits(request, slot.load)
+
+    def _shed(self) -> None:
+        """The queue is too long by one: the newest of whoever has the most in it has to go."""
+        refused = policy.turned_away(self.queue)
+        self.queue.remove(refused)
+        in_flight = sum(len(slot.requests) for slot in self.slots)
+        error = TooManyRequests(
+            f"{in_flight} answers are in flight and {len(self.queue)} requests wait "
+            "already. Try again in a few seconds.",
+            retry_after=RETRY_AFTER_SECONDS,
+        )
+        self._reject(refused, error)
+
+    def _leave_queue(self, request: Request, now: Moment) -> None:
+        self.queue.remove(request)
+        for slot in self.slots:
+            if slot.load is not None and self._suits(request, slot.load):
+                slot.last_use = now.monotonic
+
+    def _reject_waiting(self, load: Load, error: ProxyError) -> None:
+        """Reject the requests that only that load could have served."""
+        others = [slot.load for slot in self.slots if slot.may_grant and slot.load is not None]
+        for request in list(self.queue):
+            if self._suits(request, load) and not any(
+                self._suits(request, each) for each in others
+            ):
+                self.queue.remove(request)
+                self._reject(request, error)
+
+    def _reject(self, request: Request, error: ProxyError) -> None:
+        if request.error is None:
+            request.error = error
+            self._effects.append(Reject(request, error))
+
+    def _abort(self, request: Request, error: ProxyError) -> None:
+        if request.error is None:
+            request.error = error
+            self._effects.append(Abort(request, error))
+
+    # -- sentences
+
+    def _misfit(self, load: Load) -> ProxyError | None:
+        """Why a load cannot fit into memory, with the numbers; None if it can."""
+        limits = self.limits
+        fit = policy.shortage(load, self.slots, self.budget, limits.max_loaded, limits.pinned)
+        if fit is None:
+            return None
+        return InsufficientMemory(
+            f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads it '
+            "all the same.",
+            needed_bytes=fit.needed,
+            available_bytes=fit.available,
+        )
+
+    def _refuse_if_closing(self) -> None:
+        if self.closing:
+            raise ShuttingDown("mlxproxy is stopping. Try again when it has been started anew.")
+
+    def _ending_for(self, operation: Operation) -> ProxyError:
+        limit = self.limits.drain_timeout
+        if self.closing:
+            return ShuttingDown("The answer was ended: mlxproxy is stopping.")
+        if operation.load is None:
+            return ModelUnloaded(
+                f"The answer was ended: the model is being unloaded, and {limit:g} s "
+                "(DRAIN_TIMEOUT) were not enough for it."
+            )
+        return ModelSwapped(
+            f"The answer was ended: {operation.load.model_id} is being loaded, and {limit:g} s "
+            "(DRAIN_TIMEOUT) were not enough for it. Ask again."
+        )
+
+    def _nothing_loaded(self) -> ProxyError:
+        if self.failure is not None:
+            return NoModelLoaded(
+                f"No model is loaded: {self.failure.reason} POST /v1/models/load loads one; "
+                "GET /v1/models lists them."
+            )
+        return NoModelLoaded(
+            "No model is loaded. POST /v1/models/load with a model_id from GET /v1/models first, "
+            "or name one of them as the model."
+        )
+
+    # -- slots
+
+    def _enter(self, slot: Slot, state: SlotState, now: Moment) -> None:
+        slot.enter(state, now.unix)
+        self._effects.append(Emit(self.snapshot(now)))
+
+    def _vacate(self, slot: Slot, now: Moment) -> None:
+        """Nothing is left in the slot."""
+        slot.process = slot.load = slot.ttl = None
+        slot.requests.clear()
+        slot.exited = False
+        if slot.state is not SlotState.EMPTY:
+            self._enter(slot, SlotState.EMPTY, now)
+
+    @staticmethod
+    def _as_asked(slot: Slot) -> Load:
+        """Return what is loaded as it was asked for last."""
+        assert slot.load is not None
+        return replace(slot.load, ttl=slot.ttl)
+
+    def _about(self, only: int | None) -> list[Slot]:
+        return self.slots if only is None else [self.slots[only]]
+
+    def _victims(self, operation: Operation) -> list[Slot]:
+        return [self.slots[number] for number in operation.victims]
+
+    def _slot_of(self, request: Request) -> Slot | None:
+        """Return the slot on which the request has a place."""
+        if request.slot is None:
+            return None
+        slot = self.slots[request.slot]
+        return slot if request in slot.requests else None
+
+    @staticmethod
+    def _is_waited_for(slot: Slot, operation: Operation) -> bool:
+        """Whether a slot that is to be emptied still has answers: to end well, as long as its
+        process lives, and then to notice their end."""
+        draining = operation.phase is Phase.DRAINING
+        return bool(slot.requests) and slot.answers and not (draining and slot.exited)

@@ -1,0 +1,209 @@
+"""The rules of the core, as functions: whose turn it is, who has to go, what fits, who is evicted.
+
+Fair share is round-robin among clients. A client's turn is the moment since which it has waited
+without being served, as a number that only grows: the arrival of its request, or the last grant to
+it if that came later. So a client that is served goes behind all who wait at that moment, however
+many requests it has; and nothing need be remembered of a client that has nothing waiting.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Protocol, TypeVar
+
+from mlxproxy.catalog.memory import Fit
+from mlxproxy.controller.state import Operation, Slot
+from mlxproxy.spec import Load
+
+# So many exits within so many seconds, and a slot stays down until a load is asked for.
+CRASH_LOOP_EXITS, CRASH_LOOP_SECONDS = 3, 300.0
+# A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
+EXCLUSIVE_PATIENCE_SECONDS = 10.0
+
+
+class Waiting(Protocol):
+    """A request that waits for a place.
+
+    Attributes:
+        client: whose it is.
+        turn: since when that client has waited without being served.
+    """
+
+    client: str
+    turn: int
+
+
+class Owned(Protocol):
+    """Anything that waits for a client."""
+
+    client: str
+
+
+class Exclusive(Protocol):
+    """A request that may have to be alone.
+
+    Attributes:
+        since: when it came, in monotonic seconds.
+    """
+
+    exclusive: bool
+    since: float
+
+
+W = TypeVar("W", bound=Waiting)
+T = TypeVar("T", bound=Owned)
+
+
+def next_in_turn(waiting: Sequence[W], held: Mapping[str, int]) -> W:
+    """Return the request to serve next: of the client that holds the fewest places, and among
+    those of the one that has waited longest; one client's requests stay in their order.
+
+    Args:
+        waiting: in the order of their arrival; at least one.
+        held: how many places each client holds.
+    """
+    return min(waiting, key=lambda request: (held.get(request.client, 0), request.turn))
+
+
+def most_places(max_concurrent: int) -> int:
+    """Return how many places one client may hold: of eight, one is there for other clients' short
+    answers, however long this one's are."""
+    return max_concurrent - max_concurrent // 8
+
+
+def served(waiting: Sequence[Waiting], client: str, now: int) -> None:
+    """Put a client that has just been served behind all who wait.
+
+    Args:
+        now: a number greater than every turn given out before.
+    """
+    for request in waiting:
+        if request.client == client:
+            request.turn = now
+
+
+def turned_away(waiting: Sequence[T]) -> T:
+    """Return who has to go where one too many waits: the newest of the client with the most.
+
+    Args:
+        waiting: in the order of their arrival; the newcomer, who goes if its client is among those
+            with the most, is the last.
+    """
+    counts = Counter(each.client for each in waiting)
+    greedy, most = counts.most_common(1)[0]
+    if counts[waiting[-1].client] == most:
+        return waiting[-1]
+    return next(each for each in reversed(waiting) if each.client == greedy)
+
+
+# -- an exclusive turn, idleness, crashes
+
+
+def may_go(request: Exclusive, in_flight: Sequence[Exclusive]) -> bool:
+    """Return whether the request may be answered beside those in flight."""
+    return not in_flight or not (request.exclusive or any(other.exclusive for other in in_flight))
+
+
+def has_waited_enough(request: Exclusive, now: float) -> bool:
+    """Return whether an exclusive request lets no others overtake it any more."""
+    return request.exclusive and now - request.since > EXCLUSIVE_PATIENCE_SECONDS
+
+
+def idle_deadline(last_use: float, ttl: float | None, default: float) -> float | None:
+    """Return when a model that nobody uses is to be unloaded; None: never.
+
+    Args:
+        ttl: seconds, of the load; None: the default. 0 means never.
+    """
+    seconds = default if ttl is None else ttl
+    return last_use + seconds if seconds else None
+
+
+def recent_exits(exits: Sequence[float], now: float) -> list[float]:
+    """Return the exits that still count, the one of this moment among them."""
+    return [moment for moment in exits if now - moment < CRASH_LOOP_SECONDS] + [now]
+
+
+def is_crash_loop(exits: Sequence[float]) -> bool:
+    """Return whether a process has ended so often that it is not started again by itself."""
+    return len(exits) >= CRASH_LOOP_EXITS
+
+
+# -- memory
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a load goes, and the slots that are emptied for it."""
+
+    slot: int
+    victims: tuple[int, ...]
+
+
+def shortage(
+    load: Load, slots: Sequence[Slot], budget: int, max_loaded: int, pinned: Collection[str]
+) -> Fit | None:
+    """Return the numbers if the load cannot fit, whatever is evicted for it; None if it can.
+
+    A load that is forced fits into any memory.
+    """
+    kept = [slot for slot in slots if slot.load is not None and slot.load.path in pinned]
+    available = budget - sum(slot.load.needed_bytes for slot in kept if slot.load is not None)
+    if len(kept) >= min(max_loaded, len(slots)):
+        return Fit(load.needed_bytes, 0)
+    fit = Fit(load.needed_bytes, max(0, available))
+    return None if load.force or fit.fits else fit
+
+
+def place(
+    load: Load,
+    slots: Sequence[Slot],
+    reserved: Sequence[Operation],
+    budget: int,
+    max_loaded: int,
+    pinned: Collection[str],
+) -> Placement | None:
+    """Return where a load goes now; None while it has to wait for what others do.
+
+    Evicted are: never a pinned model, never a busy one while an idle one will do, the fewest that
+    suffice, the longest unused first. What another operation empties still counts as there, since
+    that operation may be withdrawn.
+
+    Args:
+        reserved: the loads that have their slots and have not started yet.
+        budget: bytes for all models together.
+    """
+    free = [slot for slot in slots if not slot.is_occupied and slot.operation is None]
+    candidates = sorted(
+        (slot for slot in slots if slot.may_grant and slot.load and slot.load.path not in pinned),
+        key=lambda slot: slot.last_use,
+    )
+    held = {slot.id: slot.load.needed_bytes for slot in slots if slot.load is not None}
+    promised = sum(item.load.needed_bytes for item in reserved if item.load is not None)
+
+    def suffices(victims: Sequence[Slot]) -> bool:
+        left = len(held) - len(victims) + len(reserved)
+        used = sum(held.values()) + promised - sum(held[slot.id] for slot in victims)
+        return left < max_loaded and bool(free or victims) and used + load.needed_bytes <= budget
+
+    best = min(
+        (
+            victims
+            for count in range(len(candidates) + 1)
+            for victims in combinations(candidates, count)
+            if suffices(victims)
+        ),
+        key=lambda victims: (sum(bool(slot.requests) for slot in victims), len(victims)),
+        default=None,
+    )
+    if best is None and load.force:  # all that may go goes, once nothing is on its way
+        settled = all(slot.operation is None and not slot.exited for slot in slots)
+        best = tuple(candidates) if settled and not reserved else None
+    if best is None or not (free or best):
+        return None
+    # Of the free ones, one that has nothing to bring back.
+    target = min(free or best, key=lambda slot: (slot.restore is not None, slot.id))
+    return Placement(target.id, tuple(slot.id for slot in best))
