@@ -17,6 +17,7 @@ from mlxproxy.server import CannotListen, Server
 from mlxproxy.services import Services, build, catalog_of
 from mlxproxy.settings import Settings
 from mlxproxy.text import harmless
+from mlxproxy.waitress_check import UnsuitableWaitress, require_suitable
 
 log = logging.getLogger("mlxproxy")
 
@@ -29,7 +30,8 @@ def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Raises:
-        CannotServe: the address or the backend port is taken, or the instance folder unusable.
+        CannotServe: the address or the backend port is taken, the instance folder is unusable, or
+            the installed waitress does not suit.
         SettingError: the key file is not as it should be.
     """
     allocator.return_what_is_free()
@@ -40,6 +42,10 @@ def serve(settings: Settings) -> None:
 def _serve(settings: Settings) -> None:
     logs.to_terminal(settings.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
+    try:
+        require_suitable()
+    except UnsuitableWaitress as error:
+        raise CannotServe(str(error)) from None
     settings = with_models(settings)
     try:
         parts = build(settings)
