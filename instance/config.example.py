@@ -81,8 +81,5 @@
 # -- Names a request may set in chat_template_kwargs.
 # TEMPLATE_KWARGS = ["enable_thinking", "reasoning_effort"]
 
-# -- Tokens go to the client's socket at once; false: through waitress's buffers.
-# DIRECT_SEND = True
-
 # -- How much the proxy logs.
 # LOG_LEVEL = "INFO"

@@ -100,13 +100,19 @@ class Server:
         settings: host, port, and the counts that decide how many threads there are.
         stop: ends all work within its limits; called once, from a thread of its own.
         hurry: shortens a stop under way; called at a second signal.
+        channel_class: what each connection becomes; `Channel` sends through waitress's buffers.
 
     Raises:
         CannotListen: the address is taken or not of this machine.
     """
 
     def __init__(
-        self, app: Any, settings: Settings, stop: Callable[[], None], hurry: Callable[[], None]
+        self,
+        app: Any,
+        settings: Settings,
+        stop: Callable[[], None],
+        hurry: Callable[[], None],
+        channel_class: type[Channel] = DirectChannel,
     ) -> None:
         self._stop = stop
         self._hurry = hurry
@@ -141,7 +147,7 @@ class Server:
             bind_socket=False,
             sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
         )
-        self._server.channel_class = DirectChannel if settings.direct_send else Channel
+        self._server.channel_class = channel_class
 
     def run(self) -> None:
         """Serves until a signal or :meth:`stop`, then stops as told.

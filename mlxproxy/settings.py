@@ -281,11 +281,6 @@ class Settings:
         _texts,
         "Names a request may set in chat_template_kwargs",
     )
-    direct_send: bool = _setting(
-        True,
-        _boolean,
-        "Tokens go to the client's socket at once; false: through waitress's buffers",
-    )
     log_level: str = _setting(
         "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much the proxy logs"
     )

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import requests
 
+from mlxproxy.channel import Channel
 from tests import tiny
 from tests.terminal import Terminal, environment
 from tests.wire import Alone
@@ -56,7 +57,13 @@ def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the 
 
 
 class Proxy:
-    """A proxy in a process of its own, as `make run` starts it."""
+    """A proxy in a process of its own, as `make run` starts it.
+
+    Attributes:
+        program: the module that is run.
+    """
+
+    program = "mlxproxy"
 
     def __init__(self, instance: Path, models: Path | None, **settings: Any) -> None:
         self.instance = instance
@@ -77,7 +84,7 @@ class Proxy:
     def start(self, seconds: float = 20.0) -> Proxy:
         with self.output.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlxproxy", "serve"],
+                [sys.executable, "-m", self.program, "serve"],
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -186,8 +193,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
 def alone() -> Iterator[Callable[..., Alone]]:
     started: list[Alone] = []
 
-    def starter(application: Callable[..., Any], **fields: Any) -> Alone:
-        started.append(Alone(application, **fields))
+    def starter(application: Callable[..., Any], *channel_class: type[Channel]) -> Alone:
+        started.append(Alone(application, *channel_class))
         return started[-1]
 
     yield starter

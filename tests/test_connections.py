@@ -264,9 +264,12 @@ def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
 def test_no_question_gets_into_the_middle_of_an_answer(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool, version: str
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
+    version: str,
 ) -> None:
     monkeypatch.setattr(channel, "ASK_AT", tuple(step / 2000 for step in range(20_000)))
     events = [b"data: %d\n\n" % number for number in range(3000)]
@@ -279,7 +282,7 @@ def test_no_question_gets_into_the_middle_of_an_answer(
             if event.endswith(b"0\n\n"):
                 time.sleep(0.0005)
 
-    one = alone(application, direct_send=direct)
+    one = alone(application, channel_class)
     with ThreadPoolExecutor(4) as pool:
         for data in pool.map(lambda _: half_closed(one.port, version), range(8)):
             assert (CONTINUE in data) is (version == "1.1")
@@ -289,9 +292,11 @@ def test_no_question_gets_into_the_middle_of_an_answer(
             assert asked is (version == "1.1")  # HTTP/1.0 was given up before the head
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
 def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
 ) -> None:
     seen: list[bytes | None] = []
     for name in ("write_soon", "send_now"):
@@ -310,7 +315,7 @@ def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
         yield b"data: 1\n\n"
         yield b"data: 2\n\n"
 
-    assert half_closed(alone(application, direct_send=direct).port, "1.1")
+    assert half_closed(alone(application, channel_class).port, "1.1")
     assert seen
     assert set(seen) == {b""}
 

@@ -743,9 +743,11 @@ def test_long_answers_that_nobody_reads_take_little_memory(proxy: Proxy) -> None
     assert grown < 130, f"{grown} MB of the 320 that wait for them"
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
 def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
 ) -> None:
     assert channel.DEAF_AFTER <= 60
     monkeypatch.setattr(channel, "DEAF_AFTER", 0.3)
@@ -758,7 +760,7 @@ def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
         finally:
             ended.set()
 
-    one = alone(application, direct_send=direct)
+    one = alone(application, channel_class)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", one.port))
@@ -768,9 +770,11 @@ def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
     assert ended.is_set()
 
 
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
 def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, direct: bool
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
 ) -> None:
     monkeypatch.setattr(channel, "DEAF_AFTER", 0.3)
     ended = threading.Event()
@@ -784,7 +788,7 @@ def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
         finally:
             ended.set()
 
-    one = alone(application, direct_send=direct)
+    one = alone(application, channel_class)
     one.server._server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

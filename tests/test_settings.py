@@ -92,6 +92,8 @@ def test_a_misspelled_name_is_told_with_the_right_one(tmp_path: Path) -> None:
         load(tmp_path, "MODEL_ROOT = '/models'")
     with pytest.raises(SettingError, match="Did you mean PROXY_PORT"):
         load(tmp_path, env={"MLXPROXY_PROXYPORT": "1"})
+    with pytest.raises(SettingError, match=r"DIRECT_SEND \(from .*config\.py\) is not a setting"):
+        load(tmp_path, "DIRECT_SEND = False")
 
 
 def test_a_config_file_that_does_not_run_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ BODY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["direct", "waitress"])
+@pytest.fixture(scope="module", params=["mlxproxy", "tests.buffered"])
 def proxy(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Proxy]:
     """A proxy with a model loaded, once for each way of a token to its client."""
     instance = tmp_path_factory.mktemp("streams") / "instance"
-    proxy = Proxy(instance, models, DIRECT_SEND=request.param == "direct")
+    proxy = Proxy(instance, models)
+    proxy.program = request.param
     proxy.start()
     proxy.load("tiny/alpha")
     yield proxy

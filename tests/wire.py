@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlxproxy import server
+from mlxproxy import channel, server
 from mlxproxy.settings import Settings
 
 
@@ -68,11 +68,15 @@ def received(connection: socket.socket, seconds: float = 10.0) -> bytes:
 class Alone:
     """The server without the rest, over an application of a test's own."""
 
-    def __init__(self, application: Callable[..., Any], **fields: Any) -> None:
-        settings = Settings(
-            proxy_host="127.0.0.1", proxy_port=0, max_concurrent=1, max_queue=0, **fields
+    def __init__(
+        self,
+        application: Callable[..., Any],
+        channel_class: type[channel.Channel] = channel.DirectChannel,
+    ) -> None:
+        settings = Settings(proxy_host="127.0.0.1", proxy_port=0, max_concurrent=1, max_queue=0)
+        self.server = server.Server(
+            application, settings, lambda: None, lambda: None, channel_class
         )
-        self.server = server.Server(application, settings, lambda: None, lambda: None)
         self.port = self.server.address[1]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
