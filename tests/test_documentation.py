@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mlxproxy import settings
-from mlxproxy.cli import SettingOption, main
+from mlxproxy.cli import main
 from mlxproxy.commands import reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -20,19 +19,12 @@ def test_the_command_section_is_what_the_commands_say() -> None:
     assert reference.put(README) == README, again
 
 
-def test_every_command_and_option_is_in_the_readme() -> None:
-    names = {name for name, _, _ in settings.describe()}
+def test_every_command_and_option_says_what_it_does() -> None:
     with click.Context(main, info_name="mlxproxy") as context:
         for it in reference.contexts(context):
             assert it.command.help, f"{it.command_path} has no help"
-            assert it.command_path in SECTION
             for option in reference.options(it):
                 assert option.help, f"{it.command_path} {option.opts[0]} has no help"
-                if isinstance(option, SettingOption):
-                    assert str(option.name).upper() in names
-                else:
-                    for spelling in (*option.opts, *option.secondary_opts):
-                        assert spelling in SECTION, f"{it.command_path} {spelling}"
 
 
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/events", "/metrics"])
