@@ -98,7 +98,7 @@ class Access:
         return self._is_this_machine(match[2] or match[3]) or match[1] == host.lower()
 
     def _is_this_machine(self, name: str) -> bool:
-        return _is_loopback(name) or name in self.names
+        return is_loopback(name) or name in self.names
 
     def check_key(self, authorization: str | None, x_api_key: str | None) -> str | None:
         """The key that was given, None where none is set. Raises InvalidApiKey if it is wrong."""
@@ -161,7 +161,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether a name or an address, in lower case, is always of the machine that asks for it."""
     if _is_address(name):
         return ipaddress.ip_address(name.partition("%")[0]).is_loopback
     return name == "localhost" or name.endswith(".localhost")

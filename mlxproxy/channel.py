@@ -24,6 +24,7 @@ from typing import Any
 from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 
+from mlxproxy import sse
 from mlxproxy.access import SECURITY_HEADERS, request_id
 from mlxproxy.errors import (
     InsufficientStorage,
@@ -48,7 +49,7 @@ LINGER = 3.0  # seconds for which what a client still sends is read after its an
 LINGER_BYTES = 64 << 20  # and how much of it
 DISCARD = 256 << 10  # bytes read at once then
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-COMMENT = b":\n\n"  # means nothing in a stream of events
+COMMENT = sse.comment()
 
 
 class Request(WSGITask):
@@ -93,7 +94,7 @@ class Request(WSGITask):
     def _comment(self) -> bytes:
         """Return what may be sent between two pieces of the answer and means nothing there."""
         for name, value in self.response_headers:
-            if name.lower() == "content-type" and value.startswith("text/event-stream"):
+            if name.lower() == "content-type" and value.startswith(sse.MEDIA_TYPE):
                 return (
                     b"%x\r\n%b\r\n" % (len(COMMENT), COMMENT) if self.chunked_response else COMMENT
                 )

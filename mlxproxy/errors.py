@@ -6,7 +6,6 @@ turn them into a response, and a stream that has begun carries them as its last 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 
@@ -51,7 +50,9 @@ class ProxyError(Exception):
 
     def event(self) -> bytes:
         """The same object as one server-sent event, for a stream that has begun."""
-        return b"data: " + json.dumps(self.body()).encode() + b"\n\n"
+        from mlxproxy import sse  # whose reader raises errors itself
+
+        return sse.event(self.body())
 
 
 class _ClientError(ProxyError):

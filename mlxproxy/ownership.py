@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from mlxproxy import processes
 from mlxproxy.errors import LoadFailed
 from mlxproxy.files import note, read_record, remove, write_record
+from mlxproxy.instance import Instance
 from mlxproxy.processes import Mark, ask
 
 log = logging.getLogger("mlxproxy.ownership")
@@ -91,10 +92,11 @@ class Ownership:
     def __init__(self, instance: Path, port: int, stop_timeout: float = 10.0) -> None:
         self._port = port
         self._stop_timeout = stop_timeout
-        self._record = instance / f"backend-{port}.json"
-        self._holder = instance / f"proxy-{port}.json"
+        files = Instance(instance)
+        self._record = files.backend(port)
+        self._holder = files.proxy(port)
         instance.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(instance / f"backend-{port}.lock")
+        self._lock = FileLock(files.lock(port))
         self.mark = Mark.own(port, instance)
 
     def acquire(self) -> None:

@@ -147,18 +147,18 @@ def build(settings: Settings) -> Services:
         AlreadyRunning: another proxy has the port.
         SettingError: the key file is not as it should be.
     """
-    instance = settings.instance_path
+    instance = settings.instance
     access = Access(
         keys=settings.keys,
         origins=frozenset(it.lower().rstrip("/") for it in settings.allowed_origins),
         hosts=frozenset(name.lower() for name in settings.trusted_hosts),
         names=own_names(),
     )
-    ownership = Ownership(instance, settings.mlx_backend_port, settings.stop_timeout)
+    ownership = Ownership(instance.folder, settings.mlx_backend_port, settings.stop_timeout)
     ownership.acquire()
     hub, metrics = Hub(), Metrics()
-    history = History(instance / "history.json")
-    log_file = LogFile(instance / "logs" / "backend.log")
+    history = History(instance.history)
+    log_file = LogFile(instance.log("backend"))
     config = BackendConfig(
         server_bin=settings.mlx_server_bin,
         port=settings.mlx_backend_port,
@@ -209,7 +209,7 @@ def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
     """The catalogue of these folders, with what earlier starts have read of them."""
     return Catalog(
         roots,
-        cache_file=settings.instance_path / "catalog.json",
+        cache_file=settings.instance.catalog,
         mlx_lm=mlx_lm_package(settings.mlx_server_bin),
     )
 

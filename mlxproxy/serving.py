@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import sys
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxproxy import allocator, create_app, logs
+from mlxproxy.access import is_loopback
 from mlxproxy.backendlog import LogFile
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.ownership import AlreadyRunning
@@ -55,7 +55,7 @@ def _serve(settings: Settings) -> None:
         raise CannotServe(
             f"INSTANCE_PATH = {settings.instance_path} cannot be used: {error}."
         ) from None
-    proxy_log = LogFile(settings.instance_path / "logs" / "proxy.log")
+    proxy_log = LogFile(settings.instance.log("proxy"))
     try:
         server = Server(create_app(parts), settings, parts.close, parts.controller.hurry)
     except CannotListen as error:
@@ -86,7 +86,7 @@ def with_models(settings: Settings) -> Settings:
         return replace(settings, models_root=(folder,))
     from mlxproxy import demo  # rich and its bars, on the first start at most
 
-    own = settings.instance_path / "models"
+    own = settings.instance.models
     try:
         demo.ensure(own)
     except demo.DemoUnavailable as error:
@@ -114,7 +114,7 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
         log.warning("%s is not there (yet): its models appear when it is mounted", root)
     more = "" if parts.catalog.known else " (and a folder is still being read)"
     print(f"models found: {len(models)}{more}")
-    if not parts.access.keys and not _is_loopback(host):
+    if not parts.access.keys and not is_loopback(host):
         print(
             "no API_KEY is set: every machine that reaches this one on the network can list, load "
             "and use its models (PROXY_HOST=127.0.0.1 keeps it to this machine)"
@@ -129,10 +129,3 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
         '\'{"stream": true, "messages": [{"role": "user", "content": "Hello!"}]}\'',
         flush=True,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

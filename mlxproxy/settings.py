@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxproxy.files import MB, Missing, Unreadable, read_text
+from mlxproxy.instance import Instance
 
 T = TypeVar("T")
 ENV_PREFIX = "MLXPROXY_"
@@ -286,6 +287,11 @@ class Settings:
     )
 
     @property
+    def instance(self) -> Instance:
+        """The files of the instance folder."""
+        return Instance(self.instance_path)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """All accepted API keys, those of the file included.
 
@@ -375,7 +381,7 @@ def load(
         else _default_instance()
     )
     values: dict[str, Any] = {"instance_path": instance}
-    config = instance / "config.py"
+    config = Instance(instance).config
     sources: Sequence[tuple[str, Mapping[str, Any]]] = (
         (str(config), _read_config(config)),
         ("the environment", environment),

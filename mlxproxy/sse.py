@@ -1,14 +1,39 @@
-"""Whole server-sent events out of the pieces that a socket gives, in time linear in their bytes."""
+"""Server-sent events: written, and read from the pieces that a socket gives, in linear time."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from mlxproxy.errors import BackendFailed
 
+MEDIA_TYPE = "text/event-stream"
+HEADERS = {
+    "Content-Type": f"{MEDIA_TYPE}; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would collect the stream
+}
 BLANK = b"\n\n"  # what ends an event
 DONE = b"data: [DONE]\n\n"  # the event that ends an answer
 # The largest event is a tool call, which `mlx_lm.server` sends in one piece: even a million tokens
 # are about 4 MB. What is larger would never end, and memory would.
 EVENT_LIMIT = 16 << 20
+
+
+def event(data: dict[str, Any], kind: str | None = None) -> bytes:
+    """Return an event with JSON as its data."""
+    line = b"data: " + json.dumps(data).encode() + BLANK
+    return line if kind is None else b"event: " + kind.encode() + b"\n" + line
+
+
+def text(lines: str) -> bytes:
+    """Return an event with text as its data."""
+    return "".join(f"data: {line}\n" for line in lines.splitlines()).encode() + b"\n"
+
+
+def comment(words: str = "") -> bytes:
+    """Return what means nothing to a reader, but that there is a sender."""
+    return f": {words}".rstrip().encode() + BLANK
 
 
 class Events:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from flask import Blueprint, Response, g
 
-from mlxproxy import guard, relay
+from mlxproxy import guard, relay, sse
 from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
 from mlxproxy.controller import Lease
 from mlxproxy.spec import Load
@@ -16,11 +16,6 @@ blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 
 Kind = Literal["chat", "text"]
 PATHS: dict[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would collect the stream
-}
 
 
 @blueprint.post("/chat/completions")
@@ -68,4 +63,4 @@ def _complete(kind: Kind) -> Response:
     next(stream)  # decides the status: returns, or raises the error
     record = recorder()
     trace.on_end = lambda ended: record(200, ended)
-    return Response(stream, headers=STREAM_HEADERS, direct_passthrough=True)
+    return Response(stream, headers=sse.HEADERS, direct_passthrough=True)

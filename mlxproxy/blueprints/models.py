@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flask import Blueprint, Response, request
 
-from mlxproxy import guard
+from mlxproxy import guard, sse
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
 from mlxproxy.catalog import LONGEST_NAME, memory
@@ -105,7 +104,7 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     if stream:
         record = recorder()
         events = _progress(controller, claim, wanted)
-        response = Response(events, mimetype="text/event-stream", headers=STREAM_HEADERS)
+        response = Response(events, headers=sse.HEADERS)
         response.call_on_close(lambda: controller.leave(claim))
         response.call_on_close(lambda: record(200, None))
         return response
@@ -122,9 +121,6 @@ def unload() -> dict[str, Any]:
     presence().on_leave(lambda: controller.leave(claim))
     claim.wait()
     return {"status": "unloaded" if claim.changed else "already_unloaded"}
-
-
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def _body(required: bool = True) -> dict[str, Any]:
@@ -203,12 +199,8 @@ def _progress(controller: Controller, claim: Claim, wanted: Load) -> Iterator[by
     """The load as server-sent events: progress, then `loaded` or the error."""
     try:
         while not claim.wait(PROGRESS_INTERVAL):
-            yield _event({"status": "loading", **shapes.progress(controller.progress(claim))})
+            yield sse.event({"status": "loading", **shapes.progress(controller.progress(claim))})
     except ProxyError as error:
-        yield error.event()
+        yield sse.event(error.body())
     else:
-        yield _event({"status": "loaded", **_told(wanted), "changed": claim.changed})
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+        yield sse.event({"status": "loaded", **_told(wanted), "changed": claim.changed})

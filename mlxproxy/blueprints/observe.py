@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from mlxproxy import sse
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.web import client as asker
 from mlxproxy.blueprints.web import presence, recorder, services
@@ -43,7 +43,6 @@ TICK = 1.0  # seconds between two progress events of a load
 LOG_POLL = 0.25  # seconds; the file's writer may be a little behind the event
 LINES, MOST_LINES = 200, 10_000
 SOURCES = ("proxy", "backend")
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENTS = ("state", "load", "loaded", "death", "request_started", "request")
 
 
@@ -54,7 +53,7 @@ def logs() -> Response:
     source = request.args.get("source", SOURCES[0])
     if source not in SOURCES:
         raise InvalidRequest("source must be proxy or backend.", param="source")
-    path = parts.settings.instance_path / "logs" / f"{source}.log"
+    path = parts.settings.instance.log(source)
     lines = _lines()
     if not _flag("follow", False):
         with LogTail(path, lines) as tail:
@@ -113,9 +112,9 @@ def _followed(
         TooManyRequests: so many follow already.
     """
     if request.method == "HEAD":
-        return Response(mimetype="text/event-stream", headers=STREAM_HEADERS)
+        return Response(headers=sse.HEADERS)
     subscription = parts.hub.subscribe(*kinds, client=asker())
-    response = Response(stream(subscription), mimetype="text/event-stream", headers=STREAM_HEADERS)
+    response = Response(stream(subscription), headers=sse.HEADERS)
     client.on_leave(subscription.wake)
     record = recorder()
 
@@ -145,7 +144,7 @@ def _events(parts: Services, client: Presence, subscription: Subscription) -> It
         if transition is not None and transition["kind"] == "load":
             yield _event("load", transition)
         elif silent >= KEEPALIVE:
-            yield b": keepalive\n\n"
+            yield sse.comment("keepalive")
             silent = 0.0
 
 
@@ -154,22 +153,21 @@ def _log_events(
 ) -> Iterator[bytes]:
     """The log's lines from its file, which the subscription only tells to look at."""
     silent = 0.0
-    yield b":\n\n"  # carries the head: the first line may be long in coming
+    yield sse.comment()  # carries the head: the first line may be long in coming
     with LogTail(path, lines) as tail:
         while not (parts.hub.closed or client.gone):
             if text := tail.read():
-                yield "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
+                yield sse.text(text)
                 silent = 0.0
             elif silent >= KEEPALIVE:
-                yield b": keepalive\n\n"
+                yield sse.comment("keepalive")
                 silent = 0.0
             elif subscription.get(LOG_POLL) is None:
                 silent += LOG_POLL
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:
-    told = {"at": round(time.time(), 3), **data}
-    return f"event: {kind}\ndata: {json.dumps(told)}\n\n".encode()
+    return sse.event({"at": round(time.time(), 3), **data}, kind)
 
 
 def _flag(name: str, default: bool) -> bool:

@@ -34,7 +34,7 @@ def logs(client: Client, source: str, follow: bool, lines: int) -> None:
 
 
 def _file(source: str) -> Path | None:
-    file = settings.load().instance_path / "logs" / f"{source}.log"
+    file = settings.load().instance.log(source)
     return file if file.is_file() else None
 
 

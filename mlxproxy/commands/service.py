@@ -46,13 +46,13 @@ class Plan:
     Attributes:
         command: with absolute paths.
         environment: the settings that were given, as MLXPROXY_<NAME>.
-        instance: the instance folder.
+        log: the file for what it prints.
         stop_seconds: how long a stop may take until it is forced.
     """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    instance: Path
+    log: Path
     stop_seconds: float
 
 
@@ -85,7 +85,7 @@ def plan(flags: Mapping[str, str]) -> Plan:
     return Plan(
         command=(sys.executable, "-m", "mlxproxy", "serve", "--instance-path", instance),
         environment={prefix + name: value for name, value in sorted(given.items())},
-        instance=found.instance_path,
+        log=found.instance.log("service"),
         stop_seconds=found.shutdown_timeout + found.stop_timeout + MARGIN,
     )
 
@@ -107,7 +107,7 @@ class Service(ABC):
             ServiceError: the system refuses.
         """
         try:
-            (wanted.instance / "logs").mkdir(parents=True, exist_ok=True)
+            wanted.log.parent.mkdir(parents=True, exist_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             # For its owner alone: an API key may be in it.
@@ -157,7 +157,7 @@ class LaunchAgent(Service):
         self._target = f"{self._domain}/{LABEL}"
 
     def render(self, wanted: Plan) -> str:
-        log = str(wanted.instance / "logs" / "service.log")
+        log = str(wanted.log)
         agent: dict[str, Any] = {
             "Label": LABEL,
             "ProgramArguments": list(wanted.command),
