@@ -1,16 +1,16 @@
-# Settings of mlxproxy. Copy this file to config.py in the same folder and remove the "#" before
-# what you change. It is Python; Path is there. The environment (MLXPROXY_<NAME>) and the command
-# line (`make run NAME=value`) win over this file.
+# Settings of mlxproxy. Copy this file to config.py in the same folder and remove the "#" in front of
+# each setting you change. The file is Python; Path is predefined. Environment variables
+# (MLXPROXY_<NAME>) and the command line (`make run NAME=value`) override it.
 
-# -- Folder of the models, or several with ':' between them (in config.py a list).
+# -- Models folder, or several separated by ':' (in config.py: a list).
 # -- Default: LM Studio's own models folder.
 # MODELS_ROOT = "~/.lmstudio/models"  # several: ["/Volumes/SSD/models", "/more/models"]
 
 # -- The mlx_lm.server program.
-# -- Default: the mlx_lm.server beside the running Python, else on PATH.
+# -- Default: the one next to the running Python, else the one on PATH.
 # MLX_SERVER_BIN = Path.home() / "mlx-server/bin/mlx_lm.server"
 
-# -- Port of the backend, on 127.0.0.1.
+# -- Port of the backend (mlx_lm.server) on 127.0.0.1.
 # MLX_BACKEND_PORT = 18080
 
 # -- Address to listen on; 127.0.0.1 for this machine only.
@@ -19,67 +19,67 @@
 # -- Port to listen on.
 # PROXY_PORT = 8080
 
-# -- Thinking, for loads that do not say.
+# -- Default thinking mode, for loads that do not set enable_thinking.
 # ENABLE_THINKING = False
 
-# -- loaded: the loaded model answers whatever a request names; requested: a request that names
-# -- another known model swaps to it.
+# -- loaded: the loaded model answers every request, whatever model it names; requested: a request
+# -- that names another known model swaps to it.
 # MODEL_SELECTION = "loaded"
 
-# -- A model to load at start, or last.
+# -- Model to load at start; last: the most recently loaded one.
 # -- Default: none.
 # PRELOAD = "last"
 
-# -- Seconds without a request until the model is unloaded; 0: never.
+# -- Seconds without a request before the model is unloaded; 0: never.
 # IDLE_TTL = 0
 
-# -- Seconds until a load has failed.
+# -- Seconds before a load is considered failed.
 # LOAD_TIMEOUT = 600
 
-# -- Seconds that a swap or unload waits for answers in flight.
+# -- Seconds that a swap or unload waits for answers in flight to finish.
 # DRAIN_TIMEOUT = 120
 
-# -- Seconds between SIGTERM and SIGKILL for the backend.
+# -- Seconds the backend gets to exit after SIGTERM before it is killed with SIGKILL.
 # STOP_TIMEOUT = 10
 
-# -- Seconds without a byte until the backend is taken for dead.
+# -- Seconds that one step of the backend's work may take before the backend is considered dead.
 # STALL_TIMEOUT = 300
 
-# -- Seconds that a stop of the proxy lets answers finish.
+# -- Seconds that answers in flight get to finish when the proxy stops.
 # SHUTDOWN_TIMEOUT = 30
 
-# -- Answers in flight.
+# -- Maximum number of answers in flight.
 # MAX_CONCURRENT = 32
 
-# -- Requests waiting for a model or a place; past it 429.
+# -- Maximum number of queued requests; further ones get 429.
 # MAX_QUEUE = 64
 
-# -- Tokens of an answer whose request does not say (never more than the model's context).
+# -- Maximum tokens in an answer if the request sets no limit (never more than the model's context).
 # MAX_TOKENS = 8192
 
-# -- Largest request body.
+# -- Largest request body in bytes, or with a unit (K, M, G).
 # -- Default: 32M.
 # MAX_BODY = "32M"
 
-# -- One key or several; every path but /health needs one.
+# -- One or more API keys; every path except /health requires one.
 # -- Default: none.
 # API_KEY = ["a-long-random-key"]
 
-# -- File with one key a line (blank lines and those that begin with # do not count), readable by
-# its owner only.
+# -- File with one API key per line (blank lines and lines that start with # are ignored); only its
+# -- owner may have access to it.
 # -- Default: none.
 # API_KEY_FILE = "~/.config/mlxproxy/keys"
 
-# -- Browser origins that may call, * for any.
-# -- Default: pages of this machine.
+# -- Browser origins whose pages may call the API; *: any.
+# -- Default: pages served from this machine.
 # ALLOWED_ORIGINS = ["http://openwebui.local:3000"]
 
-# -- Further names that a Host header may carry, * for any.
-# -- Default: addresses, localhost, *.local, this machine's names.
+# -- Additional host names to accept in the Host header; *: any.
+# -- Default: IP addresses, localhost, *.local and this machine's names.
 # TRUSTED_HOSTS = ["mac.example.ts.net"]
 
-# -- Names a request may set in chat_template_kwargs.
+# -- Names that a request may set in chat_template_kwargs.
 # TEMPLATE_KWARGS = ["enable_thinking", "reasoning_effort"]
 
-# -- How much the proxy logs.
+# -- Log level of the proxy: DEBUG, INFO, WARNING or ERROR.
 # LOG_LEVEL = "INFO"

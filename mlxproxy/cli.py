@@ -62,9 +62,11 @@ def _server(command: Callable[..., None]) -> Callable[..., None]:
         envvar="MLXPROXY_URL",
         show_envvar=True,
         metavar="HOST[:PORT]|URL",
-        help="The server; without it, the one of this machine.",
+        help="Server to use (default: this machine).",
     )
-    @click.option("--key", envvar="MLXPROXY_API_KEY", show_envvar=True, help="Its API key.")
+    @click.option(
+        "--key", envvar="MLXPROXY_API_KEY", show_envvar=True, help="The server's API key."
+    )
     @functools.wraps(command)
     def talking(host: str | None, key: str | None, **options: Any) -> None:
         from mlxproxy.client import connect
@@ -81,10 +83,8 @@ def _models(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
     return ls.completions(ctx.params.get("host"), ctx.params.get("key"), begun)
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-_thinking = click.option(
-    "--thinking/--no-thinking", default=None, help="Whether the model is to think."
-)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_thinking = click.option("--thinking/--no-thinking", default=None, help="Turn thinking on or off.")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,10 +92,10 @@ _thinking = click.option(
 def main() -> None:
     """Serve the MLX models that LM Studio keeps on this machine.
 
-    `mlxproxy serve` starts the server. The other commands talk to it, from any machine: the
-    server is the one of this machine, unless --host or MLXPROXY_URL name another.
+    `mlxproxy serve` starts the server. Most other commands talk to a running server: the one on
+    this machine, unless --host or MLXPROXY_URL names another.
 
-    Shell completion: put this line into ~/.zshrc (bash: bash_source, in ~/.bashrc).
+    Shell completion: add this line to ~/.zshrc (for bash: bash_source, in ~/.bashrc).
 
     \b
     eval "$(_MLXPROXY_COMPLETE=zsh_source mlxproxy)"
@@ -106,8 +106,8 @@ def main() -> None:
 def serve(**flags: str | None) -> None:
     """Start the proxy (this is what `make run` does).
 
-    Each flag is a setting; the same names work in instance/config.py and, as MLXPROXY_<NAME>, in
-    the environment.
+    Each flag is a setting. The same names work in instance/config.py and, prefixed with
+    MLXPROXY_, in the environment.
     """
     from mlxproxy import serving, settings
 
@@ -118,7 +118,12 @@ def serve(**flags: str | None) -> None:
 
 
 @main.command()
-@click.option("--all", "everything", is_flag=True, help="Those too that cannot be loaded, and why.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also list models that cannot be loaded, with the reason.",
+)
 @_json
 @_server
 def ls(client: Any, everything: bool, as_json: bool) -> None:
@@ -132,7 +137,7 @@ def ls(client: Any, everything: bool, as_json: bool) -> None:
 @_json
 @_server
 def ps(client: Any, as_json: bool) -> None:
-    """Show what is loaded, and how it does."""
+    """Show the loaded model and its status."""
     from mlxproxy.commands import ps
 
     ps.ps(client, as_json)
@@ -141,17 +146,19 @@ def ps(client: Any, as_json: bool) -> None:
 @main.command()
 @click.argument("model", shell_complete=_models)
 @_thinking
-@click.option("--ttl", metavar="30m", help="Unload it when idle for so long; 0: never.")
-@click.option("--force", is_flag=True, help="Load it even if it seems not to fit into memory.")
+@click.option(
+    "--ttl", metavar="30m", help="Unload after this much idle time (90, 30m, 2h); 0: never."
+)
+@click.option("--force", is_flag=True, help="Load even if it is not expected to fit in memory.")
 @_json
 @_server
 def load(
     client: Any, model: str, thinking: bool | None, ttl: str | None, force: bool, as_json: bool
 ) -> None:
-    """Load MODEL, and tell when it answers.
+    """Load MODEL and wait until it is ready.
 
-    MODEL is an id of `mlxproxy ls`, or its end. It replaces what is loaded, whose answers in
-    flight are waited for.
+    MODEL is an id from `mlxproxy ls`, or its last part. It replaces the loaded model once the
+    answers in flight have finished (or DRAIN_TIMEOUT has passed).
     """
     from mlxproxy.commands import load
 
@@ -162,7 +169,7 @@ def load(
 @_json
 @_server
 def unload(client: Any, as_json: bool) -> None:
-    """Unload what is loaded, or cancel a load."""
+    """Unload the loaded model, or cancel a load in progress."""
     from mlxproxy.commands import load
 
     load.unload(client, as_json)
@@ -170,14 +177,16 @@ def unload(client: Any, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", required=False, shell_complete=_models)
-@click.option("-p", "--prompt", metavar="TEXT", help="Answer this alone; a pipe is added to it.")
+@click.option(
+    "-p", "--prompt", metavar="TEXT", help="Answer this prompt and exit; piped input is appended."
+)
 @_thinking
 @_server
 def chat(client: Any, model: str | None, prompt: str | None, thinking: bool | None) -> None:
-    """Talk with a model at the terminal.
+    """Chat with a model in the terminal.
 
-    With MODEL, that one is loaded first. In the chat /think and /no_think switch thinking,
-    /clear forgets what was said, /quit leaves; Ctrl-C stops an answer.
+    If MODEL is given, it is loaded first. In the chat, /think and /no_think turn thinking on and
+    off, /clear clears the conversation, and /quit leaves. Ctrl-C stops an answer.
 
     \b
     mlxproxy chat alpha
@@ -189,15 +198,17 @@ def chat(client: Any, model: str | None, prompt: str | None, thinking: bool | No
 
 
 @main.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with the lines to come.")
-@click.option("--backend", is_flag=True, help="The log of mlx_lm.server, not the proxy's.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines as they arrive.")
+@click.option(
+    "--backend", is_flag=True, help="Print the log of mlx_lm.server instead of the proxy's."
+)
 @click.option(
     "-n",
     "--lines",
     type=click.IntRange(0, 10_000),
     default=200,
     metavar="NUMBER",
-    help="How many lines (200).",
+    help="Number of lines to print (default: 200).",
 )
 @_server
 def logs(client: Any, follow: bool, backend: bool, lines: int) -> None:
@@ -212,12 +223,12 @@ def logs(client: Any, follow: bool, backend: bool, lines: int) -> None:
 @_server
 @click.pass_context
 def status(ctx: click.Context, client: Any, as_json: bool) -> None:
-    """Tell the server's health, by exit status too.
+    """Report the server's health, also as the exit status.
 
     \b
-    0  it answers, with a model loaded or not
-    1  no server answers
-    3  it answers, but a models folder is missing, or the backend or its last load failed
+    0  the server is running, with or without a model
+    1  the server cannot be reached
+    3  a models folder is missing, or the backend or its last load failed
     """
     from mlxproxy.commands import status
 
@@ -228,9 +239,9 @@ def status(ctx: click.Context, client: Any, as_json: bool) -> None:
 @_json
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine: what is wrong, and the command that mends it.
+    """Check this machine for problems and show a fix for each.
 
-    Needs no server. The exit status is 1 if anything is wrong.
+    This works without a running server. The exit status is 1 if there is a problem.
     """
     from mlxproxy.commands import doctor
 
@@ -239,18 +250,18 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 @main.group()
 def service() -> None:
-    """Keep mlxproxy running, from login on.
+    """Start mlxproxy at login and keep it running.
 
-    By a launchd agent on macOS, elsewhere by a systemd user unit.
+    This uses a launchd agent on macOS and a systemd user unit elsewhere.
     """
 
 
 @service.command("install", cls=SettingsCommand)
-@click.option("--dry-run", is_flag=True, help="Only print the file.")
+@click.option("--dry-run", is_flag=True, help="Print the service file instead of installing it.")
 def service_install(dry_run: bool, **flags: str | None) -> None:
     """Install the service and start it.
 
-    It keeps the settings that are given here, by flags or in the environment.
+    Settings given here, as flags or in the environment, are saved with it.
     """
     from mlxproxy import settings
     from mlxproxy.commands import service
@@ -272,12 +283,12 @@ def service_uninstall() -> None:
 @service.command("status")
 @click.pass_context
 def service_status(ctx: click.Context) -> None:
-    """Tell whether the service runs.
+    """Show whether the service is running, also as the exit status.
 
     \b
-    0  it runs
-    3  it is installed, but does not run
-    4  it is not installed
+    0  running
+    3  installed, but not running
+    4  not installed
     """
     from mlxproxy.commands import service
 
@@ -286,7 +297,7 @@ def service_status(ctx: click.Context) -> None:
 
 @service.command("restart")
 def service_restart() -> None:
-    """Restart the service; answers in flight are waited for."""
+    """Restart the service; answers in flight may finish first."""
     from mlxproxy.commands import service
 
     service.restart()

@@ -117,7 +117,7 @@ def _choice(*names: str) -> Callable[[Any], str]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("a text that is not empty")
+        raise ValueError("text that is not empty")
     return value.strip()
 
 
@@ -142,7 +142,7 @@ def _path(value: Any) -> Path:
     try:
         path = Path(os.fspath(value)).expanduser()
     except RuntimeError:
-        raise ValueError("a path (the home folder in it is not known)") from None
+        raise ValueError("a path (its home folder is unknown)") from None
     return Path(os.path.abspath(path))
 
 
@@ -162,14 +162,14 @@ def _items(value: Any, separator: str, allowed: str) -> Iterator[Any]:
 
 
 def _paths(value: Any) -> tuple[Path, ...]:
-    allowed = "a folder, or several (a list, or with ':' between them)"
+    allowed = "a folder or several (a list, or separated by ':')"
     if isinstance(value, os.PathLike):
         value = [value]
     return tuple(_path(item) for item in _items(value, ":", allowed))
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    allowed = "one text or several (a list, or with ',' between them)"
+    allowed = "one value or several (a list, or separated by ',')"
     items = tuple(_items(value, ",", allowed))
     if not all(isinstance(item, str) and item and item.isprintable() for item in items):
         raise ValueError(allowed)
@@ -193,16 +193,18 @@ class Settings:
     models_root: tuple[Path, ...] = _setting(
         (),
         _paths,
-        "Folder of the models, or several with ':' between them (in config.py a list)",
+        "Models folder, or several separated by ':' (in config.py: a list)",
         shown="LM Studio's own models folder",
     )
     mlx_server_bin: Path | None = _setting(
         None,
         _optional_path,
         "The mlx_lm.server program",
-        shown="the mlx_lm.server beside the running Python, else on PATH",
+        shown="the one next to the running Python, else the one on PATH",
     )
-    mlx_backend_port: int = _setting(18080, _port, "Port of the backend, on 127.0.0.1")
+    mlx_backend_port: int = _setting(
+        18080, _port, "Port of the backend (mlx_lm.server) on 127.0.0.1"
+    )
     proxy_host: str = _setting(
         "0.0.0.0", _host, "Address to listen on; 127.0.0.1 for this machine only"
     )
@@ -210,80 +212,95 @@ class Settings:
     instance_path: Path = _setting(
         Path(),
         _path,
-        "Folder of the lock, the backend's record, logs and config.py",
-        shown="instance/ of the checkout, else the user's state folder",
+        "Folder for config.py, logs, the lock file and the backend's record",
+        shown="instance/ in the checkout, else the user's state folder",
     )
-    enable_thinking: bool = _setting(False, _boolean, "Thinking, for loads that do not say")
+    enable_thinking: bool = _setting(
+        False, _boolean, "Default thinking mode, for loads that do not set enable_thinking"
+    )
     model_selection: str = _setting(
         "loaded",
         _choice("loaded", "requested"),
-        "loaded: the loaded model answers whatever a request names; "
-        "requested: a request that names another known model swaps to it",
+        "loaded: the loaded model answers every request, whatever model it names; requested: a "
+        "request that names another known model swaps to it",
     )
     preload: str | None = _setting(
-        None, _optional_text, "A model to load at start, or last", shown="none"
+        None,
+        _optional_text,
+        "Model to load at start; last: the most recently loaded one",
+        shown="none",
     )
     idle_ttl: float = _setting(
-        0.0, _duration(), "Seconds without a request until the model is unloaded; 0: never"
+        0.0, _duration(), "Seconds without a request before the model is unloaded; 0: never"
     )
-    load_timeout: float = _setting(600.0, _duration(1), "Seconds until a load has failed")
+    load_timeout: float = _setting(
+        600.0, _duration(1), "Seconds before a load is considered failed"
+    )
     drain_timeout: float = _setting(
-        120.0, _duration(), "Seconds that a swap or unload waits for answers in flight"
+        120.0, _duration(), "Seconds that a swap or unload waits for answers in flight to finish"
     )
     stop_timeout: float = _setting(
-        10.0, _duration(), "Seconds between SIGTERM and SIGKILL for the backend"
+        10.0,
+        _duration(),
+        "Seconds the backend gets to exit after SIGTERM before it is killed with SIGKILL",
     )
     stall_timeout: float = _setting(
         300.0,
         _duration(1),
-        "Seconds that one step of the backend's work may take before it is considered dead",
+        "Seconds that one step of the backend's work may take before the backend is considered "
+        "dead",
     )
     shutdown_timeout: float = _setting(
-        30.0, _duration(), "Seconds that a stop of the proxy lets answers finish"
+        30.0, _duration(), "Seconds that answers in flight get to finish when the proxy stops"
     )
     max_concurrent: int = _setting(
-        32, _whole(1, 1024, "a whole number from 1 to 1024"), "Answers in flight"
+        32, _whole(1, 1024, "a whole number from 1 to 1024"), "Maximum number of answers in flight"
     )
     max_queue: int = _setting(
         64,
         _whole(0, 1024, "a whole number from 0 to 1024"),
-        "Requests waiting for a model or a place; past it 429",
+        "Maximum number of queued requests; further ones get 429",
     )
     max_tokens: int = _setting(
         8192,
         _whole(1, 1 << 20, "a whole number from 1 to 1048576"),
-        "Tokens of an answer whose request does not say (never more than the model's context)",
+        "Maximum tokens in an answer if the request sets no limit (never more than the model's "
+        "context)",
     )
-    max_body: int = _setting(32 << 20, _size, "Largest request body", shown="32M")
+    max_body: int = _setting(
+        32 << 20, _size, "Largest request body in bytes, or with a unit (K, M, G)", shown="32M"
+    )
     api_key: tuple[str, ...] = _setting(
-        (), _texts, "One key or several; every path but /health needs one", shown="none"
+        (), _texts, "One or more API keys; every path except /health requires one", shown="none"
     )
     api_key_file: Path | None = _setting(
         None,
         _optional_path,
-        "File with one key a line (blank lines and those that begin with # do not count), readable "
-        "by its owner only",
+        "File with one API key per line (blank lines and lines that start with # are ignored); "
+        "only its owner may have access to it",
         shown="none",
     )
     allowed_origins: tuple[str, ...] = _setting(
         (),
         _texts,
-        "Browser origins that may call, * for any",
-        shown="pages of this machine",
+        "Browser origins whose pages may call the API; *: any",
+        shown="pages served from this machine",
     )
     trusted_hosts: tuple[str, ...] = _setting(
         (),
         _texts,
-        "Further names that a Host header may carry, * for any",
-        shown="addresses, localhost, *.local, this machine's names",
+        "Additional host names to accept in the Host header; *: any",
+        shown="IP addresses, localhost, *.local and this machine's names",
     )
     template_kwargs: tuple[str, ...] = _setting(
         ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget", "preserve_thinking"),
         _texts,
-        "Names a request may set in chat_template_kwargs",
+        "Names that a request may set in chat_template_kwargs",
     )
     log_level: str = _setting(
-        "INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"), "How much the proxy logs"
+        "INFO",
+        _choice("DEBUG", "INFO", "WARNING", "ERROR"),
+        "Log level of the proxy: DEBUG, INFO, WARNING or ERROR",
     )
 
     @property
@@ -305,8 +322,8 @@ class Settings:
         for setting, which, key in keys:
             if not _is_sendable(key):
                 raise SettingError(
-                    f"{setting}: {which} cannot be sent in a header, which has no room for "
-                    "control characters or letters beyond Latin-1. Choose another."
+                    f"{setting}: {which} cannot be sent in an HTTP header: it contains control "
+                    "characters or characters outside Latin-1. Choose another one."
                 )
         return tuple(key for _, _, key in keys)
 
@@ -324,11 +341,11 @@ def _keys_in(file: Path) -> list[tuple[str, str, str]]:
     except (Unreadable, OSError) as error:
         raise SettingError(f"{setting}: {error}.") from None
     if mode & 0o077:
-        raise SettingError(f"{setting}: others may read it; run `chmod 600 {file}`.")
+        raise SettingError(f"{setting}: other users can access it; run `chmod 600 {file}`.")
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     found = [(setting, f"line {it}", key) for it, key in lines if key and not key.startswith("#")]
     if not found:
-        raise SettingError(f"{setting}: no key in it.")
+        raise SettingError(f"{setting}: it contains no key.")
     return found
 
 
@@ -418,11 +435,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         exec(compile(source, str(path), "exec"), namespace)
     except Exception as error:
-        raise SettingError(f"{path} does not run: {type(error).__name__}: {error}.") from None
+        raise SettingError(f"{path} failed to run: {type(error).__name__}: {error}.") from None
     found = {name: value for name, value in namespace.items() if name.isupper()}
     if "INSTANCE_PATH" in found:
         raise SettingError(
-            f"INSTANCE_PATH cannot be set in {path}, which is found through it: set "
-            f"{ENV_PREFIX}INSTANCE_PATH in the environment."
+            f"INSTANCE_PATH cannot be set in {path}, because that file is located through it. Set "
+            f"{ENV_PREFIX}INSTANCE_PATH in the environment instead."
         )
     return found

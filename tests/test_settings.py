@@ -97,9 +97,9 @@ def test_a_misspelled_name_is_told_with_the_right_one(tmp_path: Path) -> None:
 
 
 def test_a_config_file_that_does_not_run_is_told_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"config\.py does not run: NameError"):
+    with pytest.raises(SettingError, match=r"config\.py failed to run: NameError"):
         load(tmp_path, "PROXY_PORT = port")
-    with pytest.raises(SettingError, match=r"config\.py does not run: SyntaxError"):
+    with pytest.raises(SettingError, match=r"config\.py failed to run: SyntaxError"):
         load(tmp_path, "PROXY_PORT = = 1")
 
 
@@ -137,7 +137,7 @@ def test_a_key_is_a_whole_line_of_its_file(tmp_path: Path) -> None:
         "schl\u00fcssel",
     )
     file.write_text("# nothing but a remark\n")
-    with pytest.raises(SettingError, match="no key in it"):
+    with pytest.raises(SettingError, match="it contains no key"):
         _ = load(tmp_path, API_KEY_FILE=str(file)).keys
 
 

@@ -68,12 +68,14 @@ def _command(context: click.Context, shared: list[str]) -> Iterator[str]:
     own = [it for it in options(context) if not isinstance(it, SettingOption)]
     lines = [line for it in own if (line := _option(it)) not in shared]
     if len(own) < len(options(context)):
-        lines.append("- `--NAME VALUE`: any setting of the table, such as `--proxy-port 9000`")
+        lines.append(
+            "- `--NAME VALUE`: any setting from the table above, such as `--proxy-port 9000`"
+        )
     common = [f"`{it.opts[0]}`" for it in own if _option(it) in shared]
     if common:
         lines.append(f"- as described above: {', '.join(common)}")
     if context.parent is None:
-        lines += ["", "Options of several commands:", "", *shared]
+        lines += ["", "Options shared by several commands:", "", *shared]
     if lines:
         yield "\n".join(lines) + "\n"
 
@@ -81,7 +83,7 @@ def _command(context: click.Context, shared: list[str]) -> Iterator[str]:
 def _option(option: click.Option) -> str:
     names = "/".join((*option.opts, *option.secondary_opts))
     value = "" if option.is_flag else f" {option.metavar or 'TEXT'}"
-    variable = f" In the environment: `{option.envvar}`." if option.envvar else ""
+    variable = f" Environment variable: `{option.envvar}`." if option.envvar else ""
     return f"- `{names}{value}`: {option.help}{variable}"
 
 
