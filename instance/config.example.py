@@ -1,5 +1,5 @@
-# Settings of mlxproxy. Copy this file to config.py in the same folder and remove the "#" in front of
-# each setting you change. The file is Python; Path is predefined. Environment variables
+# Settings of mlxproxy. Copy this file to config.py in the same folder and remove the "#" in front
+# of each setting you change. The file is Python; Path is predefined. Environment variables
 # (MLXPROXY_<NAME>) and the command line (`make run NAME=value`) override it.
 
 # -- Models folder, or several separated by ':' (in config.py: a list).

@@ -111,6 +111,6 @@ def _known_shape() -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise BackendFailed(
-            "The backend sent an answer of a shape that is not known. Ask again; if it happens "
-            "with the same request, the backend's log says more."
+            "The backend sent an answer in an unknown format. Try again; if the same request "
+            "fails again, see the backend's log."
         ) from None

@@ -191,8 +191,8 @@ class Backend:
         if not ports.is_free(self.port):
             holder = ports.describe(ports.listener(self.port))
             raise PortInUse(
-                f"Port {self.port} on 127.0.0.1 is held by {holder}, which is not ours. "
-                "End it, or set MLX_BACKEND_PORT to a free port."
+                f"Port {self.port} on 127.0.0.1 is in use by {holder}, which does not belong to "
+                "this proxy. Stop it, or set MLX_BACKEND_PORT to a free port."
             )
         read_end, write_end = os.pipe()
         environment = {**_environment(), **self.config.mark.environment()}
@@ -269,7 +269,7 @@ class Backend:
                 if self._link:
                     self._link.let_clients_in()
                 return
-        raise self.failure("its answer to a first chat is not whole")
+        raise self.failure("its answer to the first chat is incomplete")
 
     def stop(self) -> None:
         """End the process and all it has started, and reap it: SIGTERM, then SIGKILL.
@@ -290,7 +290,7 @@ class Backend:
         ended = self._exited.wait(self.config.stop_timeout)
         if processes.wait(family, deadline) or not ended:
             log.warning(
-                "backend pid %d did not end within %g s of SIGTERM: killed",
+                "backend pid %d did not exit within %g s of SIGTERM: killed",
                 process.pid,
                 self.config.stop_timeout,
             )
@@ -299,7 +299,7 @@ class Backend:
         self._exited.wait(KILL_TIMEOUT if not left else 0)
         if left or not self._exited.is_set():
             pids = ", ".join(str(it.pid) for it in left) or str(process.pid)
-            log.error("backend stopped, but the system cannot end pid %s", pids)
+            log.error("backend stopped, but the system cannot kill pid %s", pids)
             return
         if self._drain:
             self._drain.join(0.5)
@@ -318,7 +318,7 @@ class Backend:
             try:
                 connection.request("GET", "/health")
                 if connection.getresponse().status == 503:
-                    self._ends("its generation thread has died")
+                    self._ends("its generation thread has crashed")
             except (OSError, http.client.HTTPException):
                 self._end.wait(VERDICT)  # going down: the thread that reaps it tells how
             finally:
@@ -346,7 +346,7 @@ class Backend:
         self._exited.set()
         if self._drain and not self._stopping:
             self._drain.join(0.5)  # its last words
-        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
         self._ends(f"it {how}")
 
     def _death_logged(self, reason: str) -> None:
@@ -394,8 +394,8 @@ class Backend:
         if any(parent.pid == self.pid for parent in ask(holder.parents) or ()):
             return
         raise PortInUse(
-            f"{ports.describe(holder)} took port {self.port} before the backend could. "
-            "End it, or set MLX_BACKEND_PORT to a free port."
+            f"{ports.describe(holder)} took port {self.port} before the backend could. Stop it, "
+            "or set MLX_BACKEND_PORT to a free port."
         )
 
     def _ask(
@@ -444,8 +444,8 @@ class Backend:
         lines = self.last_words()
         if any("Address already in use" in line for line in lines):
             return PortInUse(
-                f"Another process took port {self.port} while the backend started. "
-                "End it, or set MLX_BACKEND_PORT to a free port."
+                f"Another process took port {self.port} while the backend was starting. Stop it, "
+                "or set MLX_BACKEND_PORT to a free port."
             )
         reason = without_paths(reason.replace(self.load.path, self.load.model_id))
         return LoadFailed(f"{self.load.model_id}: {explain(reason, lines)}", log=lines)
@@ -453,26 +453,26 @@ class Backend:
 
 # What the backend says, and what a person can do about it (measured, mlx-lm 0.31.3 and 0.32.2).
 _REASONS: tuple[tuple[str, str], ...] = (
-    (r"Model type (\S+) not supported", "this mlx-lm does not know the architecture {0}. Update "
-     "mlx-lm, or choose another model."),
-    (r"Missing \d+ parameters", "weights are missing. A shard was not downloaded: download the "
+    (r"Model type (\S+) not supported", "the installed mlx-lm does not support the architecture "
+     "{0}. Update mlx-lm, or choose another model."),
+    (r"Missing \d+ parameters", "weights are missing. The download is incomplete: download the "
      "model again."),
     (r"invalid data offsets|Unable to read|header length|InvalidHeader|Incomplete",
      "a weights file is damaged or incomplete. Download the model again."),
-    (r"Expected shape|Received \d+ parameters not in model", "the weights do not fit the "
+    (r"Expected shape|Received \d+ parameters not in model", "the weights do not match the "
      "configuration. Download the model again, or choose another conversion."),
     (r"No safetensors found", "there are no weights in the folder. Download the model again."),
     (r"tokenizer", "its tokenizer files are missing or damaged. Download the model again."),
     (r"[Tt]emplate|jinja|raise_exception", "its chat template fails. Choose another conversion of "
      "the model."),
     (r"Insufficient Memory|[Oo]ut of memory|bad_alloc|Attempting to allocate|metal::malloc",
-     "there is not enough memory. Unload other programs, or choose a smaller quantization."),
-    (r"SIGKILL", "the system ended it, most often for want of memory. Choose a smaller "
-     "quantization."),
-    (r"its first chat failed", "it loads, but cannot chat; most often its chat template is at "
-     "fault. Choose another conversion of the model."),
+     "there is not enough memory. Quit other programs, or choose a smaller quantization."),
+    (r"SIGKILL", "the system killed it, most likely because memory ran out. Choose a "
+     "smaller quantization."),
+    (r"its first chat failed", "it loads, but cannot chat, most likely because of its chat "
+     "template. Choose another conversion of the model."),
     (r"config\.json", "config.json is missing or broken. Download the model again."),
-    (r"Repo id must be|does not exist|No such file", "its files are not there any more. Is the "
+    (r"Repo id must be|does not exist|No such file", "its files no longer exist. Is the "
      "disk mounted?"),
 )  # fmt: skip
 
@@ -503,8 +503,8 @@ def server_program(configured: Path | None) -> Path:
         what = "is not executable" if configured.is_file() else "is not a file"
         log.error("MLX_SERVER_BIN = %s %s", configured, what)
         raise LoadFailed(
-            f"The program that MLX_SERVER_BIN names {what}. Set it to mlx_lm.server, or leave "
-            "it out to use the one beside the running Python."
+            f"The program that MLX_SERVER_BIN names {what}. Set it to the path of mlx_lm.server, "
+            "or do not set it, to use the one next to the running Python."
         )
     beside = Path(sys.executable).parent / "mlx_lm.server"
     if beside.is_file():
@@ -512,8 +512,8 @@ def server_program(configured: Path | None) -> Path:
     found = shutil.which("mlx_lm.server")
     if found is None:
         raise LoadFailed(
-            "There is no mlx_lm.server beside the running Python or on PATH. "
-            "`pip install mlx-lm`, or set MLX_SERVER_BIN."
+            "There is no mlx_lm.server next to the running Python or on PATH. Run `pip install "
+            "mlx-lm`, or set MLX_SERVER_BIN."
         )
     return Path(found)
 

@@ -148,4 +148,4 @@ class Drain:
             match = _DEATH.search(block)
             if match:
                 reason = (match[1] or b"").decode("utf-8", "replace").strip()
-                self._on_death(reason or "its generation thread ended with a traceback")
+                self._on_death(reason or "its generation thread crashed with a traceback")

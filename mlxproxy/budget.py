@@ -36,8 +36,9 @@ class Budget:
             own, all_together = self._held[client], self._held.total()
             if (own and own + size > self._limit // 2) or all_together + size > self._limit:
                 raise TooManyRequests(
-                    f"The requests being answered hold {all_together:,} bytes ({own:,} of them "
-                    f"yours); there is no room for {size:,} more. Try again when one has ended.",
+                    f"The bodies of the requests in flight take up {all_together:,} bytes "
+                    f"({own:,} of them yours), so there is no room for {size:,} more. Try again "
+                    "when one of them is done.",
                     retry_after=5,
                 )
             self._held[client] += size

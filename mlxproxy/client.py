@@ -44,7 +44,7 @@ class Refused(ClientError):
 
     def __init__(self, error: dict[str, Any]) -> None:
         self.code = error.get("code")
-        message = str(error.get("message") or "The server gives no reason.")
+        message = str(error.get("message") or "The server gave no reason.")
         for call, command in AS_COMMANDS.items():
             message = message.replace(call, command)
         if self.code == "invalid_api_key":
@@ -137,7 +137,7 @@ class Client:
                     elif name == "data":
                         data.append(value)
             except requests.RequestException:
-                raise ClientError(f"The connection to {self.url} broke.") from None
+                raise ClientError(f"The connection to {self.url} was lost.") from None
 
     def _send(
         self, method: str, path: str, body: dict[str, Any] | None, wait: float | None, stream: bool
@@ -147,16 +147,18 @@ class Client:
                 method, self.url + path, json=body, stream=stream, timeout=(CONNECT, wait)
             )
         except requests.exceptions.ReadTimeout:
-            raise ClientError(f"{self.url} does not answer within {wait:g} s.") from None
+            raise ClientError(f"{self.url} did not answer within {wait:g} s.") from None
         except requests.exceptions.SSLError as error:
-            raise ClientError(f"{self.url} cannot be trusted: {error}.") from None
+            raise ClientError(
+                f"A secure connection to {self.url} could not be established: {error}."
+            ) from None
         except (requests.ConnectionError, requests.Timeout):
             raise Unreachable(
-                f"No mlxproxy answers at {self.url}. Start one there with `make run` or `mlxproxy "
-                "serve`, or name another server with --host."
+                f"mlxproxy is not running at {self.url}. Start it there with `make run` or "
+                "`mlxproxy serve`, or choose another server with --host."
             ) from None
         except (requests.RequestException, UnicodeError):
-            raise ClientError(f"{self.url} is no address of a server.") from None
+            raise ClientError(f"{self.url} is not a valid server address.") from None
         if not response.ok:
             raise self._refusal(response)
         return response
@@ -179,7 +181,7 @@ class Client:
 
     def _stranger(self) -> ClientError:
         return ClientError(
-            f"What answers at {self.url} is no mlxproxy. Name the right server with --host."
+            f"The server at {self.url} is not mlxproxy. Choose the right server with --host."
         )
 
 

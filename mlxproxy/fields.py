@@ -153,9 +153,7 @@ def allowed(choice: Callable[[Limits], frozenset[str]]) -> Shape:
 
     def shape(name: str, value: Any, limits: Limits) -> str:
         if not isinstance(value, str) or value not in choice(limits):
-            raise InvalidRequest(
-                f"{name}: a request cannot choose this one; leave the field out.", param=name
-            )
+            raise InvalidRequest(f"{name} cannot be set by a request; leave it out.", param=name)
         return value
 
     return shape
@@ -197,7 +195,7 @@ def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
     if not isinstance(value, dict):
         raise refusal(name, "an object from token ids to numbers")
     if limits.vocab_size == 0 and value:
-        raise InvalidRequest(f"{name}: the loaded model's token ids are not known.", param=name)
+        raise InvalidRequest(f"{name}: the token ids of the loaded model are unknown.", param=name)
     bias = number(-100, 100, 3)
     checked = {}
     for token, amount in value.items():
@@ -229,7 +227,7 @@ def stop(name: str, value: Any, limits: Limits) -> Any:
     texts = [text for text in texts if text]
     if len(texts) > MAX_STOPS or sum(map(len, texts)) > MAX_STOP_CHARACTERS:
         raise refusal(
-            name, f"at most {MAX_STOPS} texts with {MAX_STOP_CHARACTERS} characters together"
+            name, f"at most {MAX_STOPS} strings of {MAX_STOP_CHARACTERS} characters in total"
         )
     return texts or DROP
 
@@ -261,11 +259,12 @@ def prompt(name: str, value: Any, limits: Limits) -> str:
         value = value[0]
     if isinstance(value, list):
         raise InvalidRequest(
-            f"{name} must be one text: send several one by one, and text instead of token ids.",
+            f"{name} must be a single string: send several prompts one by one, and text instead "
+            "of token ids.",
             param=name,
         )
     if not isinstance(value, str) or not value:
-        raise refusal(name, "a string that is not empty")
+        raise refusal(name, "a non-empty string")
     return value
 
 
@@ -275,7 +274,7 @@ def messages(name: str, value: Any, limits: Limits) -> list[dict[str, Any]]:
         raise refusal(name, f"a list of 1 to {MAX_MESSAGES} messages")
     checked = [_message(f"{name}[{index}]", item, limits) for index, item in enumerate(value)]
     if sum(_pixels(name, url) for url in images(checked)) > limits.max_pixels:
-        raise refusal(name, f"with images of at most {limits.max_pixels:,} pixels together")
+        raise refusal(name, f"limited to images of at most {limits.max_pixels:,} pixels in total")
     return checked
 
 
@@ -328,7 +327,7 @@ def _part(name: str, part: Any, limits: Limits) -> dict[str, Any]:
         return {"type": "text", "text": string(f"{name}.{kind}", part.get(TEXT_KEYS[kind]), limits)}
     if kind in IMAGE_TYPES:
         return {"type": "image_url", "image_url": {"url": _image(name, part, limits)}}
-    raise refusal(f"{name}.type", "text or image_url: the backend reads nothing else")
+    raise refusal(f"{name}.type", "text or image_url; the backend supports nothing else")
 
 
 def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
@@ -341,7 +340,7 @@ def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
     if not isinstance(url, str) or not start:
         raise refusal(name, "a data URL (data:image/png;base64,…); images are not fetched")
     if limits.images is False:
-        raise InvalidRequest("The loaded model reads no images.", param=name)
+        raise InvalidRequest("The loaded model cannot read images.", param=name)
     if (len(url) - start.end()) * 3 // 4 > limits.max_image_bytes + 2:  # 2: the padding
         raise refusal(name, f"an image of at most {limits.max_image_bytes} bytes")
     try:
@@ -367,7 +366,7 @@ def _pixels(name: str, url: str) -> int:
     except Image.DecompressionBombError:  # more than twice of what that library thinks sane
         return 1 << 62
     except Exception:  # whatever a broken file brings about in there
-        raise refusal(name, "with images that can be read") from None
+        raise refusal(name, "free of damaged images") from None
 
 
 def _tool_calls(name: str, value: Any) -> list[dict[str, Any]]:
@@ -389,7 +388,7 @@ def _tool_call(name: str, call: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             arguments = ()
     if arguments is not None and not isinstance(arguments, dict):
-        raise refusal(f"{name}.function.arguments", "the text of a JSON object")
+        raise refusal(f"{name}.function.arguments", "a JSON object as a string")
     # Already parsed, as the backend would do, so that what is in it is seen by all checks.
     return {**call, "function": {**function, "arguments": arguments or {}}}
 
@@ -451,5 +450,5 @@ def role_mapping(name: str, value: Any, limits: Limits) -> dict[str, str]:
     if not isinstance(value, dict) or not all(
         isinstance(text, str) and len(text) <= MAX_NAME for text in value.values()
     ):
-        raise refusal(name, f"an object from roles to texts of at most {MAX_NAME} characters")
+        raise refusal(name, f"an object from roles to strings of at most {MAX_NAME} characters")
     return value

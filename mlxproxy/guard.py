@@ -60,7 +60,10 @@ _COMMON: Final = {
     "seed": Rule(fields.seed, "beyond 64 bits or below 0: no reply at all"),
     "stop": Rule(fields.stop, "5, [null], a lone surrogate kill; 100 kB stop all for a second"),
     "top_logprobs": Rule(fields.top_logprobs, "true kills, 12 gives 400"),
-    "n": Rule(fields.only(1, "the backend gives one answer; ask several times."), "ignored"),
+    "n": Rule(
+        fields.only(1, "the backend gives one answer per request; send several requests."),
+        "ignored",
+    ),
     "response_format": Rule(fields.response_format, "ignored"),
     "chat_template_kwargs": Rule(fields.chat_template_kwargs, "a chat_template runs; some kill"),
     "enable_thinking": Rule(fields.boolean, "becomes a template argument"),
@@ -80,7 +83,9 @@ RULES: Final[Mapping[Kind, dict[str, Rule]]] = {
         "prompt": Rule(fields.prompt, 'an empty one and ["a"] kill'),
         "messages": Rule(fields.drop, "belongs to the other endpoint: nothing has checked it"),
         "logprobs": Rule(fields.text_logprobs, "400 for null and numbers"),
-        "best_of": Rule(fields.only(1, "the backend gives one answer; leave it out."), "ignored"),
+        "best_of": Rule(
+            fields.only(1, "the backend gives one answer per request; leave it out."), "ignored"
+        ),
         "echo": Rule(fields.only(False, "the backend cannot repeat the prompt."), "ignored"),
         "suffix": Rule(fields.only("", "the backend only continues a text."), "ignored"),
     },
@@ -143,7 +148,7 @@ def require_text(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
         _characters(name, value)
         if _has_nul(value):
-            raise InvalidRequest(f"{name} has a NUL character in a text.", param=name)
+            raise InvalidRequest(f"{name} contains a NUL character.", param=name)
 
 
 def is_exclusive(request: Mapping[str, Any], own_seeds: bool = False) -> bool:
@@ -195,13 +200,13 @@ def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:
         return len(value)
     if kind is float:
         if not math.isfinite(value):
-            raise InvalidRequest(f"{name} has a number that is not finite.", param=name)
+            raise InvalidRequest(f"{name} contains a number that is not finite.", param=name)
     elif kind is int:
         if not MIN_INTEGER <= value <= MAX_INTEGER:
-            raise InvalidRequest(f"{name} has a number of more than 64 bits.", param=name)
+            raise InvalidRequest(f"{name} contains a number of more than 64 bits.", param=name)
     elif kind is dict or kind is list:
         if depth == 0:
-            raise InvalidRequest(f"{name} is nested more than {MAX_DEPTH} deep.", param=name)
+            raise InvalidRequest(f"{name} is nested more than {MAX_DEPTH} levels deep.", param=name)
         total = 0
         items = value
         if kind is dict:
@@ -230,5 +235,5 @@ def _require_utf8(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise InvalidRequest(
-            f"{name} has half of a surrogate pair in a text, which is no character.", param=name
+            f"{name} contains a lone surrogate, which is not a character.", param=name
         ) from None

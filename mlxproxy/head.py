@@ -52,17 +52,19 @@ def read(head: bytes) -> Head:
     """
     first, *lines = head.rstrip(b"\r\n").split(b"\r\n")
     if not consists_of(head.replace(b"\r\n", b""), TEXT):
-        raise Malformed("a control character, or a line that does not end in CR LF, is in its head")
+        raise Malformed(
+            "its head contains a control character, or a line that does not end in CR LF"
+        )
     method, _, rest = first.partition(b" ")
     target, _, version = rest.rpartition(b" ")
     if not method or not target or b" " in target or not consists_of(method, TOKEN):
         raise Malformed("its first line is not a method, a target and a version")
     if version not in (b"HTTP/1.0", b"HTTP/1.1"):
-        raise Malformed("it is neither in HTTP/1.0 nor in HTTP/1.1")
+        raise Malformed("it is neither HTTP/1.0 nor HTTP/1.1")
     if method != method.upper():
         raise Malformed("its method is not in upper case")
     if len(method) > LONGEST_METHOD:
-        raise Malformed(f"no method is longer than {LONGEST_METHOD} characters", 501)
+        raise Malformed(f"its method is longer than {LONGEST_METHOD} characters", 501)
     return Head(method.decode(), target, version[5:].decode(), _fields(lines))
 
 

@@ -76,8 +76,8 @@ class Hub:
             own = sum(it.client == client for it in self._followers)
             if own >= FOLLOWERS_OF_ONE or len(self._followers) >= FOLLOWERS:
                 raise TooManyRequests(
-                    f"Logs and events are followed {len(self._followers)} times already, {own} of "
-                    "them by you. End one of those.",
+                    f"There are already {len(self._followers)} followers of logs and events, "
+                    f"{own} of them yours. Close one of yours first.",
                     retry_after=30,
                 )
             self._followers.add(subscription)

@@ -121,8 +121,8 @@ class Ownership:
     def _taken(self, pid: int | None) -> AlreadyRunning:
         who = f" (pid {pid})" if pid else ""
         return AlreadyRunning(
-            f"mlxproxy is running already{who} with the backend port {self._port}. Stop it, "
-            "or set MLX_BACKEND_PORT and PROXY_PORT to other ports."
+            f"mlxproxy is already running{who} with the backend port {self._port}. Stop it, or "
+            "set MLX_BACKEND_PORT and PROXY_PORT to other ports."
         )
 
     def holder(self) -> psutil.Process | None:
@@ -159,7 +159,7 @@ class Ownership:
             log.error("%s cannot be written: %s", self._record, reason)
             raise LoadFailed(
                 "No backend was started, because it could not be recorded in the instance folder "
-                f"({reason}). Make room on that folder's disk, or make the folder writable."
+                f"({reason}). Free some space on that folder's disk, or make the folder writable."
             ) from None
 
     def started(self, command: Sequence[str], pid: int) -> None:
@@ -205,13 +205,13 @@ class Ownership:
         if orphans:
             pids = ", ".join(str(process.pid) for process in orphans)
             log.warning(
-                "the backend of a proxy that was killed still runs (pid %s): ending it", pids
+                "the backend of a killed proxy is still running (pid %s): stopping it", pids
             )
             family = set(orphans).union(*map(processes.descendants, orphans))
             processes.terminate(family)
             processes.wait(family, time.monotonic() + self._stop_timeout)
             if left := processes.kill(lambda: family | set(self.orphans()), KILL_TIMEOUT):
-                log.error("pid %d cannot be ended", left[0].pid)
+                log.error("pid %d cannot be killed", left[0].pid)
         remove(self._record)
 
 

@@ -116,7 +116,7 @@ class Chunks:
     def _control(self, line: bytes) -> None:
         """Act on a line that is not of the body."""
         if not head.consists_of(line, head.TEXT):
-            raise Malformed("a control character is between its chunks")
+            raise Malformed("there is a control character between its chunks")
         if self._expected == "size":
             size, _, _extension = line.partition(b";")
             if not 0 < len(size) <= 16 or not head.consists_of(size, HEX):
@@ -125,7 +125,7 @@ class Chunks:
             self._expected = "end" if self._left else "trailer"
         elif self._expected == "end":
             if line:
-                raise Malformed("a chunk is longer than it says")
+                raise Malformed("a chunk is longer than its stated size")
             self._expected = "size"
         else:
             self.completed = not line
@@ -161,8 +161,8 @@ class Parser(HTTPRequestParser):
         except Malformed as why:
             self._refuse(why.status, str(why))
         except OSError as why:
-            reason = why.strerror or "no folder for temporary files"
-            self._refuse(507, f"its body cannot be kept ({reason})")
+            reason = why.strerror or "there is no folder for temporary files"
+            self._refuse(507, f"its body cannot be stored ({reason})")
         else:
             return taken
         return len(data)  # what follows what was refused is nothing to read
@@ -199,7 +199,7 @@ class Parser(HTTPRequestParser):
                 split_uri(target)
             )
         except (ParsingError, ValueError):
-            raise Malformed("its target is no URL") from None
+            raise Malformed("its target is not a URL") from None
         connection = self.headers.get("CONNECTION", "").lower()
         if self.version == "1.1":
             self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue"
@@ -214,9 +214,9 @@ class Parser(HTTPRequestParser):
             if self.version != "1.1":
                 raise Malformed("only HTTP/1.1 has a Transfer-Encoding")
             if length is not None:
-                raise Malformed("the length of its body is given twice")
+                raise Malformed("the length of its body is stated twice")
             if coding.lower() != "chunked":
-                raise Malformed("its Transfer-Encoding is another than chunked", 501)
+                raise Malformed("its Transfer-Encoding is not chunked", 501)
             self.chunked = True
             self.body_rcv = Chunks(OverflowableBuffer(self.adj.inbuf_overflow))
         elif length is not None:
@@ -239,7 +239,7 @@ class Parser(HTTPRequestParser):
             if body >= self.adj.max_request_body_size:
                 raise Malformed("its body is too large", 413)
             if self.body_bytes_received - body > FRAMING + body // 16:
-                raise Malformed("its chunks are more frame than body")
+                raise Malformed("its chunks have more framing than content")
             if receiver.completed:
                 self.headers["CONTENT_LENGTH"] = str(body)  # as if it had come in one piece
         self.completed = receiver.completed

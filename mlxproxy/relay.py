@@ -289,16 +289,16 @@ def _translated(upstream: Upstream, lease: Lease) -> ProxyError:
     if lease.error is not None:
         return lease.error
     if not isinstance(text, str):
-        return lease.fault(BackendFailed(f"The backend failed without a word of why. {_AGAIN}"))
+        return lease.fault(BackendFailed(f"The backend failed without giving a reason. {_AGAIN}"))
     if "generation thread died" in text:
-        return lease.fault(BackendFailed("The backend can no longer generate. Ask again."))
+        return lease.fault(BackendFailed("The backend can no longer generate text. Try again."))
     log.debug("the backend answered %d: %s", upstream.status, text)  # may quote a prompt
     if upstream.status == 400:
-        return InvalidRequest(_told("The backend does not take this request", text, _VALIDATION))
+        return InvalidRequest(_told("The backend rejected this request", text, _VALIDATION))
     if upstream.status == 404 and _PROMPT.fullmatch(text):
         return InvalidRequest(f"{text[0].upper()}{text[1:]}. {_ADVICE[text.startswith(_EMPTY)]}")
     if upstream.status == 404 and _TEMPLATE.search(text):
-        what = "The model's chat template does not take these messages"
+        what = "The model's chat template rejected these messages"
         return InvalidRequest(_told(what, text, _PLAIN))
     if upstream.status == 404:
         return InternalError(f"The backend could not answer this request. {_WHY}")
@@ -316,8 +316,8 @@ _PROMPT = re.compile(
 )
 _ADVICE = {True: "Send some text.", False: "Send less."}
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
-_AGAIN = "Ask again; if it happens with the same request, the backend's log says more."
-_WHY = "With LOG_LEVEL=DEBUG, the log says why."  # its own does not
+_AGAIN = "Try again; if the same request fails again, see the backend's log."
+_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
 
 

@@ -91,7 +91,7 @@ class Chunked:
             end = data.find(b"\n", position)
             self._line += data[position : end if end >= 0 else len(data)]
             if len(self._line) > LINE_LIMIT:
-                raise _broken("sent a line between two chunks that does not end")
+                raise _broken("sent an endless line between two chunks")
             if end < 0:
                 break
             position = end + 1
@@ -109,7 +109,7 @@ class Chunked:
 
     def _read_end_of_chunk(self, line: bytes) -> None:
         if line:
-            raise _broken("sent a chunk that is longer than its size")
+            raise _broken("sent a chunk longer than its stated size")
         self._read_line = self._read_size
 
     def _read_trailer(self, line: bytes) -> None:
@@ -151,7 +151,7 @@ class Upstream:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         except OSError as error:  # macOS, where the backend has reset the connection already
             self._socket.close()
-            raise _broken(f"has ended the connection ({error.strerror or error})") from None
+            raise _broken(f"closed the connection ({error.strerror or error})") from None
 
     def send(self, path: str, body: bytes) -> None:
         """Takes one POST request, which :meth:`read_head` sends before it waits."""
@@ -176,7 +176,7 @@ class Upstream:
         except BlockingIOError:
             raise Silence from None
         except OSError as error:
-            raise _broken(f"did not take the request ({error.strerror or error})") from None
+            raise _broken(f"did not accept the request ({error.strerror or error})") from None
         head = self._head
         deadline = time.monotonic() + self._interval
         while True:
@@ -187,7 +187,7 @@ class Upstream:
                 self._begin = self._searched = end.end()
                 continue
             if len(head) > HEAD_LIMIT:
-                raise _broken("sent a head that does not end")
+                raise _broken("sent an endless head")
             self._searched = max(self._begin, len(head) - 3)
             if time.monotonic() > deadline:
                 raise Silence
@@ -205,7 +205,7 @@ class Upstream:
             raise _broken("does not speak HTTP")
         self.status = int(match[1])
         if self.status == 101:
-            raise _broken("changed to a protocol that nobody asked for")
+            raise _broken("switched to a protocol that was not requested")
         if self.status < 200:
             return False
         for line in lines:
@@ -219,7 +219,7 @@ class Upstream:
             self._frame = Sized(0)
         elif coding is not None:
             if coding.lower() != "chunked":
-                raise _broken("sent an answer in a transfer coding that nobody asked for")
+                raise _broken("sent an answer in a transfer coding that was not requested")
             self._frame = Chunked()
         elif length is not None:
             if _LENGTH.fullmatch(length) is None:
@@ -321,10 +321,10 @@ def _connect(port: int) -> socket.socket:
             connection.close()
             wait = min(wait * 1.5, 0.5)
             if time.monotonic() > deadline:
-                raise _broken("accepts no connection") from None
+                raise _broken("does not accept connections") from None
         except OSError as error:
             connection.close()
-            raise _broken(f"accepts no connection ({error.strerror or error})") from None
+            raise _broken(f"does not accept connections ({error.strerror or error})") from None
 
 
 def parsed(data: bytes) -> Any:
@@ -340,4 +340,4 @@ def parsed(data: bytes) -> Any:
 
 
 def _broken(what: str) -> BackendFailed:
-    return BackendFailed(f"The backend {what}. Try again; GET /health tells its state.")
+    return BackendFailed(f"The backend {what}. Try again; GET /health shows its state.")

@@ -56,7 +56,7 @@ class Writer:
             text = self._gathered()
             lost, self._lost = self._lost, 0
             if lost:
-                text = f"[mlxproxy: {lost} blocks of log lost]\n{text}"
+                text = f"[mlxproxy: {lost} blocks of log lines lost]\n{text}"
             if not text:
                 continue
             try:

@@ -233,7 +233,7 @@ def test_what_the_server_waits_for_is_shown(tmp_path: Path, talk: Callable[..., 
     with scripted(Script([*waiting, delta(content="yes"), DONE])) as url:
         screen = talk("-p", "well?", env=environment(tmp_path, url))
         screen.expect("loading tiny/brief 3s")
-        screen.expect("reading the question: 2048 of 9000 tokens")
+        screen.expect("reading the prompt: 2048 of 9000 tokens")
         screen.expect("yes")
         assert screen.wait() == 0
 
@@ -242,7 +242,7 @@ def test_what_the_server_waits_for_is_shown(tmp_path: Path, talk: Callable[..., 
     ("rest", "said"),
     [
         ([{"error": {"message": "The backend has ended.", "code": "x"}}], "The backend has ended."),
-        ([], "The answer was cut off"),
+        ([], "The answer is incomplete"),
     ],
 )
 def test_an_answer_that_is_not_whole_is_a_failure(
@@ -289,7 +289,7 @@ def test_an_unknown_word_with_a_slash_is_not_sent(
         screen = talk(env=environment(tmp_path, url))
         screen.expect("> ")
         screen.type("/thnik\n")
-        screen.expect("There is no /thnik.")
+        screen.expect("Unknown command: /thnik.")
         screen.expect("/no_think")
         screen.expect("> ")
         screen.type("/usr/bin is what?\n")

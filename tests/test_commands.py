@@ -104,7 +104,7 @@ def test_another_programs_server_is_told_apart(tmp_path: Path) -> None:
     with scripted(lambda path, body: ["<html>"]) as url:
         done = run("ls", env=environment(tmp_path, url))
     assert done.returncode == 1
-    assert "is no mlxproxy" in done.stderr
+    assert "is not mlxproxy" in done.stderr
 
 
 # -- which server
@@ -240,7 +240,7 @@ def test_a_model_is_loaded_shown_and_unloaded(env: dict[str, str]) -> None:
     assert status.returncode == 0
     assert "tiny/alpha is loaded, thinking on" in status.stdout
     again = run("load", "TINY/alpha", "--thinking", env=env)
-    assert again.stdout == "tiny/alpha is loaded already, thinking on.\n"
+    assert again.stdout == "tiny/alpha is already loaded, thinking on.\n"
     assert "loaded" in run("ls", env=env).stdout
     assert run("unload", env=env).stdout == "Unloaded tiny/alpha.\n"
     assert run("unload", env=env).stdout == "No model was loaded.\n"

@@ -258,11 +258,14 @@ def _tensor(**entry: Any) -> bytes:
     ("write_file", "expected"),
     [
         (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: path.write_bytes(b"1234"), "is cut short"),
+        (lambda path: path.write_bytes(b"1234"), "is truncated"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS"),
-        (lambda path: path.write_text("<!DOCTYPE html><title>404</title>"), "no safetensors"),
-        (lambda path: raw_weights(path, b"{}", length=2**63), "no safetensors"),
-        (lambda path: raw_weights(path, b"{}", length=1000), "is cut short"),
+        (
+            lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
+            "not a safetensors file",
+        ),
+        (lambda path: raw_weights(path, b"{}", length=2**63), "not a safetensors file"),
+        (lambda path: raw_weights(path, b"{}", length=1000), "is truncated"),
         (lambda path: raw_weights(path, b"{}  ", length=1), "damaged header"),
         (lambda path: raw_weights(path, b"[]"), "damaged header"),
         (lambda path: raw_weights(path, b"[" * 100_000), "damaged header"),
@@ -278,10 +281,10 @@ def _tensor(**entry: Any) -> bytes:
         (lambda path: raw_weights(path, _tensor(data_offsets=[-4, 0]), data=4), "damaged header"),
         (lambda path: raw_weights(path, _tensor(data_offsets=[0]), data=4), "damaged header"),
         (lambda path: raw_weights(path, _tensor(data_offsets=5), data=4), "damaged header"),
-        (lambda path: raw_weights(path, _tensor(), data=3), "is cut short (0.00 of 0.00 GB)"),
+        (lambda path: raw_weights(path, _tensor(), data=3), "is truncated (0.00 of 0.00 GB)"),
         (
             lambda path: raw_weights(path, _tensor(shape=[2**40], data_offsets=[0, 2**42]), data=4),
-            "is cut short (0.00 of 4398.05 GB)",
+            "is truncated (0.00 of 4398.05 GB)",
         ),
     ],
 )
@@ -414,7 +417,7 @@ def test_any_config_is_understood_or_refused(
     folder = model(tmp_path_factory.mktemp("any") / "model", config=config)
     sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
     found = inspector(Folder(str(folder), "any/model", sizes, 0))
-    assert "cannot be understood" not in str(found.reason)
+    assert "could not be inspected" not in str(found.reason)
     assert found.loadable == (found.reason is None)
     assert Model.from_json(json.loads(json.dumps(found.to_json()))) == found
 
@@ -431,4 +434,4 @@ def test_any_header_is_understood_or_refused(
     weights(folder / "model-00002-of-00002.safetensors")
     sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
     found = inspector(Folder(str(folder), "any/model", sizes, 0))
-    assert "cannot be understood" not in str(found.reason)
+    assert "could not be inspected" not in str(found.reason)

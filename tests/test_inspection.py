@@ -86,7 +86,7 @@ def test_a_model_that_makes_no_text_says_so(
 ) -> None:
     found = inspect(model(tmp_path / name, config=config))
     assert (found.type, found.loadable) == (kind, False)
-    assert "mlx-lm makes text" in str(found.reason)
+    assert "mlx-lm only generates text" in str(found.reason)
 
 
 def test_sentence_transformers_files_make_an_embedding_model(
@@ -105,7 +105,9 @@ def test_an_adapter_and_an_image_model_say_what_they_are(inspect: Inspect, tmp_p
     image = tmp_path / "image"
     image.mkdir()
     write(image / "model_index.json", {})
-    assert inspect(adapter).reason == "It is an adapter for another model; mlx-lm makes text."
+    assert (
+        inspect(adapter).reason == "It is an adapter for another model; mlx-lm only generates text."
+    )
     assert inspect(image).type == "image"
 
 
@@ -115,7 +117,7 @@ def test_a_gguf_folder_says_which_program_it_is_for(inspect: Inspect, tmp_path: 
     found = inspect(tmp_path / "gguf")
     assert (found.type, found.compatibility_type, found.loadable) == ("llm", "gguf", False)
     assert found.size_bytes == 4
-    assert found.reason == "GGUF is for llama.cpp; mlx-lm needs this model's MLX version."
+    assert found.reason == "It is in GGUF format, for llama.cpp; mlx-lm needs an MLX version of it."
 
 
 # -- whether it loads
@@ -126,23 +128,29 @@ def test_a_gguf_folder_says_which_program_it_is_for(inspect: Inspect, tmp_path: 
     [
         ({"model_type": None}, "config.json names no model_type."),
         ({"model_type": 5}, "config.json names no model_type."),
-        ({"model_type": "whisper"}, "The architecture 'whisper' is unknown to the installed"),
-        ({"model_type": "cache"}, "The architecture 'cache' is unknown to the installed mlx-lm."),
-        ({"model_type": "../utils"}, "The architecture '../utils' is unknown to the installed"),
-        ({"model_file": "model.py"}, "Its architecture is a program of its own, which is not run."),
-        ({"quantization": {"bits": 4}}, "config.json has a broken quantization."),
-        ({"quantization_config": {"bits": 4}}, "config.json has a broken quantization."),
+        (
+            {"model_type": "whisper"},
+            "The installed mlx-lm does not support the architecture 'whisper'",
+        ),
+        ({"model_type": "cache"}, "The installed mlx-lm does not support the architecture 'cache'"),
+        (
+            {"model_type": "../utils"},
+            "The installed mlx-lm does not support the architecture '../utils'",
+        ),
+        ({"model_file": "model.py"}, "It comes with its own Python code (model_file)"),
+        ({"quantization": {"bits": 4}}, "config.json has an invalid quantization."),
+        ({"quantization_config": {"bits": 4}}, "config.json has an invalid quantization."),
         (
             {"quantization_config": {"quant_method": "bitsandbytes"}},
-            "Mlx-lm does not read the quantization 'bitsandbytes'.",
+            "The installed mlx-lm does not support the quantization 'bitsandbytes'.",
         ),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 8}},
-            "Mlx-lm reads GPTQ weights of 4 bits, not of 8.",
+            "Its GPTQ weights have 8 bits; mlx-lm supports only 4.",
         ),
         (
             {"quantization_config": {"quant_method": "compressed-tensors", "format": "float"}},
-            "Mlx-lm does not read the quantization 'float'.",
+            "The installed mlx-lm does not support the quantization 'float'.",
         ),
     ],
 )
@@ -189,7 +197,7 @@ def test_a_missing_mlx_lm_makes_no_model_unloadable(tmp_path: Path) -> None:
 def test_missing_weights_say_what_is_missing(inspect: Inspect, tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    assert "its download is not complete" in str(inspect(folder).reason)
+    assert "the download is incomplete" in str(inspect(folder).reason)
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert "mlx_lm.convert" in str(inspect(folder).reason)
     weights(folder / "weights.safetensors")
@@ -258,7 +266,7 @@ def test_a_model_without_a_tokenizer_is_not_loadable(inspect: Inspect, tmp_path:
 def test_a_half_downloaded_tokenizer_is_noticed(inspect: Inspect, tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     (folder / "tokenizer.json").write_text('{"added_tokens": [')
-    assert inspect(folder).reason == "tokenizer.json is cut short or no JSON."
+    assert inspect(folder).reason == "tokenizer.json is truncated or not JSON."
 
 
 def test_reordered_gptq_weights_are_not_loadable(inspect: Inspect, tmp_path: Path) -> None:

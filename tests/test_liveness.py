@@ -39,7 +39,7 @@ def test_a_silent_answer_of_an_hour_is_no_hang_while_steps_are_made() -> None:
 def test_a_generation_thread_that_stands_still_is_a_hang_within_seconds() -> None:
     for doing in ("step", "tokenize", None):
         assert hang(beats(9, doing=doing), 9) is None
-        assert "stood still for 11 s" in str(hang(beats(11, doing=doing), 11))
+        assert "stalled for 11 s" in str(hang(beats(11, doing=doing), 11))
 
 
 def test_a_step_that_computes_may_take_until_the_stall_limit() -> None:
@@ -50,9 +50,9 @@ def test_a_step_that_computes_may_take_until_the_stall_limit() -> None:
 def test_a_step_on_a_gpu_uses_no_processor_time() -> None:
     assert hang(beats(299, gpu=True), 299) is None
     assert "STALL_TIMEOUT" in str(hang(beats(302, gpu=True), 302))
-    assert "stood still" in str(hang(beats(11, gpu=True, doing="tokenize"), 11))
+    assert "stalled" in str(hang(beats(11, gpu=True, doing="tokenize"), 11))
     assert hang(beats(29, gpu=True, doing=None), 29) is None, "it may wait for the GPU"
-    assert "stood still" in str(hang(beats(31, gpu=True, doing=None), 31))
+    assert "stalled" in str(hang(beats(31, gpu=True, doing=None), 31))
 
 
 def test_a_process_that_waits_for_pages_from_the_disk_does_not_hang() -> None:

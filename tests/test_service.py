@@ -157,7 +157,7 @@ def test_install_status_restart_and_uninstall_on_linux(manager: Path, tmp_path: 
     assert run("service", "status", env=env).returncode == 3
     assert run("service", "uninstall", env=env).returncode == 0
     assert not unit.exists()
-    assert run("service", "uninstall", env=env).stdout == "It was not installed.\n"
+    assert run("service", "uninstall", env=env).stdout == "The service was not installed.\n"
     assert calls(manager)[:3] == [
         "--user daemon-reload",
         "--user enable mlxproxy.service",
@@ -198,5 +198,5 @@ def test_a_manager_that_refuses_is_quoted(here: Path, manager: Path) -> None:
 
 def test_a_system_without_a_manager_is_told(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(here))
-    with pytest.raises(service.ServiceError, match="launchctl is missing"):
+    with pytest.raises(service.ServiceError, match="launchctl was not found"):
         service.of("darwin").install(service.plan({}))

@@ -212,9 +212,9 @@ def test_ls_says_that_there_may_be_more(capsys: pytest.CaptureFixture[str]) -> N
     ls(client, everything=False, as_json=False)
     said = capsys.readouterr()
     assert "still being read" in said.err
-    assert "There is no model" not in said.out
+    assert "can be loaded" not in said.out
     proxy.complete = True
     ls(client, everything=False, as_json=False)
     said = capsys.readouterr()
     assert not said.err
-    assert "There is no model in /models" in said.out
+    assert "No model in /models can be loaded" in said.out

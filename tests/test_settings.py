@@ -72,7 +72,7 @@ def test_models_folders_are_one_or_several(
         ("MODEL_SELECTION", "any", "loaded or requested"),
         ("LOG_LEVEL", "LOUD", "DEBUG or INFO"),
         ("PROXY_HOST", "no such host", "an address of this machine"),
-        ("API_KEY", "with\nnewline", "one text or several"),
+        ("API_KEY", "with\nnewline", "one value or several"),
     ],
 )
 def test_a_wrong_value_names_the_setting_the_value_and_what_is_allowed(

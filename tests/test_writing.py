@@ -37,7 +37,7 @@ def test_a_place_that_takes_nothing_costs_lines_which_are_counted() -> None:
     may_go_on.set()
     until(lambda: len(written) == 2, what="the rest")
     text = "".join(written)
-    assert text.startswith("first\n[mlxproxy: 10 blocks of log lost]\n0\n1\n")
+    assert text.startswith("first\n[mlxproxy: 10 blocks of log lines lost]\n0\n1\n")
     assert text.endswith(f"{QUEUED_CHUNKS - 1}\n")
 
 
@@ -69,7 +69,7 @@ def test_a_full_disk_is_told_once_and_its_lines_counted(caplog: pytest.LogCaptur
     full = False
     writer.put("at last\n")
     writer.close()
-    assert written == ["[mlxproxy: 3 blocks of log lost]\nat last\n"]
+    assert written == ["[mlxproxy: 3 blocks of log lines lost]\nat last\n"]
     assert len(caplog.records) == 1
     assert "No space left on device" in caplog.text
 

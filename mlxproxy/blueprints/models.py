@@ -85,7 +85,7 @@ def loaded() -> dict[str, Any]:
 def one(name: str) -> Response:
     """One model, by the same names as a load takes."""
     if name in ("load", "unload"):
-        raise MethodNotAllowed(f"/v1/models/{name} takes POST, not GET.")
+        raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
     return _json(_items([services().catalog.find(name)])[0])
 
 
@@ -139,7 +139,8 @@ def _wanted(body: dict[str, Any]) -> Load:
     name = body.get("model_id", body.get("model"))
     if not isinstance(name, str) or not name.strip():
         raise InvalidRequest(
-            "model_id must be a text: the id or the absolute path of a model from GET /v1/models.",
+            "model_id must be a string: the id or the absolute path of a model from GET "
+            "/v1/models.",
             param="model_id",
         )
     parts = services()
@@ -163,7 +164,7 @@ def _wanted(body: dict[str, Any]) -> Load:
     except ProxyError as error:
         if missing and error.code == "model_not_found":
             raise ModelsRootUnavailable(
-                f"The models folder {missing[0]} is not there. Is the disk mounted?"
+                f"The models folder {missing[0]} does not exist. Is its disk mounted?"
             ) from None
         raise
 

@@ -212,7 +212,8 @@ def _render(error: Exception) -> Response:
     if known is None:
         log.error("request %s failed", g.get("request_id"), exc_info=error)
         known = InternalError(
-            f"Something went wrong inside mlxproxy; its log names the request {g.request_id}."
+            "An internal error occurred in mlxproxy. Its log has the details under the request "
+            f"id {g.request_id}."
         )
     # What has raised it may still hold it, and its frames hold the body of the request.
     error.__traceback__ = None
@@ -236,7 +237,7 @@ def _known(error: Exception) -> ProxyError | None:
     if isinstance(error, WerkzeugMethodNotAllowed):
         allowed = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
         method = request.method[:LONGEST_METHOD]
-        return MethodNotAllowed(f"{request.path[:200]} takes {allowed}, not {method}.")
+        return MethodNotAllowed(f"{request.path[:200]} requires {allowed}, not {method}.")
     if isinstance(error, BadRequest):
         return InvalidRequest("The request could not be read.")
     if isinstance(error, HTTPException) and error.code is not None and error.code < 500:

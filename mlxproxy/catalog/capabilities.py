@@ -185,7 +185,7 @@ def _check_whole(path: str) -> None:
     with open_regular(path) as (file, size):
         start, end = os.pread(file, 64, 0), os.pread(file, 64, max(0, size - 64))
         if not start.lstrip().startswith(b"{") or not end.rstrip().endswith(b"}"):
-            raise Unreadable("tokenizer.json is cut short or no JSON")
+            raise Unreadable("tokenizer.json is truncated or not JSON")
 
 
 def _tokens_in(path: str) -> set[str]:

@@ -149,7 +149,8 @@ class Catalog:
         if len(missing) == len(self._shelves):
             places = "' and '".join(missing)
             raise ModelsRootUnavailable(
-                f"The models folder '{places}' is not there. Connect its disk, or set MODELS_ROOT."
+                f"The models folder '{places}' does not exist. Connect its disk, or set "
+                "MODELS_ROOT."
             )
 
     def missing_roots(self) -> list[Path]:
@@ -181,11 +182,11 @@ class Catalog:
             return self._listing
 
     def _not_found(self, name: str, similar: Sequence[str]) -> str:
-        message = f"There is no model {_quoted(name)}."
+        message = f"No model {_quoted(name)}."
         if similar:
             choice = " or ".join([", ".join(similar[:-1]), similar[-1]] if similar[1:] else similar)
             return f"{message} Did you mean {choice}?"
-        return f"{message} GET /v1/models lists those there are."
+        return f"{message} GET /v1/models lists what is available."
 
     def _remembered(self, root: str) -> Snapshot:
         """Return what an earlier run knew of a root: whatever it wrote itself, and whole."""
@@ -336,7 +337,7 @@ def _single(name: str, found: Sequence[Model]) -> Model:
     ids = [model.id for model in candidates]
     shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
     raise AmbiguousModel(
-        f"{_quoted(name)} fits {len(ids)} models: {shown}. Name one of them in full.",
+        f"{_quoted(name)} matches {len(ids)} models: {shown}. Give the full id of one of them.",
         param="model",
         candidates=ids,
     )

@@ -29,7 +29,7 @@ _POOLING = frozenset({"modules.json", "config_sentence_transformers.json"})
 _OTHER_TYPES = {
     "embedding": "It is an embedding model",
     "reranker": "It is a reranker or classifier",
-    "image": "It makes images",
+    "image": "It generates images",
     "adapter": "It is an adapter for another model",
 }
 _PYTORCH = (".bin", ".pt", ".pth")
@@ -85,8 +85,10 @@ class Inspector:
         try:
             return self._inspect(model, folder)
         except Exception:  # a folder nobody thought of must not hide all others
-            log.exception("%s cannot be understood", folder.path)
-            return replace(model, reason="Its files cannot be understood; the log says more.")
+            log.exception("%s could not be inspected", folder.path)
+            return replace(
+                model, reason="Its files could not be inspected; the log has the details."
+            )
 
     def _inspect(self, model: Model, folder: Folder) -> Model:
         if not folder.named(".safetensors") and folder.named(".gguf"):
@@ -94,12 +96,14 @@ class Inspector:
                 model,
                 type="embedding" if _EMBEDDING.search(folder.id) else "llm",
                 compatibility_type="gguf",
-                reason="GGUF is for llama.cpp; mlx-lm needs this model's MLX version.",
+                reason="It is in GGUF format, for llama.cpp; mlx-lm needs an MLX version of it.",
             )
         if folder.named(".safetensors"):
             model = replace(model, compatibility_type="mlx")
         if CONFIG not in folder.sizes and (kind := _type_without_config(folder)):
-            return replace(model, type=kind, reason=f"{_OTHER_TYPES[kind]}; mlx-lm makes text.")
+            return replace(
+                model, type=kind, reason=f"{_OTHER_TYPES[kind]}; mlx-lm only generates text."
+            )
         try:
             config = read_object(f"{folder.path}/{CONFIG}", 4 * MB)
         except Unreadable as error:
@@ -135,7 +139,7 @@ class _Reading:
             name.endswith(".g_idx") for name in weights.tensors
         )
         faults = [
-            f"{_OTHER_TYPES[kind]}; mlx-lm makes text" if kind in _OTHER_TYPES else None,
+            f"{_OTHER_TYPES[kind]}; mlx-lm only generates text" if kind in _OTHER_TYPES else None,
             *self._unsupported(),
             *self._missing(),
             *weights.faults,
@@ -191,18 +195,18 @@ class _Reading:
         if self._folder.named(".safetensors"):
             yield "its weights are not named model*.safetensors, the only name mlx-lm reads"
         elif self._folder.named(*_PYTORCH):
-            yield "its weights are PyTorch's; mlx_lm.convert makes safetensors of them"
+            yield "its weights are in PyTorch format; mlx_lm.convert converts them to safetensors"
         else:
-            yield "it has no weights (model*.safetensors): its download is not complete"
+            yield "it has no weights (model*.safetensors): the download is incomplete"
 
     def _unsupported(self) -> Iterator[str]:
         kind = self._config.get("model_type")
         if not isinstance(kind, str):
             yield "config.json names no model_type"
         elif self._config.get("model_file") is not None:
-            yield "its architecture is a program of its own, which is not run"
+            yield "it comes with its own Python code (model_file), which mlxproxy does not run"
         elif self._known is None:
-            yield f"the architecture {kind[:80]!r} is unknown to the installed mlx-lm"
+            yield f"the installed mlx-lm does not support the architecture {kind[:80]!r}"
 
     def _capabilities(self) -> tuple[Capabilities, str | None]:
         try:
@@ -239,14 +243,14 @@ def quantization_of(
         bits = number(own, "bits") if isinstance(own, dict) else None
         group = number(own, "group_size") if isinstance(own, dict) else None
         if bits is None or group is None:
-            return Packing(), None, "config.json has a broken quantization"
+            return Packing(), None, "config.json has an invalid quantization"
         return _own_quantization(own, bits, group)
     other = config.get("quantization_config")
     if not other:
         return Packing(), None, None
     method = other.get("quant_method") if isinstance(other, dict) else None
     if not isinstance(method, str):
-        return Packing(), None, "config.json has a broken quantization"
+        return Packing(), None, "config.json has an invalid quantization"
     return _other_quantization(other, method)
 
 
@@ -283,17 +287,19 @@ def _other_quantization(
         bits = 4
         group = 16 if form == "nvfp4-pack-quantized" else 32
         if form not in ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "pack-quantized"):
-            fault = f"mlx-lm does not read the quantization {str(form)[:80]!r}"
+            fault = f"the installed mlx-lm does not support the quantization {str(form)[:80]!r}"
     elif method == "modelopt":
         bits, group = 4, group or 16
         if algorithm != "NVFP4":
-            fault = f"mlx-lm does not read the quantization {str(algorithm)[:80]!r}"
+            fault = (
+                f"the installed mlx-lm does not support the quantization {str(algorithm)[:80]!r}"
+            )
     elif method in ("awq", "gptq"):
         bits, group = bits or 4, group or 128
         if bits != 4:
-            fault = f"mlx-lm reads {method.upper()} weights of 4 bits, not of {bits}"
+            fault = f"its {method.upper()} weights have {bits} bits; mlx-lm supports only 4"
     else:
-        fault = f"mlx-lm does not read the quantization {method[:80]!r}"
+        fault = f"the installed mlx-lm does not support the quantization {method[:80]!r}"
     listing = {"name": method[:80], "bits": bits or None, "group_size": group or None}
     return Packing(method, bits, group), listing, fault
 

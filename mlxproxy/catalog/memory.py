@@ -28,8 +28,8 @@ class Fit:
     def sentence(self) -> str:
         """The numbers, for a person."""
         return (
-            f"It needs about {self.needed / _GB:.1f} GB (an estimate: its weights and a context), "
-            f"and {self.available / _GB:.1f} GB are available."
+            f"It needs about {self.needed / _GB:.1f} GB (estimated from its weights and a "
+            f"context), but {self.available / _GB:.1f} GB are available."
         )
 
 

@@ -116,7 +116,7 @@ class Model:
         """
         if self.missing_root is not None:
             raise ModelsRootUnavailable(
-                f"The model '{self.id}' is in '{self.missing_root}', which is not there now. "
+                f"The model '{self.id}' is in '{self.missing_root}', which is currently missing. "
                 "Connect its disk and try again."
             )
         if not self.loadable:

@@ -83,7 +83,7 @@ class Snapshot:
     """What one walk found.
 
     Attributes:
-        missing: the root is not there; the rest is what was known of it before.
+        missing: the root does not exist; the rest is what was known of it before.
         entries: the models, by the path of their folder.
         identities: the models' folders, for telling that two paths lead to one.
         problems: sentences about folders that could not be read.
@@ -145,9 +145,9 @@ def scan(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
         snapshot = _Walk(root, previous, inspect).run()
         if os.path.samestat(before, os.stat(root)):
             return snapshot
-        problem = "is not there"  # unmounted during the walk
+        problem = "does not exist"  # unmounted during the walk
     except (FileNotFoundError, NotADirectoryError):
-        problem = "is not there"
+        problem = "does not exist"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     problems = frozenset([f"The models folder {root!r} {problem}."])
@@ -243,7 +243,9 @@ class _Walk:
         if place.path == self._root:
             territory = path  # who puts a link into the root itself wants what it leads to
         elif not _inside(os.path.realpath(path), os.path.realpath(territory)):
-            self._problems.append(f"{path!r} leads out of the models folder and is not followed.")
+            self._problems.append(
+                f"{path!r} links to a place outside the models folder and is ignored."
+            )
             return
         self._links.append(_Place(path, id_, territory, linked=True))
 
@@ -266,7 +268,9 @@ class _Walk:
                     files.append(name)
                     continue
                 if _UNFIT.search(name):
-                    problems.append(f"{item.path!r} has a name that is no text; it is left out.")
+                    problems.append(
+                        f"{item.path!r} has a name that is not valid UTF-8 and is ignored."
+                    )
                 elif not name.startswith(_NO_MODELS):
                     kind.append(name)
         relevant = _relevant(files, alone=not folders and not links, root=path == self._root)

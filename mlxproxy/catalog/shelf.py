@@ -103,7 +103,7 @@ class Shelf:
             try:
                 self._on_change()
             except Exception:
-                log.exception("what is known of %s could not be kept", self.root)
+                log.exception("the inventory of %s could not be saved", self.root)
 
     def _begin(self) -> bool:
         with self._condition:

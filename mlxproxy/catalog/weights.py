@@ -140,7 +140,7 @@ def _add(weights: Weights, path: str, packing: Packing, leaves_out: bool) -> Non
         raise Unreadable(f"{name} has a damaged header") from None
     if end > room:
         there, whole = room / 1e9, end / 1e9
-        raise Unreadable(f"{name} is cut short ({there:.2f} of {whole:.2f} GB)")
+        raise Unreadable(f"{name} is truncated ({there:.2f} of {whole:.2f} GB)")
 
 
 def _header(path: str) -> tuple[bytes, int]:
@@ -152,11 +152,11 @@ def _header(path: str) -> tuple[bytes, int]:
         if start == b"version ":
             raise Unreadable(f"{name} is a Git LFS pointer, not the weights themselves")
         if len(start) < 8:
-            raise Unreadable(f"{name} is {'cut short' if start else 'empty'}")
+            raise Unreadable(f"{name} is {'truncated' if start else 'empty'}")
         if length > MAX_HEADER:
-            raise Unreadable(f"{name} is no safetensors file, or is damaged")
+            raise Unreadable(f"{name} is damaged, or not a safetensors file")
         if 8 + length > size:
-            raise Unreadable(f"{name} is cut short")
+            raise Unreadable(f"{name} is truncated")
         return os.read(file, length), size - 8 - length
 
 

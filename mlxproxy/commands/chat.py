@@ -15,11 +15,11 @@ from mlxproxy.client import Client, ClientError, Event, Refused
 from mlxproxy.commands import load, terminal
 
 HELP = """\
-/think, /no_think  switch thinking on and off
-/clear             forget what was said
-/quit              leave (as Ctrl-D does)
+/think, /no_think  turn thinking on and off
+/clear             clear the conversation
+/quit              leave (or press Ctrl-D)
 Ctrl-C             stop an answer; at the prompt, leave
-\"\"\"                begin and end a text of many lines"""
+\"\"\"                begin and end a message of several lines"""
 QUOTES = '"""'
 
 
@@ -38,7 +38,7 @@ def chat(client: Client, model: str | None, prompt: str | None, thinking: bool |
         piped = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
     question = "\n\n".join(part for part in (prompt, piped) if part)
     if not question and not sys.stdin.isatty():
-        raise click.UsageError("There is nothing to answer: the input is empty.")
+        raise click.UsageError("The input is empty: there is no prompt to answer.")
     if model is not None and not _is_loaded(client, model):
         load.bring(client, model, enable_thinking=thinking)
     conversation = Conversation(client, thinking)
@@ -96,7 +96,7 @@ class Conversation:
                 answer.take(event.json())
                 event = next(events, None)
         if event is None:
-            raise ClientError("The answer was cut off: the connection ended.")
+            raise ClientError("The answer is incomplete: the connection was closed.")
 
 
 def _first(events: Iterator[Event]) -> Event | None:
@@ -106,7 +106,7 @@ def _first(events: Iterator[Event]) -> Event | None:
             if event.kind != "comment":
                 return event
             if event.data:
-                reading = r"reading the question: \1 of \2 tokens"
+                reading = r"reading the prompt: \1 of \2 tokens"
                 show(re.sub(r"^keepalive (\d+)/(\d+)$", reading, event.data))
     return None
 
@@ -163,7 +163,7 @@ def _talk(client: Client, conversation: Conversation) -> None:
     console = terminal.output()
     state = client.get("/v1/models/loaded")
     name = state["id"] if state["loaded"] else "No model is loaded yet"
-    console.print(f"{name}   /help lists the commands", style="dim")
+    console.print(f"{name}   /help for commands", style="dim")
     while True:
         try:
             question = _read()
@@ -193,9 +193,9 @@ def _obey(command: str, conversation: Conversation, console: Console) -> None:
         said = f"Thinking is {terminal.switch(conversation.thinking)}."
     elif command == "/clear":
         conversation.clear()
-        said = "What was said is forgotten."
+        said = "Conversation cleared."
     else:
-        said = HELP if command == "/help" else f"There is no {command}.\n{HELP}"
+        said = HELP if command == "/help" else f"Unknown command: {command}.\n{HELP}"
     console.print(said, style="dim")
 
 

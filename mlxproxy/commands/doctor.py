@@ -63,7 +63,7 @@ def doctor(as_json: bool) -> int:
             console.print(word, style=style, end="  ")
             console.print(f"{finding.check}: {finding.sentence}", soft_wrap=True)
             if finding.mend:
-                console.print(f"       mend it: {finding.mend}", soft_wrap=True)
+                console.print(f"       fix: {finding.mend}", soft_wrap=True)
     if as_json:
         terminal.print_json([{**asdict(it), "fine": it.fine} for it in findings])
     return 0 if all(finding.fine for finding in findings) else 1
@@ -77,7 +77,7 @@ def examine() -> Iterator[Finding]:
     except SettingError as error:
         yield Finding("settings", str(error), _where_set(str(error)))
         return
-    yield Finding("settings", f"read, the instance folder is {found.instance_path}")
+    yield Finding("settings", f"valid; the instance folder is {found.instance_path}")
     yield _mlx_lm(found)
     yield from _models(found)
     yield _disk(found)
@@ -101,7 +101,7 @@ def _python() -> Finding:
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Finding(
             "Python",
-            f"{sentence} is made for Intel, MLX for Apple silicon",
+            f"{sentence} is built for Intel, but MLX needs Apple silicon",
             "/opt/homebrew/bin/brew install python@3.12 && make clean install",
         )
     return Finding("Python", sentence)
@@ -127,12 +127,12 @@ def _mlx_lm(found: Settings) -> Finding:
             [*command, "--help"], capture_output=True, text=True, timeout=PATIENCE
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("mlx-lm", f"{program} does not run: {error}", update)
+        return Finding("mlx-lm", f"{program} cannot be run: {error}", update)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return Finding("mlx-lm", f"{program} does not run here: {words[-1]}", update)
-    wrapper = ", a wrapper: without what mlxproxy mends in it" if len(command) == 1 else ""
-    return Finding("mlx-lm", f"{_version(found)}runs ({program}{wrapper})")
+        return Finding("mlx-lm", f"{program} fails to start: {words[-1]}", update)
+    wrapper = ", a wrapper: runs without mlxproxy's additions" if len(command) == 1 else ""
+    return Finding("mlx-lm", f"{_version(found)}works ({program}{wrapper})")
 
 
 def _version(found: Settings) -> str:
@@ -151,15 +151,15 @@ def _models(found: Settings) -> Iterator[Finding]:
         models = Catalog((root,), patience=SCAN).models() if root.is_dir() else []
         usable = sum(model.loadable for model in models)
         if usable:
-            yield Finding("models", f"in {root} {usable} of {len(models)} can be loaded")
+            yield Finding("models", f"{usable} of {len(models)} in {root} can be loaded")
         elif demo and root.is_relative_to(Path.home()):
-            yield Finding("models", f"none in {root}, so `mlxproxy serve` brings a demo model")
+            yield Finding("models", f"none in {root}, so `mlxproxy serve` downloads a demo model")
         elif not root.is_dir():
-            mend = "connect its disk, or: mlxproxy serve --models-root FOLDER"
-            yield Finding("models", f"{root} is not there", mend)
+            mend = "connect its disk, or run: mlxproxy serve --models-root FOLDER"
+            yield Finding("models", f"{root} does not exist", mend)
         else:
-            sentence = f"in {root} none of {len(models)} can be loaded"
-            mend = "mlxproxy ls --all tells why; LM Studio downloads others, in MLX format"
+            sentence = f"none of {len(models)} in {root} can be loaded"
+            mend = "`mlxproxy ls --all` shows why; download a model in MLX format in LM Studio"
             yield Finding("models", sentence, mend)
 
 
@@ -168,12 +168,12 @@ def _disk(found: Settings) -> Finding:
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Finding("disk", f"{folder} cannot be written", f"chmod u+rwx {folder}")
+        return Finding("disk", f"{folder} is not writable", f"chmod u+rwx {folder}")
     free = shutil.disk_usage(folder).free
-    sentence = f"{terminal.size(free)} free at {folder}"
+    sentence = f"{terminal.size(free)} free in {folder}"
     if free < ROOM:
-        needed = f"{sentence}, {terminal.size(ROOM)} are needed"
-        return Finding("disk", needed, "free some, or: export MLXPROXY_INSTANCE_PATH=FOLDER")
+        needed = f"{sentence}, but {terminal.size(ROOM)} is needed"
+        return Finding("disk", needed, "free some space, or: export MLXPROXY_INSTANCE_PATH=FOLDER")
     return Finding("disk", sentence)
 
 
@@ -186,11 +186,11 @@ def _running(found: Settings) -> psutil.Process | None:
 
 def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
     if proxy is None:
-        return Finding("lock", "free, so no mlxproxy runs with these settings")
-    who = f"mlxproxy runs (pid {proxy.pid})"
+        return Finding("lock", "free: no mlxproxy is running with these settings")
+    who = f"mlxproxy is running (pid {proxy.pid})"
     holder = ports.listener(found.proxy_port)
     if holder is None or not _is_family(holder, proxy):
-        return Finding("lock", f"{who} with another PROXY_PORT than {found.proxy_port}")
+        return Finding("lock", f"{who} with a PROXY_PORT other than {found.proxy_port}")
     try:
         client = connect(None, None)
         client.get("/health")
@@ -204,7 +204,7 @@ def _orphan(found: Settings, proxy: psutil.Process | None) -> Finding:
         orphans = Ownership(found.instance_path, found.mlx_backend_port).orphans()
         if orphans:
             pids = " ".join(str(orphan.pid) for orphan in orphans)
-            sentence = f"the backend of a proxy that was killed still runs (pid {pids})"
+            sentence = f"the backend of a killed proxy is still running (pid {pids})"
             return Finding("orphan", sentence, f"kill {pids}")
     return Finding("orphan", "none")
 
@@ -216,11 +216,11 @@ def _port(port: int, setting: str, proxy: psutil.Process | None) -> Finding:
     holder = ports.listener(port)
     if holder is None:
         mend = f"sudo lsof -nP -iTCP:{port} -sTCP:LISTEN   (or set {setting} to another port)"
-        return Finding(check, "held by a process of another user", mend)
+        return Finding(check, "in use by another user's process", mend)
     if proxy is not None and _is_family(holder, proxy):
-        return Finding(check, f"held by this mlxproxy (pid {holder.pid})")
+        return Finding(check, f"in use by this mlxproxy (pid {holder.pid})")
     mend = f"kill {holder.pid}   (or set {setting} to another port)"
-    return Finding(check, f"held by {ports.describe(holder)}", mend)
+    return Finding(check, f"in use by {ports.describe(holder)}", mend)
 
 
 def _is_family(process: psutil.Process, proxy: psutil.Process) -> bool:
@@ -230,16 +230,18 @@ def _is_family(process: psutil.Process, proxy: psutil.Process) -> bool:
 def _service() -> Finding:
     installed = service.of()
     if not installed.installed:
-        return Finding("service", "not installed (`mlxproxy service install` starts it at login)")
+        return Finding(
+            "service", "not installed (`mlxproxy service install` starts mlxproxy at login)"
+        )
     with contextlib.suppress(OSError):
         if sys.executable not in installed.path.read_text():
-            sentence = f"{installed.path} starts another installation of mlxproxy than this one"
+            sentence = f"{installed.path} starts a different installation of mlxproxy"
             return Finding("service", sentence, "mlxproxy service install")
     try:
         pid = installed.pid()
     except service.ServiceError as error:
         return Finding("service", error.message, "mlxproxy service uninstall")
     if pid is None:
-        sentence = f"{installed.path} is installed, but does not run"
+        sentence = f"{installed.path} is installed, but not running"
         return Finding("service", sentence, "mlxproxy service restart")
-    return Finding("service", f"runs (pid {pid})")
+    return Finding("service", f"running (pid {pid})")

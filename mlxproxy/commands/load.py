@@ -34,7 +34,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
     if loaded.get("changed"):
         said = f"Loaded {loaded['id']} in {duration(time.monotonic() - started)}, {thinking}."
     else:
-        said = f"{loaded['id']} is loaded already, {thinking}."
+        said = f"{loaded['id']} is already loaded, {thinking}."
     terminal.output().print(said, soft_wrap=True)
 
 
@@ -61,9 +61,9 @@ def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
                 if told:
                     bar.update(told)
     except KeyboardInterrupt:
-        console.print("A load that has begun goes on; `mlxproxy unload` cancels it.")
+        console.print("A load in progress continues; `mlxproxy unload` cancels it.")
         raise
-    raise ClientError("The connection ended before the model was loaded.")
+    raise ClientError("The connection was closed before the model was ready.")
 
 
 def unload(client: Client, as_json: bool) -> None:
@@ -75,7 +75,7 @@ def unload(client: Client, as_json: bool) -> None:
     console = terminal.messages()
     before = client.get("/v1/models/loaded")
     busy = before.get("in_flight") or 0
-    waiting = f"waiting for {busy} answers in flight" if busy else "unloading"
+    waiting = f"waiting for answers in flight: {busy}" if busy else "unloading"
     with terminal.spinner(console, waiting):
         answer = client.post("/v1/models/unload", {})
     if as_json:

@@ -29,7 +29,7 @@ def logs(client: Client, source: str, follow: bool, lines: int) -> None:
     except Unreachable as error:
         file = _file(source)
         if client.is_own and file is not None:  # a proxy that is gone has left its last words
-            raise ClientError(f"{error.message} What it wrote is in {file}.") from None
+            raise ClientError(f"{error.message} Its log is in {file}.") from None
         raise
 
 

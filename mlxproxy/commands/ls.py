@@ -20,7 +20,9 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     listed = client.get("/v1/models" + ("?all=true" if everything else ""))
     models = listed["data"]
     if not listed.get("complete", True):
-        terminal.messages().print("A models folder is still being read: there may be more models.")
+        terminal.messages().print(
+            "A models folder is still being read, so the list may be incomplete."
+        )
     if as_json:
         terminal.print_json(models)
         return
@@ -95,7 +97,7 @@ def _abilities(found: dict[str, Any]) -> str:
 def _say_where(client: Client, console: Console) -> None:
     folders = " and ".join(client.get("/health").get("models_root", ()))
     console.print(
-        f"There is no model in {folders or 'the models folder'} that can be loaded. Download an "
-        "MLX model in LM Studio, or set MODELS_ROOT.",
+        f"No model in {folders or 'the models folder'} can be loaded. Download an MLX model in LM "
+        "Studio, or set MODELS_ROOT.",
         soft_wrap=True,
     )

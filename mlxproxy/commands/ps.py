@@ -52,10 +52,12 @@ def _figures(state: dict[str, Any]) -> Table:
 def _speed(speed: dict[str, float | None]) -> str:
     if speed["now"] is not None:
         return f"{speed['now']:.1f} now"
-    return f"{speed['last']:.1f} in the last answer" if speed["last"] is not None else "unknown yet"
+    return (
+        f"{speed['last']:.1f} in the last answer" if speed["last"] is not None else "not known yet"
+    )
 
 
 def _idle(state: dict[str, Any]) -> str:
     if state["idle_unload_in"] is not None:
         return f"in {duration(state['idle_unload_in'])}"
-    return "not while it answers" if state["in_flight"] or state["waiting"] else "never"
+    return "not while requests are in flight" if state["in_flight"] or state["waiting"] else "never"

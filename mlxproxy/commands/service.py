@@ -29,7 +29,7 @@ UNIT = "mlxproxy.service"
 MARGIN = 15.0  # seconds a stop may take beyond the proxy's own limits
 PATIENCE = 60.0  # for systemctl and launchctl themselves
 RUNNING, STOPPED, ABSENT = 0, 3, 4  # exit statuses of `service status`, as systemctl's
-LATE_DISK = "A models folder on a disk that is mounted late is no problem: the proxy waits for it."
+LATE_DISK = "The disk with the models may be mounted later: the proxy waits for it."
 
 
 class ServiceError(click.ClickException):
@@ -114,7 +114,7 @@ class Service(ABC):
             with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(self.render(wanted))
         except OSError as error:
-            raise ServiceError(f"{self.path} cannot be written: {error.strerror}.") from None
+            raise ServiceError(f"{self.path} could not be written: {error.strerror}.") from None
         self._start(wanted)
 
     def uninstall(self) -> bool:
@@ -189,7 +189,10 @@ class LaunchAgent(Service):
         deadline = time.monotonic() + wanted.stop_seconds
         while _run("launchctl", "print", self._target).returncode == 0:  # it is still stopping
             if time.monotonic() > deadline:
-                raise ServiceError(f"The old {LABEL} does not end: see `launchctl print`.")
+                raise ServiceError(
+                    f"The old {LABEL} did not stop. `launchctl print {self._target}` shows "
+                    "its state."
+                )
             time.sleep(0.2)
         _run("launchctl", "enable", self._target)
         _must("launchctl", "bootstrap", self._domain, str(self.path))
@@ -267,15 +270,17 @@ def install(flags: Mapping[str, str], dry_run: bool) -> None:
         click.echo(service.render(wanted), nl=False)
         return
     service.install(wanted)
-    click.echo(f"Installed {service.path}: mlxproxy runs, and starts when you log in.")
+    click.echo(f"Installed {service.path}: mlxproxy is running, and will start when you log in.")
     if isinstance(service, SystemdUnit):
-        click.echo("To have it run while nobody is logged in: loginctl enable-linger")
+        click.echo("To keep it running while you are logged out: loginctl enable-linger")
 
 
 def uninstall() -> None:
     """Stops and removes the service."""
     service = of()
-    click.echo(f"Removed {service.path}." if service.uninstall() else "It was not installed.")
+    click.echo(
+        f"Removed {service.path}." if service.uninstall() else "The service was not installed."
+    )
 
 
 def restart() -> None:
@@ -286,7 +291,7 @@ def restart() -> None:
     """
     service = of()
     if not service.installed:
-        raise ServiceError("It is not installed: `mlxproxy service install` does that.")
+        raise ServiceError("The service is not installed. Run `mlxproxy service install`.")
     service.restart()
     click.echo("Restarted.")
 
@@ -295,13 +300,13 @@ def status() -> int:
     """Prints whether the service runs; returns the exit status."""
     service = of()
     if not service.installed:
-        click.echo("Not installed: `mlxproxy service install` does that.")
+        click.echo("Not installed. `mlxproxy service install` installs it.")
         return ABSENT
     pid = service.pid()
     if pid is None:
-        click.echo(f"Installed, but it does not run: {service.path}")
+        click.echo(f"Installed, but not running: {service.path}")
         return STOPPED
-    click.echo(f"Runs with pid {pid}: {service.path}")
+    click.echo(f"Running with pid {pid}: {service.path}")
     return RUNNING
 
 
@@ -315,9 +320,11 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     except FileNotFoundError:
-        raise ServiceError(f"{command[0]} is missing: this system has no such service.") from None
+        raise ServiceError(
+            f"{command[0]} was not found, so services cannot be managed on this system."
+        ) from None
     except subprocess.TimeoutExpired:
-        raise ServiceError(f"`{' '.join(command)}` does not end.") from None
+        raise ServiceError(f"`{' '.join(command)}` did not finish within {PATIENCE:g} s.") from None
 
 
 def _must(*command: str) -> None:

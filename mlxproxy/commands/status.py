@@ -17,7 +17,7 @@ def status(client: Client, as_json: bool) -> int:
     if as_json:
         terminal.print_json(health)
     else:
-        sentence = f"mlxproxy answers at {client.url}; {_loaded(health)}."
+        sentence = f"mlxproxy is running at {client.url}; {_loaded(health)}."
         terminal.output().print(" ".join(filter(None, (sentence, fault))), soft_wrap=True)
     return FAULT if fault else FINE
 
@@ -47,7 +47,7 @@ def _short(health: dict[str, Any]) -> str:
 def _fault(health: dict[str, Any]) -> str | None:
     missing = health.get("models_root_missing")
     if missing:
-        return f"The models folder {' and '.join(missing)} is not there."
+        return f"The models folder {' and '.join(missing)} does not exist."
     failure = health.get("last_failure")
     if failure and health.get("backend") == "not_running":
         return str(failure["reason"])

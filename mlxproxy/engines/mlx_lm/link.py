@@ -75,7 +75,7 @@ class Link:
                     self._liveness.take(beat, time.monotonic())
         elif "died" in report:
             reason = str(report["died"])[:REASON_CHARACTERS]
-            self._on_death(reason or "its generation thread has ended")
+            self._on_death(reason or "its generation thread has crashed")
         elif "features" in report:
             self._features = frozenset(map(str, report["features"]))
             with self._lock:

@@ -87,17 +87,17 @@ class Liveness:
         last = self._last
         silent = now - max(self._beat_at, waiting_since)
         if silent > min(SILENT_SECONDS, stall_timeout):
-            return f"its process has given no sign of life for {silent:.0f} s"
+            return f"its process has shown no sign of life for {silent:.0f} s"
         if last is None or not last.busy:
             return None
         unused = self._beat_at - self._used_at
         if unused > self._stuck_after(last.doing):
-            return f"its generation thread has stood still for {unused:.0f} s"
+            return f"its generation thread has been stalled for {unused:.0f} s"
         limit, name = stall_timeout, "STALL_TIMEOUT"
         if last.doing == "load":
             limit, name = load_timeout, "LOAD_TIMEOUT"
         if self._beat_at - self._step_at > limit:
-            return f"one step of its work has taken more than {limit:g} s ({name})"
+            return f"one step of its work took more than {limit:g} s ({name})"
         return None
 
     def _stuck_after(self, doing: str | None) -> float:
