@@ -83,8 +83,9 @@ class Access:
         if site == "same-site" and self._is_this_machine(_name_of(host)):
             return
         raise OriginNotAllowed(
-            "A page of another site asks for this, and does not say which. Open the address "
-            "yourself; pages of ALLOWED_ORIGINS must ask with fetch() and its usual mode, cors."
+            "This request comes from a page of another site and carries no Origin header. Open "
+            "the address directly; pages of ALLOWED_ORIGINS must use fetch() in its default "
+            "mode, cors."
         )
 
     def allows(self, origin: str, host: str) -> bool:
@@ -112,9 +113,9 @@ class Access:
         right = [hmac.compare_digest(sent, key.encode()) for key in self.keys]
         if not any(right):
             raise InvalidApiKey(
-                "This API key is not accepted."
+                "This API key is not valid."
                 if given
-                else "An API key is needed: send `Authorization: Bearer <key>`."
+                else "An API key is required: send `Authorization: Bearer <key>`."
             )
         return self.keys[right.index(True)]
 

@@ -120,16 +120,20 @@ class BadRequest(ErrorTask):
         refusal = self.request.error
         error: ProxyError
         if refusal.code == 413:
-            error = RequestTooLarge("The body is larger than this proxy takes (MAX_BODY).")
+            error = RequestTooLarge("The body is larger than this proxy accepts (MAX_BODY).")
         elif refusal.code == 507:
             error = InsufficientStorage(
-                f"This request cannot be taken: {refusal.body}. Free the folder for temporary "
-                "files (TMPDIR) of the machine that mlxproxy runs on."
+                f"This request cannot be accepted: {refusal.body}. Free some space in the folder "
+                "for temporary files (TMPDIR) on the machine that mlxproxy runs on."
             )
         elif refusal.code == 500:
-            error = InternalError("The request could not be answered; the proxy's log says why.")
+            error = InternalError(
+                "The request could not be answered; the proxy's log has the details."
+            )
         else:
-            error = InvalidRequest(f"This is no HTTP request this server takes: {refusal.body}.")
+            error = InvalidRequest(
+                f"This is not a valid HTTP request for this server: {refusal.body}."
+            )
         number = request_id(self.request.headers.get("X_REQUEST_ID", ""))
         client = self.channel.addr[0]
         log.info("id=%s client=%s status=%d refused=%s", number, client, refusal.code, error.code)

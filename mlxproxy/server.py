@@ -177,7 +177,7 @@ class Server:
         try:
             self._stop()
         except Exception:
-            log.exception("the stop did not go as it should")
+            log.exception("the server did not shut down properly")
         finally:
             self._finished.set()
             self._server.pull_trigger()
@@ -238,12 +238,12 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise CannotListen(
-                f"Port {port} on {host} is taken by another program. End it, or set PROXY_PORT "
+                f"Port {port} on {host} is in use by another program. Stop it, or set PROXY_PORT "
                 f"to another port (`make run PROXY_PORT={port % 65535 + 1}`)."
             ) from None
         raise CannotListen(
-            f"{host}:{port} cannot be listened on: {error.strerror}. Set PROXY_HOST to an address "
-            "of this machine and PROXY_PORT to a port above 1023."
+            f"Cannot listen on {host}:{port}: {error.strerror}. Set PROXY_HOST to an address of "
+            "this machine and PROXY_PORT to a port above 1023."
         ) from None
     return listener
 
@@ -269,5 +269,7 @@ def _raise_descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
         except (OSError, ValueError):
-            log.warning("the limit of open files is %d: few clients are served at once", soft)
+            log.warning(
+                "the limit of open files is %d: only a few clients are served at a time", soft
+            )
     return min(soft, DESCRIPTORS)

@@ -111,13 +111,13 @@ def _announce(parts: Services, address: tuple[str, int]) -> None:
     for root in parts.roots:
         print(harmless(f"models folder: {root}"))
     for root in parts.catalog.missing_roots():
-        log.warning("%s is not there (yet): its models appear when it is mounted", root)
-    more = "" if parts.catalog.known else " (and a folder is still being read)"
+        log.warning("%s does not exist (yet): its models will appear when it is mounted", root)
+    more = "" if parts.catalog.known else " (a folder is still being read)"
     print(f"models found: {len(models)}{more}")
     if not parts.access.keys and not is_loopback(host):
         print(
-            "no API_KEY is set: every machine that reaches this one on the network can list, load "
-            "and use its models (PROXY_HOST=127.0.0.1 keeps it to this machine)"
+            "no API_KEY is set: anyone on your network can list, load and use the models "
+            "(PROXY_HOST=127.0.0.1 restricts it to this machine)"
         )
     name = models[0].id if models else "publisher/name"
     key = ' -H "Authorization: Bearer $KEY"' if parts.access.keys else ""

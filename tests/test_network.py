@@ -316,7 +316,7 @@ def test_the_start_says_who_can_reach_what(
     parts: Any = SimpleNamespace(catalog=Catalog(()), roots=(), access=Access(keys=keys))
     serving._announce(parts, (host, 8080))
     said = capsys.readouterr().out
-    assert ("every machine that reaches this one" in said) is told
+    assert ("anyone on your network" in said) is told
     assert ("API_KEY" in said) is told
     assert "k" not in keys or "Bearer $KEY" in said
 
