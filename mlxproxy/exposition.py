@@ -63,9 +63,7 @@ class _Now(Collector):
             "mlxproxy_tokens_per_second", "Generation speed of each answer", counts.speed
         )
         yield GaugeMetricFamily("mlxproxy_in_flight", "Answers in flight", self._state.in_flight)
-        yield GaugeMetricFamily(
-            "mlxproxy_waiting", "Queued requests", self._state.waiting
-        )
+        yield GaugeMetricFamily("mlxproxy_waiting", "Queued requests", self._state.waiting)
         yield _histogram(
             "mlxproxy_load_seconds", "Time from a backend's start until it is ready", counts.loads
         )

@@ -548,7 +548,7 @@ def test_a_client_may_wait_for_few_loads_at_a_time() -> None:
     house.request()
     for number in range(MAX_LOADS):
         house.load(f"b{number}", "greedy")
-    with pytest.raises(TooManyRequests, match="loads already"):
+    with pytest.raises(TooManyRequests, match="already waiting for"):
         house.load("one more", "greedy")
     house.load("one more", "modest")
 

@@ -392,7 +392,7 @@ class Controller:
             try:
                 job()
             except Exception:
-                log.exception("a job failed in a way that is not foreseen")
+                log.exception("a job failed unexpectedly")
 
     def _queue_start(self, effect: Start) -> None:
         cancelled = self._cancels[effect.slot]
@@ -421,7 +421,7 @@ class Controller:
         except ProxyError as failure:
             error = failure
         except Exception:
-            log.exception("a start failed in a way that is not foreseen")
+            log.exception("a start failed unexpectedly")
             error = InternalError("The load failed for an internal reason; see the log.")
         failed = error
         self._end_process(backend)
@@ -443,7 +443,7 @@ class Controller:
                 backend.stop()
             self._ownership.stopped()
         except Exception:
-            log.exception("a stop failed in a way that is not foreseen")
+            log.exception("a stop failed unexpectedly")
 
     def _progress(self, operation: Operation) -> Progress:
         slot = None if operation.slot is None else self._core.slots[operation.slot]
@@ -480,7 +480,7 @@ class Controller:
             try:
                 self._decide(lambda core, now: core.on_tick(now))
             except Exception:
-                log.exception("a deadline failed in a way that is not foreseen")
+                log.exception("a deadline failed unexpectedly")
                 time.sleep(1.0)  # it is still due: not at full speed
 
     def _close(self) -> None:

@@ -149,12 +149,12 @@ class Lease(state.Request):
             return self.error
         return BackendTimeout(
             f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), though "
-            "it answers others. Ask again."
+            "it answers others. Try again."
         )
 
     def _declare_hung(self, backend: state.Process, reason: str) -> ProxyError:
         backend.give_up(reason)
-        return self.error or BackendTimeout(f"The backend was taken for dead: {reason}. Ask again.")
+        return self.error or BackendTimeout(f"The backend is considered dead: {reason}. Try again.")
 
     def comment(self) -> bytes:
         """Return what a waiting stream tells its client, as an SSE comment."""

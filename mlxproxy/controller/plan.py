@@ -142,7 +142,7 @@ class Scheduler:
     def on_disconnected(self, request: Request, now: Moment) -> list[Effect]:
         """The client is gone: out of the queue, or its answer is ended. A granted request keeps its
         place until it is released."""
-        error = BackendFailed("The client has left.")
+        error = BackendFailed("The client disconnected.")
         if request in self.queue:
             self._leave_queue(request, now)
             self._reject(request, error)
@@ -199,7 +199,7 @@ class Scheduler:
         self.asked = True
         for slot in self._about(only):
             slot.restore = slot.crashed = None
-        error = LoadCancelled("The load was cancelled: an unload was asked for meanwhile.")
+        error = LoadCancelled("The load was cancelled by an unload.")
         for item in list(self.operations):
             if item.load is not None and only in (None, item.slot):
                 self._reject_waiting(item.load, error)
@@ -224,7 +224,7 @@ class Scheduler:
 
     def on_leave(self, claim: Claim, now: Moment) -> list[Effect]:
         """The client of a claim is gone. May be called any number of times."""
-        self._drop(claim, LoadCancelled("The client has left."))
+        self._drop(claim, LoadCancelled("The client disconnected."))
         self._settle(now)
         return self._decided()
 
@@ -332,15 +332,15 @@ class Scheduler:
         looping = policy.is_crash_loop(slot.exits)
         slot.crashed = load if looping else None
         slot.restore = None if looping else self._as_asked(slot)
-        sentence = f"The backend with {load.model_id} has ended: {reason}."
+        sentence = f"The backend with {load.model_id} crashed: {reason}."
         if looping:
             sentence += (
-                f" That was {policy.CRASH_LOOP_EXITS} times in "
-                f"{policy.CRASH_LOOP_SECONDS / 60:g} minutes, so it stays down until a load is "
-                "asked for."
+                f" It crashed {policy.CRASH_LOOP_EXITS} times within "
+                f"{policy.CRASH_LOOP_SECONDS / 60:g} minutes, so it will not be restarted until the "
+                "next load."
             )
         error = (BackendTimeout if hung else BackendFailed)(
-            f"The backend has ended in the middle of the answer: {reason}. Ask again."
+            f"The backend crashed during the answer: {reason}. Try again."
         )
         for request in slot.requests:
             self._abort(request, error)
@@ -364,11 +364,11 @@ class Scheduler:
         """Refuse new work, let answers finish for `shutdown_timeout`, empty all slots."""
         if not self.closing:
             self.closing = True
-            error = ShuttingDown("mlxproxy is stopping. Try again when it has been started.")
+            error = ShuttingDown("mlxproxy is stopping. Try again once it has restarted.")
             for request in list(self.queue):
                 self._reject(request, error)
             self.queue.clear()
-            given_up = ShuttingDown("mlxproxy is stopping: the load was given up.")
+            given_up = ShuttingDown("mlxproxy is stopping: the load was abandoned.")
             for operation in list(self.operations):
                 if operation.load is not None:
                     operation.cancelled = None  # the stop is the better reason
@@ -653,7 +653,7 @@ class Scheduler:
             self._abort(request, error)
         if cut:
             self._effects.append(
-                Log(WARNING, f"{len(cut)} answers in flight ended: {error.message}")
+                Log(WARNING, f"{len(cut)} answers in flight aborted: {error.message}")
             )
 
     def _emptied(self, operation: Operation, now: Moment) -> None:
@@ -694,7 +694,7 @@ class Scheduler:
             elif slot.load is not None and self._is_idle(slot, now):
                 cause = Cause.IDLE
                 slot.restore = self._as_asked(slot)
-                line = f"{slot.load.model_id} has been idle: unloading it"
+                line = f"{slot.load.model_id} is idle: unloading it"
                 self._effects.append(Log(INFO, line))
             if cause is not None:
                 operation = self._add(Operation(None, cause, now.monotonic, slot.id))
@@ -781,7 +781,7 @@ class Scheduler:
         )
         if claim.waits and not joins and mine >= MAX_LOADS:
             raise TooManyRequests(
-                f"You wait for {mine} loads already. Wait for one of them, or unload.",
+                f"You are already waiting for {mine} loads. Wait for one of them to finish, or unload.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         claims = [each for item in loads for each in item.claims]
@@ -799,7 +799,7 @@ class Scheduler:
         waiting = sorted((each for each in others if each.waits), key=lambda each: each.since)
         refused = policy.turned_away([*waiting, claim])
         error = TooManyRequests(
-            "Too many requests wait for loads and unloads already. Try again in a few seconds.",
+            "Too many requests are already waiting for loads and unloads. Try again in a few seconds.",
             retry_after=RETRY_AFTER_SECONDS,
         )
         if refused is claim:
@@ -813,7 +813,9 @@ class Scheduler:
         """Cancel a load that nobody wants any more, if nothing was cut or stopped for it."""
         for operation in self.operations:
             if operation.may_be_withdrawn() and self._is_needless(operation):
-                self._cancel(operation, LoadCancelled("Nobody waits for this load any more."), now)
+                self._cancel(
+                    operation, LoadCancelled("No client is waiting for this load any more."), now
+                )
                 return True
         return False
 
@@ -898,8 +900,8 @@ class Scheduler:
         self.queue.remove(refused)
         in_flight = sum(len(slot.requests) for slot in self.slots)
         error = TooManyRequests(
-            f"{in_flight} answers are in flight and {len(self.queue)} requests wait "
-            "already. Try again in a few seconds.",
+            f"{in_flight} answers are in flight and {len(self.queue)} requests are "
+            "already queued. Try again in a few seconds.",
             retry_after=RETRY_AFTER_SECONDS,
         )
         self._reject(refused, error)
@@ -940,38 +942,38 @@ class Scheduler:
             return None
         return InsufficientMemory(
             f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads it '
-            "all the same.",
+            "anyway.",
             needed_bytes=fit.needed,
             available_bytes=fit.available,
         )
 
     def _refuse_if_closing(self) -> None:
         if self.closing:
-            raise ShuttingDown("mlxproxy is stopping. Try again when it has been started anew.")
+            raise ShuttingDown("mlxproxy is stopping. Try again once it has restarted.")
 
     def _ending_for(self, operation: Operation) -> ProxyError:
         limit = self.limits.drain_timeout
         if self.closing:
-            return ShuttingDown("The answer was ended: mlxproxy is stopping.")
+            return ShuttingDown("The answer was aborted: mlxproxy is stopping.")
         if operation.load is None:
             return ModelUnloaded(
-                f"The answer was ended: the model is being unloaded, and {limit:g} s "
-                "(DRAIN_TIMEOUT) were not enough for it."
+                f"The answer was aborted: it did not finish within {limit:g} s (DRAIN_TIMEOUT) "
+                "before the unload."
             )
         return ModelSwapped(
-            f"The answer was ended: {operation.load.model_id} is being loaded, and {limit:g} s "
-            "(DRAIN_TIMEOUT) were not enough for it. Ask again."
+            f"The answer was aborted: it did not finish within {limit:g} s (DRAIN_TIMEOUT) before "
+            f"the swap to {operation.load.model_id}. Try again."
         )
 
     def _nothing_loaded(self) -> ProxyError:
         if self.failure is not None:
             return NoModelLoaded(
-                f"No model is loaded: {self.failure.reason} POST /v1/models/load loads one; "
-                "GET /v1/models lists them."
+                f"No model is loaded: {self.failure.reason} Load one with POST "
+                "/v1/models/load (GET /v1/models lists them)."
             )
         return NoModelLoaded(
-            "No model is loaded. POST /v1/models/load with a model_id from GET /v1/models first, "
-            "or name one of them as the model."
+            "No model is loaded. Load one with POST /v1/models/load (GET /v1/models lists "
+            "them), or name one of them as the model."
         )
 
     # -- slots
