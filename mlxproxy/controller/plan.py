@@ -336,8 +336,8 @@ class Scheduler:
         if looping:
             sentence += (
                 f" It crashed {policy.CRASH_LOOP_EXITS} times within "
-                f"{policy.CRASH_LOOP_SECONDS / 60:g} minutes, so it will not be restarted until the "
-                "next load."
+                f"{policy.CRASH_LOOP_SECONDS / 60:g} minutes, so it will not be restarted until "
+                "the next load."
             )
         error = (BackendTimeout if hung else BackendFailed)(
             f"The backend crashed during the answer: {reason}. Try again."
@@ -781,7 +781,8 @@ class Scheduler:
         )
         if claim.waits and not joins and mine >= MAX_LOADS:
             raise TooManyRequests(
-                f"You are already waiting for {mine} loads. Wait for one of them to finish, or unload.",
+                f"You are already waiting for {mine} loads. Wait for one of them to finish, "
+                "or unload.",
                 retry_after=RETRY_AFTER_SECONDS,
             )
         claims = [each for item in loads for each in item.claims]
@@ -799,7 +800,8 @@ class Scheduler:
         waiting = sorted((each for each in others if each.waits), key=lambda each: each.since)
         refused = policy.turned_away([*waiting, claim])
         error = TooManyRequests(
-            "Too many requests are already waiting for loads and unloads. Try again in a few seconds.",
+            "Too many requests are already waiting for loads and unloads. Try again in a few "
+            "seconds.",
             retry_after=RETRY_AFTER_SECONDS,
         )
         if refused is claim:
