@@ -794,7 +794,7 @@ def test_a_load_whose_only_client_has_left_is_given_up_and_the_old_model_answers
     assert on_a.error is None
     assert it.starts == ["a"]
     for claim in left:
-        with pytest.raises(LoadCancelled, match="left"):
+        with pytest.raises(LoadCancelled, match="disconnected"):
             claim.wait(0)
 
 
