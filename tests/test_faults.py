@@ -170,7 +170,7 @@ def test_a_generation_thread_that_hangs_is_found_within_seconds(
     error = stream.end(40)
     assert error is not None
     assert error["code"] == "backend_timeout"
-    assert "stood still" in error["message"]
+    assert "has been stalled" in error["message"]
     (tmp_path / "hang").unlink()
     assert proxy.chat(max_tokens=2).ok
 

@@ -174,6 +174,19 @@ def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
     assert listing(parts)[1]["complete"] is True
 
 
+def test_a_model_is_found_though_its_folder_is_being_read_for_the_first_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first load after a start is not told to try again."""
+    tiny.build(tmp_path / "tiny" / "alpha")
+    may_end = slow_disk(monkeypatch)
+    library = catalog.Catalog([tmp_path], patience=0.05)
+    end = threading.Timer(0.5, may_end.set)
+    end.start()
+    assert library.find("tiny/alpha").id == "tiny/alpha"
+    end.join()
+
+
 def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
     parts: services.Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

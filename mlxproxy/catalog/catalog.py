@@ -108,7 +108,9 @@ class Catalog:
         if not fresh and (known := self._listing.named(name)):
             return _single(name, known)
         listing = self._fresh()
-        found = listing.named(name)
+        if not (found := listing.named(name)) and not self.known and self.is_complete():
+            listing = self._fresh()  # a first reading takes its time
+            found = listing.named(name)
         if found:
             return _single(name, found)
         self.require_disk()
