@@ -152,7 +152,7 @@ def test_what_arrives_is_what_the_backend_sent_byte_for_byte(proxy: Proxy) -> No
 
 
 def test_tokens_arrive_as_they_are_made(start: Any, tmp_path: Path) -> None:
-    tiny.build_slow(tmp_path / "models" / "tiny" / "slow", says="s")
+    tiny.build_slow(tmp_path / "models" / "tiny" / "slow", says="s", layers=96)
     proxy = start(tmp_path / "models")
     proxy.load("tiny/slow")
     arrivals = []
