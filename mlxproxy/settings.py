@@ -407,7 +407,13 @@ def load(
     for source, given in sources:
         for name, value in given.items():
             values[name.lower()] = _parse(name, value, source)
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.proxy_port == settings.mlx_backend_port:
+        raise SettingError(
+            f"PROXY_PORT and MLX_BACKEND_PORT are both {settings.proxy_port}: the proxy and its "
+            "backend need a port each. Set one of them to another port."
+        )
+    return settings
 
 
 def _parse(name: str, value: Any, source: str) -> Any:

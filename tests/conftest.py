@@ -41,9 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def free_port() -> int:
     """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(number: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with contextlib.ExitStack() as probes:
+        found = [probes.enter_context(socket.socket()) for _ in range(number)]
+        for probe in found:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in found]
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
@@ -67,8 +74,9 @@ class Proxy:
 
     def __init__(self, instance: Path, models: Path | None, **settings: Any) -> None:
         self.instance = instance
-        self.port = settings.setdefault("PROXY_PORT", free_port())
-        self.backend_port = settings.setdefault("MLX_BACKEND_PORT", free_port())
+        port, backend_port = free_ports(2)
+        self.port = settings.setdefault("PROXY_PORT", port)
+        self.backend_port = settings.setdefault("MLX_BACKEND_PORT", backend_port)
         settings.setdefault("PROXY_HOST", "127.0.0.1")
         if models is not None:
             settings.setdefault("MODELS_ROOT", models)

@@ -46,10 +46,13 @@ def busy(
         program.write_text(f"#!{sys.executable}\n{ONE_AT_A_TIME}")
         program.chmod(0o755)
         settings["MLX_SERVER_BIN"] = program
-    proxy = Proxy(root / "instance", root / "models", **settings).start()
-    assert proxy.load("tiny/slow").ok
-    yield proxy
-    proxy.clean_up()
+    proxy = Proxy(root / "instance", root / "models", **settings)
+    try:
+        loaded = proxy.start().load("tiny/slow")
+        assert loaded.ok, loaded.text
+        yield proxy
+    finally:
+        proxy.clean_up()
 
 
 def backend(proxy: Proxy) -> psutil.Process:

@@ -186,3 +186,9 @@ def test_a_text_far_too_long_for_a_duration_is_refused_before_it_is_read(text: o
     assert settings.seconds("  90 s ") == 90
     with pytest.raises(ValueError, match="not a duration"):
         settings.seconds(text)
+
+
+def test_the_proxy_and_its_backend_need_a_port_each(tmp_path: Path) -> None:
+    environment = {"MLXPROXY_INSTANCE_PATH": str(tmp_path), "MLXPROXY_PROXY_PORT": "18080"}
+    with pytest.raises(SettingError, match="both 18080"):
+        settings.load({}, environment)
