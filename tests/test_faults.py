@@ -305,11 +305,11 @@ def test_while_a_long_prompt_is_read_others_get_their_tokens(
     reader.start()
     assert reading.wait(20)
     began = time.monotonic()
-    assert proxy.chat(tiny.long_prompt(3000), max_tokens=1).ok  # two of mlx-lm's own pieces
+    assert proxy.chat(tiny.long_prompt(4000), max_tokens=1).ok  # two of mlx-lm's own pieces
     ended = time.monotonic()
     moments = [began, *(moment for moment in arrivals if began < moment < ended), ended]
     longest = max(after - before for before, after in pairwise(moments))
-    assert longest < (ended - began) / 3
+    assert longest < (ended - began) / 2
     reader.join(60)
 
 
