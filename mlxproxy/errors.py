@@ -48,12 +48,6 @@ class ProxyError(Exception):
         }
         return {"error": error}
 
-    def event(self) -> bytes:
-        """The same object as one server-sent event, for a stream that has begun."""
-        from mlxproxy import sse  # whose reader raises errors itself
-
-        return sse.event(self.body())
-
 
 class _ClientError(ProxyError):
     status = 400

@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxproxy import sse
 from mlxproxy.assembly import Assembly, usage_of
 from mlxproxy.controller import Lease
 from mlxproxy.errors import (
@@ -23,13 +24,12 @@ from mlxproxy.errors import (
     InvalidRequest,
     ProxyError,
 )
-from mlxproxy.sse import Events
 from mlxproxy.upstream import Silence, Upstream, parsed
 
 log = logging.getLogger("mlxproxy.relay")
 
-HEARTBEAT = b": waiting for the backend\n\n"
-OPENING = b":\n\n"
+HEARTBEAT = sse.comment("waiting for the backend")
+OPENING = sse.comment()
 INTERVAL = 5.0  # seconds of silence after which a stream's client gets a comment
 WAIT_SILENTLY = 2.0  # seconds for which a stream waits before it commits to a status of 200
 
@@ -123,7 +123,7 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
             backend = lease.backend
             assert backend is not None
             read, monotonic = upstream.read, time.monotonic
-            whole_events = Events()
+            whole_events = sse.Events()
             take, pending = whole_events.take, whole_events.pending
             while not whole_events.done:
                 try:
@@ -151,7 +151,7 @@ def stream(lease: Lease, path: str, prepare: Prepare, trace: Trace) -> Generator
             trace.outcome = "client_gone" if lease.presence.gone else error.code
             if not committed:
                 raise
-            yield error.event()
+            yield sse.event(error.body())
     except GeneratorExit:
         if trace.outcome == "pending":
             trace.outcome = "client_gone"
@@ -236,7 +236,7 @@ def _count(value: object) -> int:
 
 def _put_together(upstream: Upstream, lease: Lease, trace: Trace) -> bytes:
     """The whole answer that the events amount to."""
-    assembly, events = Assembly(), Events()
+    assembly, events = Assembly(), sse.Events()
     for data in _pieces(upstream, lease, trace):
         assembly.add(events.take(data))
         if events.done:

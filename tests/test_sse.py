@@ -33,7 +33,7 @@ def test_each_kind_of_event_is_read_as_it_was_meant() -> None:
 
 def test_an_error_ends_a_stream_as_the_contracts_object() -> None:
     error = NoModelLoaded("Load one.")
-    assert read(error.event()) == [Event("message", json.dumps(error.body()))]
+    assert read(sse.event(error.body())) == [Event("message", json.dumps(error.body()))]
 
 
 @pytest.mark.parametrize(
