@@ -37,10 +37,10 @@ bench: $(VENV)/.bench ## Measure the proxy against nginx and a direct connection
 	$(PYTHON) -m benchmarks
 
 fuzz: $(VENV)/.dev ## A thousand generated requests against the real backend
-	FUZZ_CASES=1000 $(PYTHON) -m pytest tests/test_fuzz.py
+	FUZZ_CASES=1000 $(PYTHON) -m pytest tests/backend/test_fuzz.py
 
 soak: $(VENV)/.dev ## Ten minutes of clients, swaps, kills and disconnects
-	$(PYTHON) -m tests.soak
+	$(PYTHON) -m tools.soak
 
 clean: ## Remove what `make` has made (not the instance folder)
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,20 +8,20 @@ from __future__ import annotations
 import sys
 import time
 
+from mlxproxy.backend.connection import BackendConnection
 from mlxproxy.cli import main
-from mlxproxy.upstream import Upstream
 
 
 def delay(milliseconds: float) -> None:
     """Has each read of the backend's connection take so much longer."""
-    read = Upstream.read
+    read = BackendConnection.read
 
-    def late(upstream: Upstream) -> bytes:
+    def late(upstream: BackendConnection) -> bytes:
         data = read(upstream)
         time.sleep(milliseconds / 1000)
         return data
 
-    Upstream.read = late  # type: ignore[method-assign, assignment]
+    BackendConnection.read = late  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from pathlib import Path
 from benchmarks.contestants import Proxy
 from benchmarks.figures import Figure, percentile
 from benchmarks.processes import accepts, free_port, resident_bytes, running, until
-from mlxproxy.backend import server_program
+from mlxproxy.backend.process import server_program
 from mlxproxy.catalog import Catalog
-from tests import tiny
+from tests.support import tiny_models
 
 LIBRARY = 2000  # model folders
 PUBLISHERS = 40
@@ -156,6 +156,6 @@ def generate(root: Path, like: Path, count: int) -> None:
 
 def build_models(root: Path) -> Path:
     """A models folder with two tiny models that really answer."""
-    tiny.build(root / "bench" / "alpha", says="alpha")
-    tiny.build(root / "bench" / "beta", says="beta")
+    tiny_models.build(root / "bench" / "alpha", says="alpha")
+    tiny_models.build(root / "bench" / "beta", says="beta")
     return root

@@ -69,7 +69,7 @@ def _server(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def talking(host: str | None, key: str | None, **options: Any) -> None:
-        from mlxproxy.client import connect
+        from mlxproxy.commands.client import connect
 
         command(connect(host, key), **options)
 
@@ -109,11 +109,11 @@ def serve(**flags: str | None) -> None:
     Each flag is a setting. The same names work in instance/config.py and, prefixed with
     MLXPROXY_, in the environment.
     """
-    from mlxproxy import serving, settings
+    from mlxproxy import main, settings
 
     try:
-        serving.serve(settings.load(_given(flags)))
-    except (settings.SettingError, serving.CannotServe) as error:
+        main.serve(settings.load(_given(flags)))
+    except (settings.SettingError, main.CannotServe) as error:
         raise click.ClickException(harmless(str(error))) from None
 
 

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import requests
 
-from mlxproxy.channel import Channel
-from tests import tiny
-from tests.terminal import Terminal, environment
-from tests.wire import Alone
+from mlxproxy.server.channel import Channel
+from tests.support import tiny_models
+from tests.support.pty import Terminal, environment
+from tests.support.wire import Alone
 
 SERVER_BIN = Path(sys.executable).parent / "mlx_lm.server"
 
@@ -176,8 +176,8 @@ class Proxy:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models folder with two tiny models that really answer."""
     root = tmp_path_factory.mktemp("models")
-    tiny.build(root / "tiny" / "alpha", says="alpha")
-    tiny.build(root / "tiny" / "beta", says="beta")
+    tiny_models.build(root / "tiny" / "alpha", says="alpha")
+    tiny_models.build(root / "tiny" / "beta", says="beta")
     return root
 
 

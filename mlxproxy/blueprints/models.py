@@ -7,10 +7,12 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from mlxproxy import guard, sse
+from mlxproxy import sse
+from mlxproxy.backend import memory
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
-from mlxproxy.blueprints.web import client, json_body, presence, recorder, services
-from mlxproxy.catalog import LONGEST_NAME, memory
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, services
+from mlxproxy.catalog import LONGEST_NAME
 from mlxproxy.catalog.model import Model
 from mlxproxy.controller import Claim, Controller
 from mlxproxy.errors import (
@@ -19,8 +21,8 @@ from mlxproxy.errors import (
     ModelsRootUnavailable,
     ProxyError,
 )
+from mlxproxy.guard import check
 from mlxproxy.settings import seconds
-from mlxproxy.spec import Load
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
@@ -100,7 +102,7 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     controller.load(wanted, claim)
     if not wait:
         return {"status": "loading", **_told(wanted)}, 202
-    presence().on_leave(lambda: controller.leave(claim))
+    disconnect().on_leave(lambda: controller.leave(claim))
     if stream:
         record = recorder()
         events = _progress(controller, claim, wanted)
@@ -118,7 +120,7 @@ def unload() -> dict[str, Any]:
     _body(required=False)
     controller, claim = services().controller, Claim(client())
     controller.unload(claim)
-    presence().on_leave(lambda: controller.leave(claim))
+    disconnect().on_leave(lambda: controller.leave(claim))
     claim.wait()
     return {"status": "unloaded" if claim.changed else "already_unloaded"}
 
@@ -126,11 +128,11 @@ def unload() -> dict[str, Any]:
 def _body(required: bool = True) -> dict[str, Any]:
     """The request's body, all of whose text can be given back and looked up."""
     body = json_body(required)
-    guard.require_text(body)
+    check.require_text(body)
     return body
 
 
-def _wanted(body: dict[str, Any]) -> Load:
+def _wanted(body: dict[str, Any]) -> ModelSpec:
     """The load that the body asks for.
 
     Raises:
@@ -153,7 +155,7 @@ def _wanted(body: dict[str, Any]) -> Load:
         ) from None
     missing = parts.catalog.missing_roots()
     try:
-        return parts.load_for(
+        return parts.spec_for(
             name,
             enable_thinking=_flag(body, "enable_thinking", parts.settings.enable_thinking),
             ttl=ttl,
@@ -192,11 +194,11 @@ def _names(body: dict[str, Any], name: str) -> frozenset[str]:
     return frozenset(value)
 
 
-def _told(wanted: Load) -> dict[str, Any]:
+def _told(wanted: ModelSpec) -> dict[str, Any]:
     return {"model_id": wanted.path, "id": wanted.model_id, **wanted.options()}
 
 
-def _progress(controller: Controller, claim: Claim, wanted: Load) -> Iterator[bytes]:
+def _progress(controller: Controller, claim: Claim, wanted: ModelSpec) -> Iterator[bytes]:
     """The load as server-sent events: progress, then `loaded` or the error."""
     try:
         while not claim.wait(PROGRESS_INTERVAL):

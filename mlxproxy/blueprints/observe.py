@@ -28,13 +28,13 @@ from flask import Blueprint, Response, request
 
 from mlxproxy import sse
 from mlxproxy.blueprints import shapes
-from mlxproxy.blueprints.web import client as asker
-from mlxproxy.blueprints.web import presence, recorder, services
+from mlxproxy.blueprints.hooks import client as asker
+from mlxproxy.blueprints.hooks import disconnect, recorder, services
+from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import InvalidRequest
-from mlxproxy.hub import Subscription
-from mlxproxy.logtail import LogTail
-from mlxproxy.presence import Presence
-from mlxproxy.services import Services
+from mlxproxy.observability.events import Subscriber
+from mlxproxy.observability.logtail import LogTail
+from mlxproxy.wiring import Services
 
 blueprint = Blueprint("observe", __name__)
 
@@ -58,7 +58,7 @@ def logs() -> Response:
     if not _flag("follow", False):
         with LogTail(path, lines) as tail:
             return Response(tail.read(), mimetype="text/plain")
-    client = presence()
+    client = disconnect()
     return _followed(
         parts, client, (f"{source}_log",), lambda it: _log_events(parts, client, it, path, lines)
     )
@@ -70,17 +70,19 @@ def events() -> Response | dict[str, Any]:
     parts = services()
     if not _flag("follow", True):
         return snapshot(parts)
-    client = presence()
+    client = disconnect()
     return _followed(parts, client, EVENTS, lambda it: _events(parts, client, it))
 
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
     """The counts since the start, for Prometheus."""
-    from mlxproxy import exposition  # imports prometheus_client: not before somebody asks
+    from mlxproxy.observability import (
+        prometheus,  # imports prometheus_client: not before somebody asks
+    )
 
     controller = services().controller
-    body, content_type = exposition.render(
+    body, content_type = prometheus.render(
         services().metrics.counts(),
         controller.describe(),
         controller.memory(),
@@ -91,20 +93,20 @@ def metrics() -> Response:
 
 def snapshot(parts: Services) -> dict[str, Any]:
     """The state as the controller describes it, with speed (tokens per second) and memory."""
-    load = parts.controller.current()
+    spec = parts.controller.current()
     return {
         **shapes.state(parts.controller.describe()),
         "tokens_per_second": parts.metrics.speed(),
         "memory_bytes": parts.controller.memory(),
-        "weights_bytes": load.model.weights_bytes if load is not None else None,
+        "weights_bytes": spec.model.weights_bytes if spec is not None else None,
     }
 
 
 def _followed(
     parts: Services,
-    client: Presence,
+    client: Disconnect,
     kinds: tuple[str, ...],
-    stream: Callable[[Subscription], Iterator[bytes]],
+    stream: Callable[[Subscriber], Iterator[bytes]],
 ) -> Response:
     """The stream as a response that gives its place back when it ends, however it does.
 
@@ -113,23 +115,23 @@ def _followed(
     """
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
-    subscription = parts.hub.subscribe(*kinds, client=asker())
+    subscription = parts.bus.subscribe(*kinds, client=asker())
     response = Response(stream(subscription), headers=sse.HEADERS)
     client.on_leave(subscription.wake)
     record = recorder()
 
     def end() -> None:
-        parts.hub.unsubscribe(subscription)
+        parts.bus.unsubscribe(subscription)
         record(response.status_code, None)
 
     response.call_on_close(end)  # a generator that was never begun would not tell
     return response
 
 
-def _events(parts: Services, client: Presence, subscription: Subscription) -> Iterator[bytes]:
+def _events(parts: Services, client: Disconnect, subscription: Subscriber) -> Iterator[bytes]:
     lost, silent = 0, 0.0
     yield _event("snapshot", snapshot(parts))
-    while not (parts.hub.closed or client.gone):
+    while not (parts.bus.closed or client.gone):
         event = subscription.get(TICK)
         if subscription.lost > lost:
             yield _event("lost", {"count": subscription.lost - lost})
@@ -149,13 +151,13 @@ def _events(parts: Services, client: Presence, subscription: Subscription) -> It
 
 
 def _log_events(
-    parts: Services, client: Presence, subscription: Subscription, path: Path, lines: int
+    parts: Services, client: Disconnect, subscription: Subscriber, path: Path, lines: int
 ) -> Iterator[bytes]:
     """The log's lines from its file, which the subscription only tells to look at."""
     silent = 0.0
     yield sse.comment()  # carries the head: the first line may be long in coming
     with LogTail(path, lines) as tail:
-        while not (parts.hub.closed or client.gone):
+        while not (parts.bus.closed or client.gone):
             if text := tail.read():
                 yield sse.text(text)
                 silent = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.state import (
     Event,
     Exited,
@@ -13,19 +14,18 @@ from mlxproxy.controller.state import (
     Progress,
     Snapshot,
 )
-from mlxproxy.spec import Load
 
 
 def state(snapshot: Snapshot) -> dict[str, Any]:
     """Return the whole state: what `/health` and `/v1/models/loaded` are made of."""
     main, failure, operation = snapshot.main, snapshot.failure, snapshot.operation
-    load, left = main.load, main.idle_unload_in
+    spec, left = main.spec, main.idle_unload_in
     return {
         "state": main.state.value,
         "state_since": main.state_since,
-        **_names(load),
-        "enable_thinking": load.enable_thinking if load else None,
-        "options": {**load.options(), "ttl": main.ttl} if load else None,
+        **_names(spec),
+        "enable_thinking": spec.enable_thinking if spec else None,
+        "options": {**spec.options(), "ttl": main.ttl} if spec else None,
         "loaded_at": main.loaded_at,
         "pid": main.pid,
         "port": main.port,
@@ -40,7 +40,7 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
 def progress(done: Progress) -> dict[str, Any]:
     """Return how far a load is."""
     return {
-        **_names(done.load),
+        **_names(done.spec),
         "phase": done.phase.value,
         "seconds": round(done.seconds, 1),
         "bytes_read": done.bytes_read,
@@ -56,21 +56,21 @@ def event(what: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(what, Progress):
         return "load", progress(what)
     if isinstance(what, Loaded):
-        return "loaded", {"id": what.load.model_id, "seconds": round(what.seconds, 2)}
+        return "loaded", {"id": what.spec.model_id, "seconds": round(what.seconds, 2)}
     assert isinstance(what, Exited)
-    return "death", {"id": what.load.model_id, "reason": what.reason}
+    return "death", {"id": what.spec.model_id, "reason": what.reason}
 
 
-def _names(load: Load | None) -> dict[str, str | None]:
+def _names(spec: ModelSpec | None) -> dict[str, str | None]:
     """The contract calls the path `model_id`, and the id `id`."""
-    return {"model_id": load.path if load else None, "id": load.model_id if load else None}
+    return {"model_id": spec.path if spec else None, "id": spec.model_id if spec else None}
 
 
 def _operation(operation: OperationSnapshot) -> dict[str, Any]:
     return {
-        "kind": "load" if operation.load else "unload",
+        "kind": "load" if operation.spec else "unload",
         "cause": operation.cause.value,
-        **_names(operation.load),
+        **_names(operation.spec),
         "phase": operation.phase.value,
         "seconds": round(operation.seconds, 1),
     }
@@ -78,7 +78,7 @@ def _operation(operation: OperationSnapshot) -> dict[str, Any]:
 
 def _failure(failure: Failure) -> dict[str, Any]:
     return {
-        **_names(failure.load),
+        **_names(failure.spec),
         "code": failure.code,
         "reason": failure.reason,
         "at": failure.at,

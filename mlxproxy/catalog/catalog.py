@@ -21,8 +21,8 @@ from mlxproxy import __version__
 from mlxproxy.catalog.inspection import Inspector
 from mlxproxy.catalog.mlxlm import MlxLm
 from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.root_scanner import RootScanner
 from mlxproxy.catalog.scanning import Entry, Identity, Snapshot, scan
-from mlxproxy.catalog.shelf import Shelf
 from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable
 from mlxproxy.files import MB, note, read_record
 
@@ -75,7 +75,7 @@ class Catalog:
         self._merging = threading.Lock()
         self._listing = _Listing()
         self._shelves = [
-            Shelf(
+            RootScanner(
                 root,
                 self._remembered,
                 lambda root, previous: scan(root, previous, inspect),

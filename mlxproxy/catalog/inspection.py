@@ -13,7 +13,7 @@ from mlxproxy.catalog.capabilities import Capabilities, TokenizerFiles, capabili
 from mlxproxy.catalog.kvcache import kv_cache, number
 from mlxproxy.catalog.mlxlm import Architecture, MlxLm
 from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.weights import INDEX, Packing, survey
+from mlxproxy.catalog.weights import INDEX, Quantization, read_headers
 from mlxproxy.files import MB, Unreadable, read_object
 
 log = logging.getLogger("mlxproxy.catalog")
@@ -128,7 +128,7 @@ class _Reading:
         kind = self._type()
         packing, quantization, bad_packing = quantization_of(self._quantized_config())
         capable, bad_tokenizer = self._capabilities()
-        weights = survey(
+        weights = read_headers(
             self._folder.path,
             self._shards(),
             packing,
@@ -178,8 +178,8 @@ class _Reading:
             return "embedding"
         if self._config.get("vision_config") or self._config.get("vision_tower"):
             return "vlm"
-        generates = self._known or "ForCausalLM" in architectures
-        return "llm" if generates else "unknown"
+        answers_probe = self._known or "ForCausalLM" in architectures
+        return "llm" if answers_probe else "unknown"
 
     def _has_more_than_text(self) -> bool:
         parts = ("text_config", "vision_config", "audio_config")
@@ -232,7 +232,7 @@ class _Reading:
 
 def quantization_of(
     config: Mapping[str, Any],
-) -> tuple[Packing, dict[str, Any] | None, str | None]:
+) -> tuple[Quantization, dict[str, Any] | None, str | None]:
     """How a config says that the weights are packed.
 
     Returns:
@@ -243,20 +243,20 @@ def quantization_of(
         bits = number(own, "bits") if isinstance(own, dict) else None
         group = number(own, "group_size") if isinstance(own, dict) else None
         if bits is None or group is None:
-            return Packing(), None, "config.json has an invalid quantization"
+            return Quantization(), None, "config.json has an invalid quantization"
         return _own_quantization(own, bits, group)
     other = config.get("quantization_config")
     if not other:
-        return Packing(), None, None
+        return Quantization(), None, None
     method = other.get("quant_method") if isinstance(other, dict) else None
     if not isinstance(method, str):
-        return Packing(), None, "config.json has an invalid quantization"
+        return Quantization(), None, "config.json has an invalid quantization"
     return _other_quantization(other, method)
 
 
 def _own_quantization(
     own: Mapping[str, Any], bits: int, group: int
-) -> tuple[Packing, dict[str, Any], None]:
+) -> tuple[Quantization, dict[str, Any], None]:
     single = {path: value for path, value in own.items() if isinstance(value, dict)}
     groups = {path: size for path, it in single.items() if (size := number(it, "group_size"))}
     occurring = {bits} | {size for it in single.values() if (size := number(it, "bits"))}
@@ -269,12 +269,12 @@ def _own_quantization(
     if len(occurring) > 1:
         listing["mixed"] = sorted(occurring)
         listing["name"] = f"mixed {'/'.join(map(str, sorted(occurring)))}-bit"
-    return Packing("mlx", bits, group, groups), listing, None
+    return Quantization("mlx", bits, group, groups), listing, None
 
 
 def _other_quantization(
     other: Mapping[str, Any], method: str
-) -> tuple[Packing, dict[str, Any], str | None]:
+) -> tuple[Quantization, dict[str, Any], str | None]:
     nested = other.get("quantization")
     settings = nested if isinstance(nested, dict) else other
     form, algorithm = other.get("format"), settings.get("quant_algo")
@@ -301,7 +301,7 @@ def _other_quantization(
     else:
         fault = f"the installed mlx-lm does not support the quantization {method[:80]!r}"
     listing = {"name": method[:80], "bits": bits or None, "group_size": group or None}
-    return Packing(method, bits, group), listing, fault
+    return Quantization(method, bits, group), listing, fault
 
 
 def _type_without_config(folder: Folder) -> str | None:

@@ -54,7 +54,7 @@ class Directory:
     signature: Signature
     settled: bool
     files: tuple[str, ...]
-    folders: tuple[str, ...]
+    model_folders: tuple[str, ...]
     links: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -224,17 +224,17 @@ class _Walk:
         if directory.files:
             self._identities[path] = identity
             self._model(path, place.id or os.path.basename(path), directory)
-        for name in directory.folders:
+        for name in directory.model_folders:
             self._descend(place, name)
         for name in directory.links:
             self._follow(place, name)
 
     def _descend(self, place: _Place, name: str) -> None:
         path, id_ = f"{place.path}/{name}", f"{place.id}/{name}" if place.id else name
-        if hub := _HUB.fullmatch(name):
+        if bus := _HUB.fullmatch(name):
             for moved in (f"{path}/snapshots", f"{path}/refs/main"):
                 self._watched[moved] = _signature(moved)
-            path, id_ = _hub_snapshot(path), hub[1].replace("--", "/")
+            path, id_ = _hub_snapshot(path), bus[1].replace("--", "/")
         self._folders.append(_Place(path, id_, place.territory, place.linked))
 
     def _follow(self, place: _Place, name: str) -> None:
@@ -252,7 +252,7 @@ class _Walk:
     def _list(self, path: str, signature: Signature) -> Directory:
         now = time.time_ns()
         files: list[str] = []
-        folders: list[str] = []
+        model_folders: list[str] = []
         links: list[str] = []
         problems: list[str] = []
         with os.scandir(path) as listing:
@@ -261,7 +261,7 @@ class _Walk:
                 if name.startswith("."):
                     continue
                 if item.is_dir(follow_symlinks=False):
-                    kind = folders
+                    kind = model_folders
                 elif item.is_symlink() and _leads_to_folder(item):
                     kind = links
                 else:
@@ -273,14 +273,14 @@ class _Walk:
                     )
                 elif not name.startswith(_NO_MODELS):
                     kind.append(name)
-        relevant = _relevant(files, alone=not folders and not links, root=path == self._root)
+        relevant = _relevant(files, alone=not model_folders and not links, root=path == self._root)
         if relevant and path != self._root:
-            folders, links = [], []
+            model_folders, links = [], []
         return Directory(
             signature,
             _settled([signature], now),
             relevant,
-            tuple(folders),
+            tuple(model_folders),
             tuple(sorted(links)),
             tuple(problems),
         )
@@ -368,7 +368,7 @@ def _hub_snapshot(repository: str) -> str:
         return f"{snapshots}/{revision}"
     try:
         with os.scandir(snapshots) as listing:
-            folders = [item for item in listing if item.is_dir(follow_symlinks=False)]
-            return max(folders, key=lambda item: item.stat().st_mtime_ns).path
+            model_folders = [item for item in listing if item.is_dir(follow_symlinks=False)]
+            return max(model_folders, key=lambda item: item.stat().st_mtime_ns).path
     except (OSError, ValueError):  # no cache, or nothing in it: a folder like any other
         return repository

@@ -65,7 +65,7 @@ Header = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Packing:
+class Quantization:
     """How a config says that weights are packed.
 
     Attributes:
@@ -102,8 +102,8 @@ class Weights:
             self.parameters = None if each is None else self.parameters + round(items * each)
 
 
-def survey(
-    folder: str, files: Sequence[str], packing: Packing, *, leaves_out: bool, indexed: bool
+def read_headers(
+    folder: str, files: Sequence[str], packing: Quantization, *, leaves_out: bool, indexed: bool
 ) -> Weights:
     """Reads the headers of a model's weight files.
 
@@ -128,7 +128,7 @@ def survey(
     return weights
 
 
-def _add(weights: Weights, path: str, packing: Packing, leaves_out: bool) -> None:
+def _add(weights: Weights, path: str, packing: Quantization, leaves_out: bool) -> None:
     """Adds one file's tensors; raises Unreadable where the file is damaged or cut short."""
     name = path.rpartition("/")[2]
     content, room = _header(path)
@@ -160,7 +160,7 @@ def _header(path: str) -> tuple[bytes, int]:
         return os.read(file, length), size - 8 - length
 
 
-def _count(weights: Weights, header: Header, packing: Packing, leaves_out: bool) -> int:
+def _count(weights: Weights, header: Header, packing: Quantization, leaves_out: bool) -> int:
     """Adds the tensors of a header; returns where the last of them ends.
 
     Raises:
@@ -244,7 +244,7 @@ def _size(tensor: Mapping[str, Any]) -> int:
     return int(end - begin)
 
 
-def _parameters(kind: str, dtype: str, packing: Packing) -> float | None:
+def _parameters(kind: str, dtype: str, packing: Quantization) -> float | None:
     """How many parameters an item of such a tensor stands for; None where it cannot be told.
 
     Args:

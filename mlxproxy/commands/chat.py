@@ -11,8 +11,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mlxproxy.client import Client, ClientError, Event, Refused
 from mlxproxy.commands import load, terminal
+from mlxproxy.commands.client import Client, ClientError, Event, Refused
 
 HELP = """\
 /think, /no_think  turn thinking on and off

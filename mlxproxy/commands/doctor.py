@@ -15,17 +15,18 @@ from pathlib import Path
 
 import psutil
 
-from mlxproxy import ports, settings
-from mlxproxy.backend import program_command, server_program
+from mlxproxy import settings
+from mlxproxy.backend import ports
+from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.process import program_command, server_program
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
-from mlxproxy.client import ClientError, connect
 from mlxproxy.commands import service, terminal
+from mlxproxy.commands.client import ClientError, connect
 from mlxproxy.errors import LoadFailed
-from mlxproxy.ownership import Ownership
 from mlxproxy.processes import ask
-from mlxproxy.services import mlx_lm_package
 from mlxproxy.settings import SettingError, Settings
+from mlxproxy.wiring import mlx_lm_package
 
 PYTHONS = ((3, 10), (3, 13))
 ROOM = 500_000_000  # bytes: logs, the demo model

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from mlxproxy.client import Client, ClientError, Refused
 from mlxproxy.commands import terminal
+from mlxproxy.commands.client import Client, ClientError, Refused
 from mlxproxy.commands.terminal import duration, size, switch
 
 

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from mlxproxy import settings
-from mlxproxy.client import Client, ClientError, Unreachable
+from mlxproxy.commands.client import Client, ClientError, Unreachable
 from mlxproxy.text import harmless
 
 

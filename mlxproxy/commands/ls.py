@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlxproxy.client import Client, ClientError, connect
 from mlxproxy.commands import terminal
+from mlxproxy.commands.client import Client, ClientError, connect
 from mlxproxy.text import harmless
 
 HEADINGS = ("MODEL", "SIZE", "QUANT", "CTX", "CAN", "STATE")

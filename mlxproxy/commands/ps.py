@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from mlxproxy.client import Client
 from mlxproxy.commands import terminal
+from mlxproxy.commands.client import Client
 from mlxproxy.commands.terminal import duration, size, switch
 
 

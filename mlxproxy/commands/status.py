@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxproxy.client import Client
 from mlxproxy.commands import terminal
+from mlxproxy.commands.client import Client
 
 FINE, FAULT = 0, 3  # 1: no server, 2: wrong usage
 

@@ -16,7 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from mlxproxy.backend import without_paths
+from mlxproxy.backend.connection import BackendConnection
+from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.process import without_paths
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.history import History
 from mlxproxy.controller.lease import Claim, Lease
 from mlxproxy.controller.plan import Scheduler
@@ -44,18 +47,15 @@ from mlxproxy.controller.state import (
     Start,
     Stop,
 )
+from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import InternalError, ProxyError, TooManyRequests
-from mlxproxy.ownership import Ownership
-from mlxproxy.presence import Presence
-from mlxproxy.spec import Load
-from mlxproxy.upstream import Upstream
 
 log = logging.getLogger("mlxproxy.controller")
 
 # What a shutdown may take beyond its drain and two stops: Python's own start of a process, a kill.
 SHUTDOWN_MARGIN_SECONDS = 30.0
 
-Launch = Callable[[Load, Callable[[str], None]], Process]
+Launch = Callable[[ModelSpec, Callable[[str], None]], Process]
 Subscriber = Callable[[Event], None]
 Available = Callable[[int], int]
 
@@ -110,7 +110,7 @@ class Controller:
 
     # -- loads and unloads
 
-    def load(self, load: Load, claim: Claim | None = None) -> Claim:
+    def load(self, spec: ModelSpec, claim: Claim | None = None) -> Claim:
         """Ask for a load, or join an equal one; the claim's `wait` returns when it has ended.
 
         Raises:
@@ -120,7 +120,7 @@ class Controller:
         """
         claim = claim or Claim()
         budget = self._budget()
-        self._decide(lambda core, now: core.on_load(claim, load, now), budget)
+        self._decide(lambda core, now: core.on_load(claim, spec, now), budget)
         return claim
 
     def unload(self, claim: Claim | None = None) -> Claim:
@@ -148,8 +148,8 @@ class Controller:
     def lease(
         self,
         client: str,
-        presence: Presence,
-        target: Callable[[], Load | None] = lambda: None,
+        disconnect: Disconnect,
+        target: Callable[[], ModelSpec | None] = lambda: None,
         exclusive: bool = False,
     ) -> Lease:
         """Return a place for one request: granted at once if the model is there and a place free.
@@ -164,7 +164,7 @@ class Controller:
         Raises:
             ShuttingDown, TooManyRequests.
         """
-        lease = Lease(self, None, client, presence, exclusive)
+        lease = Lease(self, None, client, disconnect, exclusive)
         resolved = False
         budget: int | None = None
 
@@ -180,32 +180,32 @@ class Controller:
                 budget = self._budget()  # a load may come of it
         if isinstance(lease.error, TooManyRequests):
             raise lease.error
-        presence.on_leave(lambda: self._left(lease))
+        disconnect.on_leave(lambda: self._left(lease))
         return lease
 
     def release(self, lease: Lease) -> None:
         """See Lease.release."""
-        upstream: Upstream | None = None
+        connection: BackendConnection | None = None
 
         def released(core: Scheduler, now: Moment) -> list[Effect]:
-            nonlocal upstream
-            upstream, lease.upstream = lease.upstream, None
+            nonlocal connection
+            connection, lease.connection = lease.connection, None
             return core.on_released(lease, now)
 
         self._decide(released)
-        if upstream is not None:
-            upstream.close()
+        if connection is not None:
+            connection.close()
 
     def _left(self, lease: Lease) -> None:
         self._decide(lambda core, now: core.on_disconnected(lease, now))
 
-    def attach(self, lease: Lease, upstream: Upstream) -> None:
+    def attach(self, lease: Lease, connection: BackendConnection) -> None:
         """See Lease.connect."""
         with self._lock:
             if lease.error is None:
-                lease.upstream = upstream
+                lease.connection = connection
                 return
-        upstream.close()
+        connection.close()
         raise lease.error
 
     def comment(self, lease: Lease) -> bytes:
@@ -214,9 +214,9 @@ class Controller:
         with self._lock:
             current = self._core.operations[0] if self._core.operations else None
             place = self._core.position(lease)
-        if current is not None and current.load is not None:
+        if current is not None and current.spec is not None:
             what = f"{'draining for' if current.phase is Phase.DRAINING else 'loading'} "
-            what += current.load.model_id
+            what += current.spec.model_id
         else:
             what = f"waiting for a place, number {place} in the queue"
         return f": {what} {seconds}s\n\n".encode()
@@ -244,16 +244,16 @@ class Controller:
             if thread is not threading.current_thread():
                 thread.join(SHUTDOWN_MARGIN_SECONDS)
 
-    def hurry(self) -> None:
+    def force_stop(self) -> None:
         """End the wait for answers in flight: somebody asked twice for the stop."""
-        self._decide(lambda core, now: core.on_hurry(now))
+        self._decide(lambda core, now: core.on_force_stop(now))
 
     # -- what others may know
 
-    def current(self) -> Load | None:
+    def current(self) -> ModelSpec | None:
         """Return what is loaded and answers; without the lock, as it is asked at each request."""
         slot = self._core.main_slot()
-        return slot.load if slot.answers else None
+        return slot.spec if slot.answers else None
 
     def has(self, feature: str) -> bool:
         """Return whether the loaded backend has a feature of `engines/mlx_lm/inside/`."""
@@ -261,7 +261,7 @@ class Controller:
         process = slot.process if slot.state is not SlotState.LOADING else None
         return process is not None and process.has(feature)
 
-    def untouched(self) -> bool:
+    def never_asked(self) -> bool:
         """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
         with self._lock:
             return self._core.is_untouched()
@@ -337,7 +337,7 @@ class Controller:
             elif isinstance(effect, Stop):
                 self._queue_stop(effect)
             elif isinstance(effect, Remember):
-                self._history.loaded(effect.load, effect.seconds)
+                self._history.loaded(effect.spec, effect.seconds)
             elif isinstance(effect, Forget):
                 self._history.unloaded()
             elif isinstance(effect, Closed):
@@ -379,7 +379,7 @@ class Controller:
             backend = slot.process
             if backend is None or backend.ended is None or slot.exited or not slot.answers:
                 continue
-            reason = without_paths(backend.ended.replace(backend.load.path, backend.load.model_id))
+            reason = without_paths(backend.ended.replace(backend.spec.path, backend.spec.model_id))
             effects += self._core.on_exited(
                 slot.id, reason, now, backend.hung, backend.last_words()
             )
@@ -396,18 +396,18 @@ class Controller:
 
     def _queue_start(self, effect: Start) -> None:
         cancelled = self._cancels[effect.slot]
-        self._jobs[effect.slot].put(lambda: self._start(effect.slot, effect.load, cancelled))
+        self._jobs[effect.slot].put(lambda: self._start(effect.slot, effect.spec, cancelled))
 
     def _queue_stop(self, effect: Stop) -> None:
         self._jobs[effect.slot].put(lambda: self._stop(effect.slot, effect.process))
 
-    def _start(self, slot: int, load: Load, cancelled: threading.Event) -> None:
+    def _start(self, slot: int, spec: ModelSpec, cancelled: threading.Event) -> None:
         """Start a backend and wait until it has answered; tell the core how it ended."""
         began = time.monotonic()
         backend: Process | None = None
         error: ProxyError | None = None
         try:
-            backend = launched = self._launch(load, lambda reason: self.notice_exits())
+            backend = launched = self._launch(spec, lambda reason: self.notice_exits())
             self._decide(lambda core, now: core.on_launched(slot, launched))
             command = backend.command()
             self._ownership.starting(command)
@@ -448,17 +448,17 @@ class Controller:
     def _progress(self, operation: Operation) -> Progress:
         slot = None if operation.slot is None else self._core.slots[operation.slot]
         backend = slot.process if slot is not None and slot.operation is operation else None
-        load = operation.load
+        spec = operation.spec
         starting = operation.phase in (Phase.STARTING, Phase.LOADING, Phase.WARMING)
         read = backend.bytes_read() if backend is not None and starting else None
-        total = load.model.size_bytes if load else None
+        total = spec.model.size_bytes if spec else None
         return Progress(
-            load,
+            spec,
             operation.phase,
             time.monotonic() - operation.since,
             min(read, total) if read is not None and total else None,
             total,
-            self._history.seconds(load) if load else None,
+            self._history.seconds(spec) if spec else None,
         )
 
     def _processes(self) -> list[Process]:

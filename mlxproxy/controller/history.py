@@ -6,9 +6,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.files import note, read_record
 from mlxproxy.settings import seconds
-from mlxproxy.spec import Load
 
 KEPT = 200
 
@@ -23,26 +23,26 @@ class History:
         self._seconds = _seconds(stored.get("seconds"))
         self._last = _last(stored.get("last"))
 
-    def seconds(self, load: Load) -> float | None:
+    def seconds(self, spec: ModelSpec) -> float | None:
         """How long the model took to load the last time, in seconds."""
-        return self._seconds.get(load.path)
+        return self._seconds.get(spec.path)
 
     def last(self) -> dict[str, Any] | None:
         """The model path and options that `PRELOAD=last` brings back."""
         return self._last
 
-    def loaded(self, load: Load, seconds: float) -> None:
+    def loaded(self, spec: ModelSpec, seconds: float) -> None:
         """The load succeeded after so many seconds."""
         with self._lock:
-            self._seconds.pop(load.path, None)
-            self._seconds[load.path] = round(seconds, 2)
+            self._seconds.pop(spec.path, None)
+            self._seconds[spec.path] = round(seconds, 2)
             while len(self._seconds) > KEPT:
                 del self._seconds[next(iter(self._seconds))]
             self._last = {
-                "model_id": load.path,
-                "enable_thinking": load.enable_thinking,
-                "ttl": load.ttl,
-                **({"force": True} if load.force else {}),
+                "model_id": spec.path,
+                "enable_thinking": spec.enable_thinking,
+                "ttl": spec.ttl,
+                **({"force": True} if spec.force else {}),
             }
             self._store()
 

@@ -10,11 +10,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from mlxproxy.backend.connection import BackendConnection
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import state
+from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import BackendFailed, BackendTimeout, ProxyError
-from mlxproxy.presence import Presence
-from mlxproxy.spec import Load
-from mlxproxy.upstream import Upstream
 
 if TYPE_CHECKING:
     from mlxproxy.controller.controller import Controller
@@ -62,26 +62,26 @@ class Lease(state.Request):
     def __init__(
         self,
         controller: Controller,
-        target: Load | None,
+        target: ModelSpec | None,
         client: str,
-        presence: Presence,
+        disconnect: Disconnect,
         exclusive: bool,
     ) -> None:
         super().__init__(client, target, exclusive)
-        self.presence = presence
+        self.disconnect = disconnect
         self.granted = 0.0
-        self.heard = 0.0  # when the last byte of this answer came
-        self.in_one_piece = False  # nothing of it comes before all of it
+        self.last_byte_at = 0.0  # when the last byte of this answer came
+        self.unstreamed = False  # nothing of it comes before all of it
         self.backend: state.Process | None = None
-        self.upstream: Upstream | None = None
+        self.connection: BackendConnection | None = None
         self._controller = controller
         self._decided = threading.Event()
 
     @property
-    def load(self) -> Load:
+    def spec(self) -> ModelSpec:
         """What answers this request; there once :meth:`wait` has returned True."""
         assert self.backend is not None
-        return self.backend.load
+        return self.backend.spec
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the place, at most `timeout` seconds; return whether it has been granted.
@@ -95,7 +95,7 @@ class Lease(state.Request):
             raise self.error
         return True
 
-    def connect(self, interval: float) -> Upstream:
+    def connect(self, interval: float) -> BackendConnection:
         """Open the connection to the backend; whoever ends the lease ends it too.
 
         Raises:
@@ -104,15 +104,15 @@ class Lease(state.Request):
         assert self.backend is not None
         try:
             stall = self._controller.limits.stall_timeout
-            upstream = Upstream(
+            connection = BackendConnection(
                 self.backend.port,
                 min(interval, stall / 4),
                 lets_go=self.backend.has("departures"),
             )
         except BackendFailed as error:
             raise self.fault(error) from None
-        self._controller.attach(self, upstream)
-        return upstream
+        self._controller.attach(self, connection)
+        return connection
 
     def fault(self, seen: ProxyError) -> ProxyError:
         """Return why an answer ended early: what the lease was ended for, else what was seen."""
@@ -136,16 +136,16 @@ class Lease(state.Request):
         if tells and (reason := backend.hang(self.granted, silence)) is not None:
             return self._declare_hung(backend, reason)
         now = time.monotonic()
-        if now - max(self.heard, self.granted) < silence:
+        if now - max(self.last_byte_at, self.granted) < silence:
             return None
-        silent_anyhow = tells or (self.in_one_piece and not self.exclusive)
-        answers_others = tells or now - max(backend.heard, self.granted) < silence
-        if not answers_others and not (silent_anyhow and backend.generates(silence)):
+        silent_anyhow = tells or (self.unstreamed and not self.exclusive)
+        answers_others = tells or now - max(backend.last_byte_at, self.granted) < silence
+        if not answers_others and not (silent_anyhow and backend.answers_probe(silence)):
             return self._declare_hung(backend, f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
-        since = max(self.heard, self.granted) if tells else self.granted
+        since = max(self.last_byte_at, self.granted) if tells else self.granted
         if silent_anyhow and now - since < UNSTREAMED_STALL_FACTOR * silence:
             if not tells:
-                self.heard = time.monotonic()
+                self.last_byte_at = time.monotonic()
             return self.error
         return BackendTimeout(
             f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), though "
@@ -153,7 +153,7 @@ class Lease(state.Request):
         )
 
     def _declare_hung(self, backend: state.Process, reason: str) -> ProxyError:
-        backend.give_up(reason)
+        backend.declare_hung(reason)
         return self.error or BackendTimeout(f"The backend is considered dead: {reason}. Try again.")
 
     def comment(self) -> bytes:
@@ -167,12 +167,12 @@ class Lease(state.Request):
             finished: whether the backend has sent all of its answer. Otherwise the place is taken
                 until the backend has let go of the request: it may be in the middle of a step.
         """
-        self.presence.on_leave(None)
-        upstream, backend = self.upstream, self.backend
-        if not finished and upstream is not None and backend is not None:
-            upstream.abort(backend_lives=backend.ended is None)
+        self.disconnect.on_leave(None)
+        connection, backend = self.connection, self.backend
+        if not finished and connection is not None and backend is not None:
+            connection.abort(backend_lives=backend.ended is None)
             if backend.ended is None:
-                upstream.wait_released(RELEASE_SECONDS)
+                connection.wait_released(RELEASE_SECONDS)
         self._controller.release(self)
 
     # -- by the controller, which has decided it under its lock
@@ -185,6 +185,6 @@ class Lease(state.Request):
     def end(self) -> None:
         """Wake whoever waits, and end the connection: the error is set already."""
         self._decided.set()
-        if self.upstream is not None:
+        if self.connection is not None:
             lives = self.backend is not None and self.backend.ended is None
-            self.upstream.abort(backend_lives=lives)
+            self.connection.abort(backend_lives=lives)

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import policy
 from mlxproxy.controller.state import (
     Abort,
@@ -70,7 +71,6 @@ from mlxproxy.errors import (
     ShuttingDown,
     TooManyRequests,
 )
-from mlxproxy.spec import Load
 
 RETRY_AFTER_SECONDS = 5
 MAX_LOADS = 4  # that one client may wait for at a time
@@ -99,7 +99,7 @@ class Scheduler:
         self.budget = sys.maxsize
         self.asked = False
         self.closing = False
-        self.hurried = False
+        self.forced = False
         self._turns = itertools.count(1)
         self._effects: list[Effect] = []
 
@@ -153,7 +153,7 @@ class Scheduler:
 
     # -- events: loads and unloads
 
-    def on_load(self, claim: Claim, load: Load, now: Moment) -> list[Effect]:
+    def on_load(self, claim: Claim, spec: ModelSpec, now: Moment) -> list[Effect]:
         """Load a model, or join an equal load.
 
         Raises:
@@ -163,22 +163,22 @@ class Scheduler:
         """
         self._refuse_if_closing()
         claim.since = now.monotonic
-        joins = self._equal(load, now) is not None
-        if not joins and (error := self._misfit(load)) is not None:
+        joins = self._equal(spec, now) is not None
+        if not joins and (error := self._misfit(spec)) is not None:
             raise error
         self._admit(claim, joins)
-        operation = self._equal(load, now)  # not before: what it joins may have been given up
+        operation = self._equal(spec, now)  # not before: what it joins may have been given up
         self.asked = True
         for slot in self.slots:
             slot.crashed = None
             slot.exits.clear()
         if operation is None:
-            operation = self._add(Operation(load, Cause.ASKED, now.monotonic))
-        elif (loaded := self._loaded_in(load)) is not None and operation.is_over:
-            loaded.ttl = load.ttl
+            operation = self._add(Operation(spec, Cause.ASKED, now.monotonic))
+        elif (loaded := self._loaded_in(spec)) is not None and operation.is_over:
+            loaded.ttl = spec.ttl
         else:
             operation.cause = Cause.ASKED
-            operation.load = load  # equal, but for the ttl
+            operation.spec = spec  # equal, but for the ttl
         if not claim.waits:
             self._supersede(claim.client)
         self._claim(operation, claim)
@@ -194,21 +194,21 @@ class Scheduler:
         """
         self._refuse_if_closing()
         claim.since = now.monotonic
-        waiting = [each for item in self.operations if item.load is None for each in item.claims]
+        waiting = [each for item in self.operations if item.spec is None for each in item.claims]
         self._make_room(claim, waiting, LEAST_ROOM)
         self.asked = True
         for slot in self._about(only):
             slot.restore = slot.crashed = None
         error = LoadCancelled("The load was cancelled by an unload.")
         for item in list(self.operations):
-            if item.load is not None and only in (None, item.slot):
-                self._reject_waiting(item.load, error)
-                name = item.load.model_id
+            if item.spec is not None and only in (None, item.slot):
+                self._reject_waiting(item.spec, error)
+                name = item.spec.model_id
                 self._cancel(
                     item, LoadCancelled(f"The load of {name} was cancelled by an unload."), now
                 )
         last = self.operations[-1] if self.operations else None
-        if last is not None and last.load is None and last.only in (None, only):
+        if last is not None and last.spec is None and last.only in (None, only):
             operation = last
             operation.cause = Cause.ASKED
         else:
@@ -236,7 +236,7 @@ class Scheduler:
         assert slot.state is SlotState.LOADING
         slot.process = process
         if slot.operation is not None:
-            slot.operation.launched = process.load
+            slot.operation.launched = process.spec
         return []
 
     def on_phase(self, slot_id: int, phase: Phase) -> list[Effect]:
@@ -254,14 +254,14 @@ class Scheduler:
         operation = slot.operation
         assert slot.state is SlotState.LOADING
         assert operation is not None
-        assert operation.load
-        slot.process, slot.load = process, process.load
+        assert operation.spec
+        slot.process, slot.spec = process, process.spec
         slot.operation = None
-        slot.ttl = operation.load.ttl  # of the last load that joined
+        slot.ttl = operation.spec.ttl  # of the last load that joined
         slot.loaded_at = now.unix
         slot.last_use = now.monotonic
         self.failure = None
-        loaded = operation.load
+        loaded = operation.spec
         self._effects += (
             Remember(loaded, seconds),
             Log(INFO, f"{loaded.model_id} loaded in {seconds:.1f} s"),
@@ -278,21 +278,21 @@ class Scheduler:
         operation = slot.operation
         assert slot.state is SlotState.LOADING
         assert operation is not None
-        assert operation.load
-        load = operation.load
+        assert operation.spec
+        spec = operation.spec
         if operation.cancelled is not None:
             error = operation.cancelled
         else:
-            self._effects.append(Log(ERROR, f"{load.model_id} was not loaded: {error.message}"))
+            self._effects.append(Log(ERROR, f"{spec.model_id} was not loaded: {error.message}"))
             self.failure = Failure(
-                load,
+                spec,
                 error.code,
                 error.message,
                 now.unix,
                 operation.previous,
                 tuple(error.details.get("log", ())),
             )
-            self._reject_waiting(load, error)
+            self._reject_waiting(spec, error)
         self._vacate(slot, now)
         self._finish(operation, error, now)
         self._settle(now)
@@ -305,7 +305,7 @@ class Scheduler:
         assert slot.operation is not None
         # Who still writes to a slow client has no process any more.
         slot.requests.clear()
-        slot.process = slot.load = None
+        slot.process = slot.spec = None
         slot.exited = False
         if slot.operation.slot != slot_id or slot.operation.cancelled is not None:
             self._vacate(slot, now)
@@ -324,15 +324,15 @@ class Scheduler:
             log: its last words.
         """
         slot = self.slots[slot_id]
-        load = slot.load
-        if not slot.answers or slot.exited or load is None:
+        spec = slot.spec
+        if not slot.answers or slot.exited or spec is None:
             return []
         slot.exited = True
         slot.exits = policy.recent_exits(slot.exits, now.monotonic)
         looping = policy.is_crash_loop(slot.exits)
-        slot.crashed = load if looping else None
+        slot.crashed = spec if looping else None
         slot.restore = None if looping else self._as_asked(slot)
-        sentence = f"The backend with {load.model_id} crashed: {reason}."
+        sentence = f"The backend with {spec.model_id} crashed: {reason}."
         if looping:
             sentence += (
                 f" It crashed {policy.CRASH_LOOP_EXITS} times within "
@@ -344,8 +344,8 @@ class Scheduler:
         )
         for request in slot.requests:
             self._abort(request, error)
-        self.failure = Failure(load, "backend_failed", sentence, now.unix, None, tuple(log))
-        self._effects += (Emit(Exited(slot_id, load, reason)), Log(ERROR, sentence))
+        self.failure = Failure(spec, "backend_failed", sentence, now.unix, None, tuple(log))
+        self._effects += (Emit(Exited(slot_id, spec, reason)), Log(ERROR, sentence))
         self._settle(now)
         return self._decided()
 
@@ -370,7 +370,7 @@ class Scheduler:
             self.queue.clear()
             given_up = ShuttingDown("mlxproxy is stopping: the load was abandoned.")
             for operation in list(self.operations):
-                if operation.load is not None:
+                if operation.spec is not None:
                     operation.cancelled = None  # the stop is the better reason
                     self._cancel(operation, given_up, now)
                 operation.deadline = min(
@@ -380,9 +380,9 @@ class Scheduler:
             self._settle(now)
         return self._decided()
 
-    def on_hurry(self, now: Moment) -> list[Effect]:
+    def on_force_stop(self, now: Moment) -> list[Effect]:
         """Wait for no answers any more: somebody asked twice for the stop."""
-        self.hurried = True
+        self.forced = True
         self._settle(now)
         return self._decided()
 
@@ -408,7 +408,7 @@ class Scheduler:
             None
             if operation is None
             else OperationSnapshot(
-                operation.load, operation.cause, operation.phase, now.monotonic - operation.since
+                operation.spec, operation.cause, operation.phase, now.monotonic - operation.since
             ),
             sum(slot.in_flight for slot in slots),
             len(self.queue),
@@ -440,7 +440,7 @@ class Scheduler:
             slot.id,
             slot.state,
             slot.state_since,
-            slot.load if shown else None,
+            slot.spec if shown else None,
             slot.loaded_at if shown else None,
             slot.ttl if shown else None,
             process.pid if process else None,
@@ -471,7 +471,7 @@ class Scheduler:
     def _take_next(self, now: Moment) -> bool:
         """Begin the next operation; before a load, whoever waits has a turn."""
         waiting = next((item for item in self.operations if not item.is_placed), None)
-        if waiting is not None and waiting.load is None:
+        if waiting is not None and waiting.spec is None:
             return self._place_unload(waiting, now)
         if self.queue and not self.closing:
             for slot in sorted(self.slots, key=lambda slot: -slot.last_use):
@@ -484,7 +484,7 @@ class Scheduler:
     def _grant(self, slot: Slot, now: Moment) -> bool:
         """Grant the slot's free places, a fair share to each client; return whether any was."""
         assert slot.process is not None
-        assert slot.load is not None
+        assert slot.spec is not None
         held = Counter(request.client for request in slot.requests)
         waiting = [request for request in self.queue if self._may_use(request, slot)]
         before = len(slot.requests)
@@ -510,7 +510,7 @@ class Scheduler:
         if any(not item.is_placed for item in self.operations):
             return False
         for request in self.queue:
-            if any(self._suits(request, load) for load in self._present_or_coming()):
+            if any(self._suits(request, spec) for spec in self._present_or_coming()):
                 continue
             wanted = self._wanted(request)
             if wanted is None:
@@ -531,56 +531,56 @@ class Scheduler:
             return False
         return False
 
-    def _present_or_coming(self) -> list[Load]:
+    def _present_or_coming(self) -> list[ModelSpec]:
         """What answers requests now, or will without another operation."""
-        present = [slot.load for slot in self.slots if slot.load is not None and slot.may_grant]
-        coming = [item.load for item in self.operations if item.load and not item.cancelled]
+        present = [slot.spec for slot in self.slots if slot.spec is not None and slot.may_grant]
+        coming = [item.spec for item in self.operations if item.spec and not item.cancelled]
         return present + coming
 
-    def _wanted(self, request: Request) -> Load | None:
+    def _wanted(self, request: Request) -> ModelSpec | None:
         """What to load for a request that no slot serves: as it was, where it is the same."""
         former = sorted(
             (slot for slot in self.slots if slot.restore is not None),
             key=lambda slot: -slot.last_use,
         )
         restored = (slot.restore for slot in former if slot.restore is not None)
-        wanted = next((load for load in restored if self._suits(request, load)), request.target)
+        wanted = next((spec for spec in restored if self._suits(request, spec)), request.target)
         crashed = [slot.crashed for slot in self.slots if slot.crashed is not None]
         if wanted is None or len(crashed) == len(self.slots):
             return None
-        return None if any(load.path == wanted.path for load in crashed) else wanted
+        return None if any(spec.path == wanted.path for spec in crashed) else wanted
 
     def _place_load(self, operation: Operation, now: Moment) -> bool:
         """Begin a load if its slot is there; end it where that is not needed or not possible."""
-        load = operation.load
-        assert load is not None
-        if (slot := self._loaded_in(load)) is not None:
+        spec = operation.spec
+        assert spec is not None
+        if (slot := self._loaded_in(spec)) is not None:
             operation.changed = False  # what was between has been withdrawn
-            slot.ttl = load.ttl
+            slot.ttl = spec.ttl
             self._finish(operation, None, now)
-        elif (equal := self._on_its_way(load)) is not None:
+        elif (equal := self._on_its_way(spec)) is not None:
             self._join(operation, equal)
-        elif (error := self._misfit(load)) is not None:
-            self._reject_waiting(load, error)
+        elif (error := self._misfit(spec)) is not None:
+            self._reject_waiting(spec, error)
             self._finish(operation, error, now)
-        elif (placement := self._placement(load)) is not None:
+        elif (placement := self._placement(spec)) is not None:
             self._begin(operation, placement, now)
         else:
             return False
         return True
 
-    def _placement(self, load: Load) -> policy.Placement | None:
+    def _placement(self, spec: ModelSpec) -> policy.Placement | None:
         reserved = [
             item
             for item in self.operations
-            if item.load is not None and item.phase in (Phase.DRAINING, Phase.STOPPING)
+            if item.spec is not None and item.phase in (Phase.DRAINING, Phase.STOPPING)
         ]
         limits = self.limits
         placement = policy.place(
-            load, self.slots, reserved, self.budget, limits.max_loaded, limits.pinned
+            spec, self.slots, reserved, self.budget, limits.max_loaded, limits.pinned
         )
         # What an unload gives back may do: nobody else is evicted before that is known.
-        leaving = any(item.is_placed and item.load is None for item in self.operations)
+        leaving = any(item.is_placed and item.spec is None for item in self.operations)
         return None if placement is not None and placement.victims and leaving else placement
 
     def _place_unload(self, operation: Operation, now: Moment) -> bool:
@@ -597,7 +597,7 @@ class Scheduler:
         operation.deadline = now.monotonic + limit
         operation.victims = placement.victims
         operation.phase = Phase.DRAINING
-        if operation.load is not None:
+        if operation.spec is not None:
             operation.slot = placement.slot
             self.slots[placement.slot].operation = operation
         for slot in self._victims(operation):
@@ -615,7 +615,7 @@ class Scheduler:
         """Take an operation that has its slots one step further; return whether it went."""
         if operation.phase is Phase.DRAINING:
             waits = any(self._is_waited_for(slot, operation) for slot in self._victims(operation))
-            if waits and not self.hurried and now.monotonic < operation.deadline:
+            if waits and not self.forced and now.monotonic < operation.deadline:
                 return False
             self._cut(operation, now)
             return True
@@ -628,8 +628,8 @@ class Scheduler:
             waits = self._is_waited_for(slot, operation)
             if not waits or now.monotonic >= operation.deadline:
                 assert slot.process is not None
-                assert slot.load is not None
-                operation.previous = slot.load.model_id
+                assert slot.spec is not None
+                operation.previous = slot.spec.model_id
                 self._enter(slot, SlotState.STOPPING, now)
                 self._effects.append(Stop(slot.id, slot.process))
                 went = True
@@ -658,7 +658,7 @@ class Scheduler:
 
     def _emptied(self, operation: Operation, now: Moment) -> None:
         """Start the load, or end the operation, now that all it had to stop is gone."""
-        if operation.load is None:
+        if operation.spec is None:
             if operation.cause is Cause.ASKED:
                 for slot in self._about(operation.only):
                     slot.restore = None  # it may have ended while it drained
@@ -678,10 +678,10 @@ class Scheduler:
         operation.victims = ()
         operation.phase = Phase.STARTING
         slot.operation = operation
-        slot.load = operation.load
+        slot.spec = operation.spec
         slot.restore = None
         self._enter(slot, SlotState.LOADING, now)
-        self._effects.append(Start(slot.id, operation.load))
+        self._effects.append(Start(slot.id, operation.spec))
 
     def _reap_or_idle(self, now: Moment) -> bool:
         """Empty a slot whose process has ended, or that nobody has used for long enough."""
@@ -691,10 +691,10 @@ class Scheduler:
             cause = None
             if slot.exited:
                 cause = Cause.EXIT
-            elif slot.load is not None and self._is_idle(slot, now):
+            elif slot.spec is not None and self._is_idle(slot, now):
                 cause = Cause.IDLE
                 slot.restore = self._as_asked(slot)
-                line = f"{slot.load.model_id} is idle: unloading it"
+                line = f"{slot.spec.model_id} is idle: unloading it"
                 self._effects.append(Log(INFO, line))
             if cause is not None:
                 operation = self._add(Operation(None, cause, now.monotonic, slot.id))
@@ -719,30 +719,30 @@ class Scheduler:
         self.operations.append(operation)
         return operation
 
-    def _equal(self, load: Load, now: Moment) -> Operation | None:
+    def _equal(self, spec: ModelSpec, now: Moment) -> Operation | None:
         """What a load joins: one that nothing will undo, or what is loaded."""
         for operation in reversed(self.operations):
-            if operation.serves(load) and operation.cancelled is None:
+            if operation.serves(spec) and operation.cancelled is None:
                 return operation
-            if not operation.is_placed or (operation.only is None and operation.load is None):
+            if not operation.is_placed or (operation.only is None and operation.spec is None):
                 return None
-        if self._loaded_in(load) is None:
+        if self._loaded_in(spec) is None:
             return None
-        return Operation(load, Cause.ASKED, now.monotonic, phase=Phase.DONE, changed=False)
+        return Operation(spec, Cause.ASKED, now.monotonic, phase=Phase.DONE, changed=False)
 
-    def _loaded_in(self, load: Load) -> Slot | None:
-        found = (slot for slot in self.slots if slot.may_grant and slot.load is not None)
-        return next((slot for slot in found if slot.load and load.is_met_by(slot.load)), None)
+    def _loaded_in(self, spec: ModelSpec) -> Slot | None:
+        found = (slot for slot in self.slots if slot.may_grant and slot.spec is not None)
+        return next((slot for slot in found if slot.spec and spec.is_met_by(slot.spec)), None)
 
-    def _on_its_way(self, load: Load) -> Operation | None:
+    def _on_its_way(self, spec: ModelSpec) -> Operation | None:
         placed = (item for item in self.operations if item.is_placed and not item.cancelled)
-        return next((item for item in placed if item.serves(load)), None)
+        return next((item for item in placed if item.serves(spec)), None)
 
     def _join(self, operation: Operation, equal: Operation) -> None:
         """Let a load that has not begun become part of an equal one that has."""
         self.operations.remove(operation)
         operation.phase = Phase.DONE
-        equal.load, equal.cause = operation.load, operation.cause
+        equal.spec, equal.cause = operation.spec, operation.cause
         for claim in operation.claims:
             claim.operation = equal
         equal.claims += operation.claims
@@ -774,7 +774,7 @@ class Scheduler:
         Raises:
             TooManyRequests: it waits for too many, or too many wait and it has the most.
         """
-        loads = [item for item in self.operations if item.load is not None]
+        loads = [item for item in self.operations if item.spec is not None]
         mine = sum(
             any(each.waits and each.client == claim.client for each in item.claims)
             for item in loads
@@ -823,23 +823,23 @@ class Scheduler:
 
     def _is_needless(self, operation: Operation) -> bool:
         """Whether it is a load without a claim, and without a request that needs it."""
-        load = operation.load
-        if load is None or operation.claims:
+        spec = operation.spec
+        if spec is None or operation.claims:
             return False
         before = self._before(operation)
         return not any(
-            self._suits(request, load) and not any(self._suits(request, other) for other in before)
+            self._suits(request, spec) and not any(self._suits(request, other) for other in before)
             for request in self.queue
         )
 
-    def _before(self, operation: Operation) -> list[Load]:
+    def _before(self, operation: Operation) -> list[ModelSpec]:
         """What will be loaded when it is the operation's turn, as far as that is known."""
         before = {
-            slot.id: slot.load
+            slot.id: slot.spec
             for slot in self.slots
-            if slot.load is not None and not slot.exited and slot.answers
+            if slot.spec is not None and not slot.exited and slot.answers
         }
-        coming: list[Load] = []
+        coming: list[ModelSpec] = []
         for earlier in self.operations:
             if earlier is operation:
                 break
@@ -847,11 +847,11 @@ class Scheduler:
                 continue
             for victim in earlier.victims:
                 before.pop(victim, None)
-            if (earlier.load is None and not earlier.is_placed) or len(self.slots) == 1:
+            if (earlier.spec is None and not earlier.is_placed) or len(self.slots) == 1:
                 before.clear()
                 coming.clear()
-            if earlier.load is not None:
-                coming.append(earlier.load)
+            if earlier.spec is not None:
+                coming.append(earlier.spec)
         return [*before.values(), *coming]
 
     def _cancel(self, operation: Operation, why: ProxyError, now: Moment) -> None:
@@ -882,19 +882,19 @@ class Scheduler:
 
     # -- requests
 
-    def _suits(self, request: Request, load: Load) -> bool:
+    def _suits(self, request: Request, spec: ModelSpec) -> bool:
         """Whether a model may answer the request."""
         named = request.target if self.limits.swap_on_request else None
-        return named is None or named.path == load.path
+        return named is None or named.path == spec.path
 
     def _may_use(self, request: Request, slot: Slot) -> bool:
         """Whether a slot may answer the request: best the one whose model it names."""
-        assert slot.load is not None
+        assert slot.spec is not None
         target = request.target
-        ready = [other.load.path for other in self.slots if other.may_grant and other.load]
+        ready = [other.spec.path for other in self.slots if other.may_grant and other.spec]
         if target is not None and target.path in ready:
-            return target.path == slot.load.path
-        return self._suits(request, slot.load)
+            return target.path == slot.spec.path
+        return self._suits(request, slot.spec)
 
     def _shed(self) -> None:
         """The queue is too long by one: the newest of whoever has the most in it has to go."""
@@ -911,14 +911,14 @@ class Scheduler:
     def _leave_queue(self, request: Request, now: Moment) -> None:
         self.queue.remove(request)
         for slot in self.slots:
-            if slot.load is not None and self._suits(request, slot.load):
+            if slot.spec is not None and self._suits(request, slot.spec):
                 slot.last_use = now.monotonic
 
-    def _reject_waiting(self, load: Load, error: ProxyError) -> None:
+    def _reject_waiting(self, spec: ModelSpec, error: ProxyError) -> None:
         """Reject the requests that only that load could have served."""
-        others = [slot.load for slot in self.slots if slot.may_grant and slot.load is not None]
+        others = [slot.spec for slot in self.slots if slot.may_grant and slot.spec is not None]
         for request in list(self.queue):
-            if self._suits(request, load) and not any(
+            if self._suits(request, spec) and not any(
                 self._suits(request, each) for each in others
             ):
                 self.queue.remove(request)
@@ -936,14 +936,14 @@ class Scheduler:
 
     # -- sentences
 
-    def _misfit(self, load: Load) -> ProxyError | None:
+    def _misfit(self, spec: ModelSpec) -> ProxyError | None:
         """Why a load cannot fit into memory, with the numbers; None if it can."""
         limits = self.limits
-        fit = policy.shortage(load, self.slots, self.budget, limits.max_loaded, limits.pinned)
+        fit = policy.shortage(spec, self.slots, self.budget, limits.max_loaded, limits.pinned)
         if fit is None:
             return None
         return InsufficientMemory(
-            f'{load.model_id} does not fit into memory. {fit.sentence()} "force": true loads it '
+            f'{spec.model_id} does not fit into memory. {fit.sentence()} "force": true loads it '
             "anyway.",
             needed_bytes=fit.needed,
             available_bytes=fit.available,
@@ -957,14 +957,14 @@ class Scheduler:
         limit = self.limits.drain_timeout
         if self.closing:
             return ShuttingDown("The answer was aborted: mlxproxy is stopping.")
-        if operation.load is None:
+        if operation.spec is None:
             return ModelUnloaded(
                 f"The answer was aborted: it did not finish within {limit:g} s (DRAIN_TIMEOUT) "
                 "before the unload."
             )
         return ModelSwapped(
             f"The answer was aborted: it did not finish within {limit:g} s (DRAIN_TIMEOUT) before "
-            f"the swap to {operation.load.model_id}. Try again."
+            f"the swap to {operation.spec.model_id}. Try again."
         )
 
     def _nothing_loaded(self) -> ProxyError:
@@ -986,17 +986,17 @@ class Scheduler:
 
     def _vacate(self, slot: Slot, now: Moment) -> None:
         """Nothing is left in the slot."""
-        slot.process = slot.load = slot.ttl = None
+        slot.process = slot.spec = slot.ttl = None
         slot.requests.clear()
         slot.exited = False
         if slot.state is not SlotState.EMPTY:
             self._enter(slot, SlotState.EMPTY, now)
 
     @staticmethod
-    def _as_asked(slot: Slot) -> Load:
+    def _as_asked(slot: Slot) -> ModelSpec:
         """Return what is loaded as it was asked for last."""
-        assert slot.load is not None
-        return replace(slot.load, ttl=slot.ttl)
+        assert slot.spec is not None
+        return replace(slot.spec, ttl=slot.ttl)
 
     def _about(self, only: int | None) -> list[Slot]:
         return self.slots if only is None else [self.slots[only]]

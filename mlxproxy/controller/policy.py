@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol, TypeVar
 
-from mlxproxy.catalog.memory import Fit
+from mlxproxy.backend.memory import Fit
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.state import Operation, Slot
-from mlxproxy.spec import Load
 
 # So many exits within so many seconds, and a slot stays down until a load is asked for.
 CRASH_LOOP_EXITS, CRASH_LOOP_SECONDS = 3, 300.0
@@ -144,22 +144,22 @@ class Placement:
 
 
 def shortage(
-    load: Load, slots: Sequence[Slot], budget: int, max_loaded: int, pinned: Collection[str]
+    spec: ModelSpec, slots: Sequence[Slot], budget: int, max_loaded: int, pinned: Collection[str]
 ) -> Fit | None:
     """Return the numbers if the load cannot fit, whatever is evicted for it; None if it can.
 
     A load that is forced fits into any memory.
     """
-    kept = [slot for slot in slots if slot.load is not None and slot.load.path in pinned]
-    available = budget - sum(slot.load.needed_bytes for slot in kept if slot.load is not None)
+    kept = [slot for slot in slots if slot.spec is not None and slot.spec.path in pinned]
+    available = budget - sum(slot.spec.needed_bytes for slot in kept if slot.spec is not None)
     if len(kept) >= min(max_loaded, len(slots)):
-        return Fit(load.needed_bytes, 0)
-    fit = Fit(load.needed_bytes, max(0, available))
-    return None if load.force or fit.fits else fit
+        return Fit(spec.needed_bytes, 0)
+    fit = Fit(spec.needed_bytes, max(0, available))
+    return None if spec.force or fit.fits else fit
 
 
 def place(
-    load: Load,
+    spec: ModelSpec,
     slots: Sequence[Slot],
     reserved: Sequence[Operation],
     budget: int,
@@ -178,16 +178,16 @@ def place(
     """
     free = [slot for slot in slots if not slot.is_occupied and slot.operation is None]
     candidates = sorted(
-        (slot for slot in slots if slot.may_grant and slot.load and slot.load.path not in pinned),
+        (slot for slot in slots if slot.may_grant and slot.spec and slot.spec.path not in pinned),
         key=lambda slot: slot.last_use,
     )
-    held = {slot.id: slot.load.needed_bytes for slot in slots if slot.load is not None}
-    promised = sum(item.load.needed_bytes for item in reserved if item.load is not None)
+    held = {slot.id: slot.spec.needed_bytes for slot in slots if slot.spec is not None}
+    promised = sum(item.spec.needed_bytes for item in reserved if item.spec is not None)
 
     def suffices(victims: Sequence[Slot]) -> bool:
         left = len(held) - len(victims) + len(reserved)
         used = sum(held.values()) + promised - sum(held[slot.id] for slot in victims)
-        return left < max_loaded and bool(free or victims) and used + load.needed_bytes <= budget
+        return left < max_loaded and bool(free or victims) and used + spec.needed_bytes <= budget
 
     best = min(
         (
@@ -199,7 +199,7 @@ def place(
         key=lambda victims: (sum(bool(slot.requests) for slot in victims), len(victims)),
         default=None,
     )
-    if best is None and load.force:  # all that may go goes, once nothing is on its way
+    if best is None and spec.force:  # all that may go goes, once nothing is on its way
         settled = all(slot.operation is None and not slot.exited for slot in slots)
         best = tuple(candidates) if settled and not reserved else None
     if best is None or not (free or best):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import ProxyError
-from mlxproxy.spec import Load
 
 if TYPE_CHECKING:
     import threading
@@ -102,10 +102,10 @@ class Process(Protocol):
         heard: when the last byte of any answer came, in monotonic seconds.
     """
 
-    heard: float
+    last_byte_at: float
 
     @property
-    def load(self) -> Load:
+    def spec(self) -> ModelSpec:
         """What it was started for, as it was on disk then."""
 
     @property
@@ -139,7 +139,7 @@ class Process(Protocol):
     def check(self) -> str | None:
         """Ask it whether it can generate; return why it cannot."""
 
-    def give_up(self, reason: str) -> None:
+    def declare_hung(self, reason: str) -> None:
         """Take it for dead."""
 
     def has(self, feature: str) -> bool:
@@ -148,7 +148,7 @@ class Process(Protocol):
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
         """Return why it hangs, as it says itself."""
 
-    def generates(self, patience: float) -> bool:
+    def answers_probe(self, patience: float) -> bool:
         """Return whether it answers a short chat within so many seconds."""
 
     def last_words(self) -> list[str]:
@@ -174,7 +174,7 @@ class Request:
     """
 
     client: str
-    target: Load | None = None
+    target: ModelSpec | None = None
     exclusive: bool = False
     since: float = 0.0
     turn: int = 0
@@ -217,7 +217,7 @@ class Operation:
         cancelled: why it is given up, if it is.
     """
 
-    load: Load | None
+    spec: ModelSpec | None
     cause: Cause
     since: float
     only: int | None = None
@@ -225,7 +225,7 @@ class Operation:
     claims: list[Claim] = field(default_factory=list)
     slot: int | None = None
     victims: tuple[int, ...] = ()
-    launched: Load | None = None
+    launched: ModelSpec | None = None
     deadline: float = 0.0
     changed: bool = True
     previous: str | None = None
@@ -241,13 +241,13 @@ class Operation:
     def is_over(self) -> bool:
         return self.phase in (Phase.DONE, Phase.FAILED)
 
-    def serves(self, load: Load) -> bool:
+    def serves(self, spec: ModelSpec) -> bool:
         """Whether it ends with what that load asks for; its process reads what is on disk then."""
-        return self.load == load and (self.launched is None or load.is_met_by(self.launched))
+        return self.spec == spec and (self.launched is None or spec.is_met_by(self.launched))
 
     def may_be_withdrawn(self) -> bool:
         """Whether it is a load for which nothing has been cut, stopped or started yet."""
-        return self.load is not None and self.phase in (Phase.WAITING, Phase.DRAINING)
+        return self.spec is not None and self.phase in (Phase.WAITING, Phase.DRAINING)
 
 
 @dataclass(eq=False)
@@ -267,7 +267,7 @@ class Slot:
     id: int
     state: SlotState = SlotState.EMPTY
     state_since: float = 0.0  # Unix seconds
-    load: Load | None = None
+    spec: ModelSpec | None = None
     process: Process | None = None
     operation: Operation | None = None
     exited: bool = False
@@ -275,14 +275,14 @@ class Slot:
     last_use: float = 0.0
     ttl: float | None = None
     requests: list[Request] = field(default_factory=list)
-    restore: Load | None = None
+    restore: ModelSpec | None = None
     exits: list[float] = field(default_factory=list)
-    crashed: Load | None = None
+    crashed: ModelSpec | None = None
 
     @property
     def is_occupied(self) -> bool:
         """Whether it holds memory."""
-        return self.load is not None
+        return self.spec is not None
 
     @property
     def answers(self) -> bool:
@@ -307,7 +307,7 @@ class Slot:
 class Failure:
     """Why the last load failed, or the last process ended."""
 
-    load: Load
+    spec: ModelSpec
     code: str
     reason: str
     at: float  # Unix seconds
@@ -322,7 +322,7 @@ class SlotSnapshot:
     id: int
     state: SlotState
     state_since: float
-    load: Load | None
+    spec: ModelSpec | None
     loaded_at: float | None
     ttl: float | None
     pid: int | None
@@ -335,7 +335,7 @@ class SlotSnapshot:
 class OperationSnapshot:
     """A load or an unload that is under way."""
 
-    load: Load | None
+    spec: ModelSpec | None
     cause: Cause
     phase: Phase
     seconds: float
@@ -362,7 +362,7 @@ class Snapshot:
 class Progress:
     """How far a load is: only what is known, never an invented percentage."""
 
-    load: Load | None
+    spec: ModelSpec | None
     phase: Phase
     seconds: float
     bytes_read: int | None
@@ -374,7 +374,7 @@ class Progress:
 class Loaded:
     """A load has ended well."""
 
-    load: Load
+    spec: ModelSpec
     seconds: float
 
 
@@ -383,7 +383,7 @@ class Exited:
     """A process has ended by itself."""
 
     slot: int
-    load: Load
+    spec: ModelSpec
     reason: str
 
 
@@ -423,7 +423,7 @@ class Start:
     """Start a process for the load; come back with on_started or, once it is gone, on_failed."""
 
     slot: int
-    load: Load
+    spec: ModelSpec
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,7 @@ class Finish:
 class Remember:
     """Keep for the next start of the proxy what was loaded, and how many seconds it took."""
 
-    load: Load
+    spec: ModelSpec
     seconds: float
 
 

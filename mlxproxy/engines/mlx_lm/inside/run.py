@@ -32,7 +32,7 @@ from . import (
 from .gate import Unexpected
 from .report import Pulse, Reporter
 
-OPTIONS = "MLXPROXY_INSIDE"  # as in mlxproxy/backend.py
+OPTIONS = "MLXPROXY_INSIDE"  # as in mlxproxy/backend/process.py
 BEAT_SECONDS = 1.0
 
 

@@ -1,0 +1,343 @@
+"""One connection to the backend: a request out, an answer read as its bytes arrive.
+
+`mlx_lm.server` speaks HTTP/1.0 with one request per connection: the head, then bytes until it
+closes. Reading that from the socket itself costs one `recv` per event and delivers each event when
+it comes; `requests` and `urllib3` add 45 µs to each (see `make bench`), or wait to fill a buffer.
+A body that the head frames in another way (a length, chunks) ends where its frame does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+from mlxproxy.errors import BackendFailed
+
+# Room for dozens of events. For 64 KB the allocator would ask the kernel for memory, and give it
+# back, at each event.
+RECV_BYTES = 1 << 14
+HEAD_LIMIT = 1 << 16
+LINE_LIMIT = 1 << 12  # of a line of a chunk's frame
+CONNECT_TIMEOUT = 10.0
+# The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after
+# a second. A fresh try after 20 ms gets through as soon as the backend has accepted the others.
+CONNECT_RETRY = 0.02
+
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_STATUS = re.compile(r"HTTP/1\.[01] ([1-5]\d\d)(?: |$)", re.ASCII)
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
+
+
+class ReadTimeout(Exception):
+    """Nothing came for the interval that the connection was opened with."""
+
+
+class Sized:
+    """A body of a known length.
+
+    Attributes:
+        left: the bytes that are still to come.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    @property
+    def ended(self) -> bool:
+        return not self.left
+
+    def take(self, data: bytes) -> bytes:
+        """Return what of these bytes belongs to the body."""
+        body = data[: self.left]
+        self.left -= len(body)
+        return body
+
+
+class Chunked:
+    """A body in the chunked transfer coding (RFC 9112, section 7.1), decoded as it comes.
+
+    Attributes:
+        ended: whether the last chunk and the trailers have come.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._left = 0  # bytes of the chunk under way
+        self._line = bytearray()  # one that has not ended yet
+        self._read_line = self._read_size
+
+    def take(self, data: bytes) -> bytes:
+        """Return what of these bytes belongs to the body, without its frames.
+
+        Raises:
+            BackendFailed: they are no chunks.
+        """
+        body = []
+        position = 0
+        while position < len(data) and not self.ended:
+            if self._left:
+                piece = data[position : position + self._left]
+                body.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                continue
+            end = data.find(b"\n", position)
+            self._line += data[position : end if end >= 0 else len(data)]
+            if len(self._line) > LINE_LIMIT:
+                raise _broken("sent an endless line between two chunks")
+            if end < 0:
+                break
+            position = end + 1
+            line = bytes(self._line).removesuffix(b"\r")
+            self._line.clear()
+            self._read_line(line)
+        return b"".join(body)
+
+    def _read_size(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise _broken("sent a chunk without a size")
+        self._left = int(match[1], 16)
+        self._read_line = self._read_end_of_chunk if self._left else self._read_trailer
+
+    def _read_end_of_chunk(self, line: bytes) -> None:
+        if line:
+            raise _broken("sent a chunk longer than its stated size")
+        self._read_line = self._read_size
+
+    def _read_trailer(self, line: bytes) -> None:
+        self.ended = not line
+
+
+class BackendConnection:
+    """A connection to the backend on 127.0.0.1.
+
+    Args:
+        port: the backend's port.
+        interval: seconds of silence after which a read or a write raises :class:`Silence`.
+        lets_go: whether the backend, once our side is shut, ends the request and then closes the
+            connection; otherwise nobody can tell when its place is free.
+
+    Raises:
+        BackendFailed: nothing accepts connections on the port.
+    """
+
+    def __init__(self, port: int, interval: float, lets_go: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._interval = interval
+        self._pending = b""
+        self._head = bytearray()  # as far as it has come, with those of interim answers before it
+        self._begin = self._searched = 0  # the indexes where it begins, and where its end may be
+        self._frame: Sized | Chunked | None = None  # None: the connection's end is the body's
+        self._unsent = memoryview(b"")
+        self._lets_go = lets_go
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._socket = _connect(port)
+        # Timeouts of the kernel's: Python's own cost a poll() before every recv().
+        whole = int(interval)
+        timeval = struct.pack("@ll", whole, int((interval - whole) * 1_000_000))
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        except OSError as error:  # macOS, where the backend has reset the connection already
+            self._socket.close()
+            raise _broken(f"closed the connection ({error.strerror or error})") from None
+
+    def send(self, path: str, body: bytes) -> None:
+        """Takes one POST request, which :meth:`read_head` sends before it waits."""
+        head = (
+            f"POST {path} HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self._unsent = memoryview(head.encode("ascii") + body)
+
+    def read_head(self) -> None:
+        """Waits for the status line and the headers (names in lower case).
+
+        May be called again after a :class:`Silence`.
+
+        Raises:
+            Silence: nothing was taken, or the head did not come to its end, for the interval.
+            BackendFailed: the connection ended before the head, or it is not HTTP.
+        """
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except BlockingIOError:
+            raise ReadTimeout from None
+        except OSError as error:
+            raise _broken(f"did not accept the request ({error.strerror or error})") from None
+        head = self._head
+        deadline = time.monotonic() + self._interval
+        while True:
+            if end := _HEAD_END.search(head, self._searched):
+                if self._understand(bytes(head[self._begin : end.start()]).decode("latin-1")):
+                    self._pending = bytes(head[end.end() :])
+                    return
+                self._begin = self._searched = end.end()
+                continue
+            if len(head) > HEAD_LIMIT:
+                raise _broken("sent an endless head")
+            self._searched = max(self._begin, len(head) - 3)
+            if time.monotonic() > deadline:
+                raise ReadTimeout
+            data = self._recv()
+            if not data:
+                raise _broken("closed the connection without an answer")
+            head += data
+
+    def _understand(self, head: str) -> bool:
+        """Sets the status, the headers and the body's frame; whether the head is the answer's, and
+        not that of an interim answer (1xx)."""
+        first, *lines = head.split("\n")
+        match = _STATUS.match(first.removesuffix("\r"))
+        if match is None:
+            raise _broken("does not speak HTTP")
+        self.status = int(match[1])
+        if self.status == 101:
+            raise _broken("switched to a protocol that was not requested")
+        if self.status < 200:
+            return False
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.strip().lower(), value.strip()
+            known = self.headers.get(name, value)
+            self.headers[name] = value if value == known else f"{known}, {value}"
+        coding = self.headers.get("transfer-encoding")
+        length = self.headers.get("content-length")
+        if self.status in (204, 304):
+            self._frame = Sized(0)
+        elif coding is not None:
+            if coding.lower() != "chunked":
+                raise _broken("sent an answer in a transfer coding that was not requested")
+            self._frame = Chunked()
+        elif length is not None:
+            if _LENGTH.fullmatch(length) is None:
+                raise _broken("sent an answer with an invalid Content-Length")
+            self._frame = Sized(int(length))
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the body has come to the end that the head announced, if it did."""
+        return self._frame is None or self._frame.ended
+
+    def read(self) -> bytes:
+        """What has arrived of the body; ``b""`` at its end, or when the backend has closed the
+        connection.
+
+        Raises:
+            Silence: nothing came for the interval.
+            BackendFailed: what came are no chunks, where there should be some.
+        """
+        if self._frame is not None:
+            return self._framed(self._frame)
+        if self._pending:
+            data, self._pending = self._pending, b""
+            return data
+        return self._recv()
+
+    def read_rest(self, limit: int, seconds: float) -> bytes:
+        """Return the body's first `limit` bytes, or what comes of them in that time.
+
+        Raises:
+            BackendFailed: see :meth:`read`.
+        """
+        body = bytearray()
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(ReadTimeout):
+            while len(body) < limit and time.monotonic() < deadline and (data := self.read()):
+                body += data
+        return bytes(body[:limit])
+
+    def _framed(self, frame: Sized | Chunked) -> bytes:
+        deadline = time.monotonic() + self._interval
+        while not frame.ended:
+            data, self._pending = self._pending or self._recv(), b""
+            if not data:
+                break
+            if body := frame.take(data):
+                return body
+            if time.monotonic() > deadline:  # chunks' frames come, and nothing in them
+                raise ReadTimeout
+        return b""
+
+    def _recv(self) -> bytes:
+        try:
+            return self._socket.recv(RECV_BYTES)
+        except BlockingIOError:
+            raise ReadTimeout from None
+        except OSError:
+            return b""  # reset: the same to us as an end, only `data: [DONE]` proves a whole answer
+
+    def abort(self, backend_lives: bool = True) -> None:
+        """End the request, from any thread, without waiting.
+
+        A read in progress returns ``b""`` as soon as the backend has let go of the request; at
+        once where it cannot tell, or lives no more.
+        """
+        how = socket.SHUT_WR if self._lets_go and backend_lives else socket.SHUT_RDWR
+        with self._lock:
+            if not self._closed:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(how)
+
+    def wait_released(self, timeout: float) -> None:
+        """Wait until the backend has let go of an aborted request, for seconds at most."""
+        deadline = time.monotonic() + timeout
+        while self._lets_go and time.monotonic() < deadline:
+            with contextlib.suppress(ReadTimeout):
+                if not self._recv():
+                    return
+
+    def close(self) -> None:
+        """Closes the connection; the backend stops generating at its next write."""
+        with self._lock:
+            self._closed = True
+            self._socket.close()
+
+
+def _connect(port: int) -> socket.socket:
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    wait = CONNECT_RETRY
+    while True:
+        connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(wait)
+            connection.connect(("127.0.0.1", port))
+            connection.settimeout(None)
+            return connection
+        except TimeoutError:
+            connection.close()
+            wait = min(wait * 1.5, 0.5)
+            if time.monotonic() > deadline:
+                raise _broken("does not accept connections") from None
+        except OSError as error:
+            connection.close()
+            raise _broken(f"does not accept connections ({error.strerror or error})") from None
+
+
+def parsed(data: bytes) -> Any:
+    """Return the value of JSON that the backend sent.
+
+    Raises:
+        ValueError: it is none, or nested more deeply than can be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def _broken(what: str) -> BackendFailed:
+    return BackendFailed(f"The backend {what}. Try again; GET /health shows its state.")

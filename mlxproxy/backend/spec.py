@@ -1,0 +1,55 @@
+"""What is to be loaded: a model and the options it is loaded with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.scanning import Fingerprint
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and the options it is loaded with; equal loads are the same process.
+
+    Attributes:
+        ttl: seconds without a request until it is unloaded; None: the setting's.
+        force: load it even if it does not fit into memory by our estimate.
+        adapters: adapter folders that requests may name.
+        draft_models: draft models that requests may name.
+        files: what was on disk at its path; None: not looked at, whatever it is.
+    """
+
+    model: Model = field(compare=False)
+    enable_thinking: bool = False
+    ttl: float | None = field(default=None, compare=False)
+    adapters: frozenset[str] = frozenset()
+    draft_models: frozenset[str] = frozenset()
+    files: Fingerprint | None = field(default=None, compare=False, repr=False)
+    force: bool = field(default=False, compare=False)
+    path: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(self.model.path))
+
+    @property
+    def model_id(self) -> str:
+        return self.model.id
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return the memory it takes: an estimate."""
+        return self.model.needed_bytes
+
+    def is_met_by(self, loaded: ModelSpec) -> bool:
+        """Whether a process that was started for `loaded` is what this load asks for."""
+        return self == loaded and (self.files is None or self.files == loaded.files)
+
+    def options(self) -> dict[str, object]:
+        """What a client chose, as JSON."""
+        return {
+            "enable_thinking": self.enable_thinking,
+            "ttl": self.ttl,
+            "adapters": sorted(self.adapters),
+            "draft_models": sorted(self.draft_models),
+        }

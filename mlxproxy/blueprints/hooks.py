@@ -1,0 +1,250 @@
+"""What holds for every request: who may call, its id, its log line, the shape of errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
+
+from flask import Flask, Request, Response, current_app, g, jsonify, request
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    RequestEntityTooLarge,
+)
+from werkzeug.exceptions import (
+    MethodNotAllowed as WerkzeugMethodNotAllowed,
+)
+
+from mlxproxy.blueprints.auth import LINKED_PATHS
+from mlxproxy.disconnect import Disconnect
+from mlxproxy.errors import (
+    InternalError,
+    InvalidJSON,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    ProxyError,
+    RequestTooLarge,
+)
+from mlxproxy.relay.relay import AnswerStats
+from mlxproxy.server.head import LONGEST_METHOD
+from mlxproxy.server.headers import SECURITY_HEADERS, request_id
+from mlxproxy.wiring import Services
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger("mlxproxy.request")
+
+OPEN_PATHS = ("/health",)  # need no API key
+QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log lines are for DEBUG
+# Parsed, a body of nothing but small values is thirty times as large, and all else stands still
+# meanwhile. Ten times the commas of the longest prompt that fits into any context.
+MAX_VALUES = 250_000
+VALUE_BYTES = 64  # of an empty list, the smallest that is one object each
+HOST = "mlxproxy.host"  # where the environment has the Host header
+
+
+def services() -> Services:
+    """The parts of the proxy that serves this request."""
+    return cast(Services, current_app.extensions["mlxproxy"])
+
+
+def disconnect() -> Disconnect:
+    """The client's presence; one that never ends where the server does not tell (tests)."""
+    return cast(Disconnect, request.environ.get("mlxproxy.disconnect") or Disconnect())
+
+
+def _this_request() -> Request:
+    return cast(Request, request._get_current_object())  # type: ignore[attr-defined]
+
+
+def client() -> str:
+    """Who asks, for a fair share of the places: the API key where keys count, else the address."""
+    return g.get("key") or request.remote_addr or "unknown"
+
+
+def take_memory(size: int) -> None:
+    """Takes so many bytes of what may be in memory, to the end of this request's answer.
+
+    Raises:
+        TooManyRequests: its client holds, or all hold, too many already.
+    """
+    if (at_end := request.environ.get("mlxproxy.at_end")) is not None:  # of our own server
+        at_end.callback(services().bodies.take(client(), size))
+
+
+def json_body(required: bool = True) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        InvalidJSON, InvalidRequest: it is not JSON, or not an object.
+        TooManyRequests: too many bytes of bodies are in memory already.
+    """
+    take_memory(request.content_length or 0)
+    raw = request.get_data(cache=False)
+    # (A tool call's arguments are a text in the text, whose commas may be written as escapes.)
+    values = sum(raw.count(comma) for comma in (b",", rb"\u002c", rb"\u002C"))
+    if values > MAX_VALUES:
+        raise InvalidRequest(f"The body has more than {MAX_VALUES:,} values.")
+    take_memory(values * VALUE_BYTES)
+    if not raw and not required:
+        return {}
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidJSON(f"The body is not valid JSON{where}.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object, such as {}.")
+    return body
+
+
+def install(app: Flask) -> None:
+    """Adds all of this to the application."""
+    inner = app.wsgi_app
+
+    def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        # Which hosts are ours is decided here alone: werkzeug refuses some in a way of its own.
+        environ[HOST] = environ.pop("HTTP_HOST", "")
+        return inner(environ, start_response)
+
+    app.wsgi_app = wsgi_app  # type: ignore[method-assign]
+    app.before_request(_admit)
+    app.after_request(_finish)
+    app.register_error_handler(Exception, _render)
+
+
+def _admit() -> Response | None:
+    # Each use of `request` and `g` looks the context up, and `request.headers` searches for each
+    # name: used throughout, they cost as much again as all of Flask's own work.
+    asked = _this_request()
+    environ, parts = asked.environ, services()
+    g.request_id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+    g.started = time.monotonic()
+    g.who = {  # the request in its events and its log line
+        "id": g.request_id,
+        "client": asked.remote_addr,
+        "method": asked.method[:LONGEST_METHOD],
+        "path": quote(asked.path[:200], safe="/:@,;~+"),
+    }
+    access = parts.access
+    host = environ[HOST]
+    origin = environ.get("HTTP_ORIGIN")
+    if host:  # HTTP/1.0 clients need not send one; every browser does
+        access.check_host(host)
+    access.check_origin(origin, host)
+    if origin is None and (site := environ.get("HTTP_SEC_FETCH_SITE")) is not None:
+        access.check_site(site, host, _is_followed_link(asked))
+    if asked.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
+        return Response(status=204)
+    if asked.path not in OPEN_PATHS:
+        g.key = access.check_key(environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_X_API_KEY"))
+    if asked.path not in QUIET_PATHS:
+        parts.bus.publish("request_started", g.who)  # which copies it
+    return None
+
+
+def _is_followed_link(asked: Request) -> bool:
+    """Whether somebody has followed a link on a page, to what a link may lead to."""
+    fetch = [asked.environ.get(f"HTTP_SEC_FETCH_{name}") for name in ("MODE", "DEST")]
+    return (
+        asked.method == "GET" and asked.path in LINKED_PATHS and fetch == ["navigate", "document"]
+    )
+
+
+def _finish(response: Response) -> Response:
+    environ, headers = _this_request().environ, response.headers
+    headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    origin = environ.get("HTTP_ORIGIN")
+    if origin is not None:
+        headers.add("Vary", "Origin")
+        if services().access.allows(origin, environ[HOST]):
+            _share(response, origin)
+    if not response.is_streamed:
+        recorder()(response.status_code, g.get("stats"))
+    return response
+
+
+def _share(response: Response, origin: str) -> None:
+    """What lets a browser hand the answer to a page of an allowed origin."""
+    headers = response.headers
+    headers["Access-Control-Allow-Origin"] = origin
+    headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    if request.method == "OPTIONS":
+        headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        headers["Access-Control-Allow-Headers"] = request.headers.get(
+            "Access-Control-Request-Headers", "Authorization, Content-Type, X-Api-Key, X-Request-Id"
+        )
+        headers["Access-Control-Max-Age"] = "600"
+
+
+def recorder() -> Callable[[int, AnswerStats | None], None]:
+    """What writes this request's one log line and event at its end, in whatever thread that is."""
+    asked = _this_request()
+    parts, started, path, facts = services(), g.started, asked.path, g.who
+    route = asked.url_rule.rule if asked.url_rule else "other"
+    if (live := g.get("stats")) is not None:
+        parts.metrics.stream_begun(live)
+
+    def record(status: int, stats: AnswerStats | None) -> None:
+        facts.update(status=status, seconds=round(time.monotonic() - started, 3))
+        if stats is not None:
+            facts.update(stats.figures())
+        parts.metrics.request(route, status, stats)
+        if path not in QUIET_PATHS:
+            parts.bus.publish("request", facts)
+        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        if log.isEnabledFor(level):
+            shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
+            log.log(level, "%s", shown.encode("unicode_escape").decode())  # one line, whatever
+
+    return record
+
+
+def _render(error: Exception) -> Response:
+    """Any error as the contract's object; what nobody foresaw goes to the log alone."""
+    known = _known(error)
+    if known is None:
+        log.error("request %s failed", g.get("request_id"), exc_info=error)
+        known = InternalError(
+            "An internal error occurred in mlxproxy. Its log has the details under the request "
+            f"id {g.request_id}."
+        )
+    # What has raised it may still hold it, and its frames hold the body of the request.
+    error.__traceback__ = None
+    response = jsonify(known.body())
+    response.status_code = known.status
+    if known.retry_after is not None:
+        response.headers["Retry-After"] = str(known.retry_after)
+    if known.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="mlxproxy"'
+    if isinstance(error, WerkzeugMethodNotAllowed) and error.valid_methods:
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
+
+
+def _known(error: Exception) -> ProxyError | None:
+    if isinstance(error, ProxyError):
+        return error
+    if isinstance(error, RequestEntityTooLarge):
+        limit = services().settings.max_body
+        return RequestTooLarge(f"The body is larger than {limit:,} bytes (MAX_BODY).")
+    if isinstance(error, WerkzeugMethodNotAllowed):
+        allowed = " or ".join(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
+        method = request.method[:LONGEST_METHOD]
+        return MethodNotAllowed(f"{request.path[:200]} requires {allowed}, not {method}.")
+    if isinstance(error, BadRequest):
+        return InvalidRequest("The request could not be read.")
+    if isinstance(error, HTTPException) and error.code is not None and error.code < 500:
+        return NotFound(
+            f"There is nothing at {request.path[:200]}. The endpoints are /v1/models, "
+            "/v1/models/loaded, /v1/models/load, /v1/models/unload, /v1/chat/completions, "
+            "/v1/completions, /v1/events, /v1/logs, /metrics and /health."
+        )
+    return None

@@ -1,0 +1,128 @@
+"""The proxy's own log: to the terminal, to a rotated file, and to those who follow it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from mlxproxy.logfile import LogFile
+from mlxproxy.observability.events import EventBus
+from mlxproxy.text import harmless
+from mlxproxy.writing import Writer
+
+LONGEST_LINE = 4000  # characters; what is longer is made so by what somebody sends
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _OneLine(logging.Formatter):
+    """A record is one line, whatever a client has sent; a traceback of ours may follow."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        line = super().formatMessage(record)
+        if len(line) > LONGEST_LINE:
+            line = line[:LONGEST_LINE] + "..."
+        if line.isprintable():
+            return line
+        return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in line)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's formatter may have left it there
+        return super().format(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return textwrap.indent(harmless(super().formatException(ei)), "    ")
+
+
+class _Follow(logging.Handler):
+    """Hands each line to the file's writer and to the hub; neither waits."""
+
+    def __init__(self, file: LogFile, bus: EventBus) -> None:
+        super().__init__()
+        self._file = file
+        self._hub = bus
+        self.setFormatter(_OneLine(FORMAT))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        self._file.put(line)
+        self._hub.publish("proxy_log", {"text": line})
+
+
+class _Unwaited(io.TextIOBase):
+    """A stream in place of standard output or error that nobody ever waits for.
+
+    A terminal whose user has pressed Ctrl-S, or a pipe that nobody reads, takes no more text:
+    whoever wrote to it would stand still, and all who need what he holds.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._writer = Writer(stream.name, self._out)
+
+    def write(self, text: str) -> int:
+        self._writer.put(text)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def finish(self) -> None:
+        """Write what has come, for a second at most."""
+        self._writer.close()
+
+    def _out(self, text: str) -> None:
+        # Past Python's own buffer: its lock, held by a thread that waits, would keep the process
+        # from ending.
+        rest = text.encode(self.encoding, "replace")
+        while rest:
+            rest = rest[os.write(self._stream.fileno(), rest) :]
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """Within this, no print, log line or traceback waits for who reads them."""
+    with open(os.devnull, "w") as nowhere:  # a service may have neither
+        output, error = _Unwaited(sys.stdout or nowhere), _Unwaited(sys.stderr or nowhere)
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+                yield
+        finally:
+            output.finish()
+            error.finish()
+
+
+def to_terminal(level: str) -> None:
+    """Logs to standard error from now on: warnings only, where nobody watches it.
+
+    A service's standard error is a file that nothing rotates; all is in ``logs/proxy.log``.
+    """
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(_OneLine(FORMAT, "%H:%M:%S"))
+    if not sys.stderr.isatty():
+        terminal.setLevel(logging.WARNING)
+    logging.basicConfig(level=level, handlers=[terminal])
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # told of each client that leaves
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    logging.getLogger("filelock").setLevel(logging.WARNING)
+
+
+def to_followers(file: LogFile, bus: EventBus) -> None:
+    """Logs to the file and to the hub from now on, too."""
+    logging.getLogger().addHandler(_Follow(file, bus))

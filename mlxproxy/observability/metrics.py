@@ -1,0 +1,126 @@
+"""What has happened since the start, counted as it happens: cheap enough to be always on.
+
+Nothing here knows Prometheus; `exposition` writes the counts in its format when somebody asks.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlxproxy.controller.state import Event, Exited, Loaded, SlotState, Snapshot
+from mlxproxy.relay.relay import AnswerStats
+
+FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
+SPEED = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0)  # tokens/s
+LOAD = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
+
+
+class Histogram:
+    """How many observations were at most each bound (and above the one before), and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)  # the last: above all bounds
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass
+class Counts:
+    """All figures since the start.
+
+    Attributes:
+        requests: by the route's pattern and the status, both of which are few.
+        first_token: seconds from a request to its first token, waiting included.
+        speed: tokens per second of each answer.
+        loads: seconds from a backend's start to its first answer.
+        swaps: seconds in which nothing was answered because one model replaced another.
+    """
+
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    tokens_in: int = 0
+    tokens_out: int = 0
+    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN))
+    speed: Histogram = field(default_factory=lambda: Histogram(SPEED))
+    loads: Histogram = field(default_factory=lambda: Histogram(LOAD))
+    swaps: Histogram = field(default_factory=lambda: Histogram(LOAD))
+    deaths: int = 0
+
+
+class Metrics:
+    """The counts of one proxy, and who is being answered now. May be used by many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = Counts()
+        self._streams: dict[int, AnswerStats] = {}
+        self._last_speed: float | None = None
+        self._state = SlotState.EMPTY
+        self._left_ready: float | None = None  # when the swap under way began
+
+    def counts(self) -> Counts:
+        """A copy that no longer changes."""
+        with self._lock:
+            return copy.deepcopy(self._counts)
+
+    def speed(self) -> dict[str, float | None]:
+        """Tokens per second: of all streams under way together, and of the last whole answer."""
+        with self._lock:
+            streams, last = list(self._streams.values()), self._last_speed
+        now = time.monotonic()
+        rates = [
+            it.tokens_out / (now - it.first_byte)
+            for it in streams
+            if it.first_byte is not None and now > it.first_byte
+        ]
+        return {"now": round(sum(rates), 1) if rates else None, "last": last}
+
+    def stream_begun(self, stats: AnswerStats) -> None:
+        """A stream has begun; :meth:`request` ends it."""
+        with self._lock:
+            self._streams[id(stats)] = stats
+
+    def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
+        """A request has ended; `trace` if it was one for an answer of the model."""
+        figures = stats.figures() if stats is not None else {}
+        with self._lock:
+            self._streams.pop(id(stats), None)
+            counts = self._counts
+            counts.requests[route, status] += 1
+            counts.tokens_in += figures.get("tokens_in") or 0
+            counts.tokens_out += figures.get("tokens_out") or 0
+            if (seconds := figures.get("first_token")) is not None:
+                counts.first_token.add(seconds)
+            if (speed := figures.get("tokens_per_second")) is not None:
+                counts.speed.add(speed)
+                self._last_speed = speed
+
+    def event(self, event: Event) -> None:
+        """Take one of the controller's events, in their order; this never waits."""
+        with self._lock:
+            if isinstance(event, Loaded):
+                self._counts.loads.add(event.seconds)
+                self._last_speed = None
+            elif isinstance(event, Exited):
+                self._counts.deaths += 1
+            elif isinstance(event, Snapshot):
+                self._enter(event.main.state)
+
+    def _enter(self, state: SlotState) -> None:
+        before, self._state = self._state, state
+        if state is SlotState.EMPTY or (state is SlotState.READY and before is SlotState.DRAINING):
+            self._left_ready = None  # an unload, a failure, or a swap that was called off
+        elif before is SlotState.READY and state in (SlotState.DRAINING, SlotState.STOPPING):
+            self._left_ready = time.monotonic()
+        elif state is SlotState.READY and self._left_ready is not None:
+            self._counts.swaps.add(time.monotonic() - self._left_ready)
+            self._left_ready = None

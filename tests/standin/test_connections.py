@@ -1,0 +1,545 @@
+"""Connections that end in odd ways, or at odd times: who left, who waits, and who is told what."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from waitress.channel import ClientDisconnected
+
+from mlxproxy.server import channel
+from tests.conftest import Proxy, until
+from tests.support import scripted_server
+from tests.support.wire import Alone, answers, received, shape
+
+pytestmark = [pytest.mark.standin, pytest.mark.xdist_group("connections")]
+
+PATH = "/v1/chat/completions"
+NOTICED = 2.0  # seconds after which the backend must work for nobody who has left
+LATE = 6.0  # seconds of each phase below, if nobody leaves: far more
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def request(method: str, path: str, body: Any = None, version: str = "1.1") -> bytes:
+    """A request as it goes over the wire."""
+    sent = b"" if body is None else json.dumps(body).encode()
+    length = f"Content-Length: {len(sent)}\r\n" if sent else ""
+    return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{length}\r\n".encode() + sent
+
+
+def chat(stream: bool = False, version: str = "1.1", **fields: Any) -> bytes:
+    message = {"role": "user", "content": "Hello!"}
+    return request("POST", PATH, {"messages": [message], "stream": stream, **fields}, version)
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 10)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scripted_server.install(tmp_path_factory.mktemp("standin"))
+
+
+@pytest.fixture(scope="module")
+def shared(
+    models: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Proxy]:
+    root = tmp_path_factory.mktemp("connections")
+    proxy = Proxy(
+        root / "instance",
+        models,
+        MLX_SERVER_BIN=program,
+        MAX_CONCURRENT=1,
+        MODEL_SELECTION="loaded",
+    )
+    yield proxy.start()
+    proxy.clean_up()
+
+
+@pytest.fixture
+def proxy(shared: Proxy, program: Path) -> Iterator[Proxy]:
+    """The proxy, with a model loaded, one place for answers, and nobody on it."""
+    scripted_server.change(program, **scripted_server.SCRIPT)
+    assert shared.load("tiny/alpha").ok
+    until(lambda: not busy(shared), what="the end of earlier answers")
+    yield shared
+    scripted_server.change(program, **scripted_server.SCRIPT)
+
+
+def busy(proxy: Proxy) -> int:
+    """How many have a place or wait for one."""
+    state = proxy.loaded()
+    return int(state["in_flight"] + state["waiting"])
+
+
+def finished(program: Path) -> list[str]:
+    """How the answers of the backend ended."""
+    return [entry["how"] for entry in scripted_server.record(program, "finished")]
+
+
+# What a client may be waiting for when it leaves: the script that makes it last, the request, and
+# whether something of the answer has been sent then.
+PHASES: dict[str, tuple[dict[str, Any], bytes, bool]] = {
+    "a whole answer": ({"events": 60, "interval": LATE / 60}, chat(), False),
+    "the backend's head": ({"silent_seconds": LATE}, chat(stream=True), False),
+    "the prompt": ({"prefill_seconds": LATE, "keepalive_interval": LATE}, chat(stream=True), True),
+    "tokens": ({"events": 60, "interval": LATE / 60}, chat(stream=True), True),
+    "a stream of HTTP/1.0": (
+        {"events": 60, "interval": LATE / 60},
+        chat(stream=True, version="1.0"),
+        True,
+    ),
+}
+
+
+def leave_by_closing(connection: socket.socket) -> None:
+    connection.close()
+
+
+def leave_in_two_steps(connection: socket.socket) -> None:
+    """As proxies of TCP do that hand on each end by itself."""
+    connection.shutdown(socket.SHUT_WR)
+    time.sleep(0.5)
+    connection.close()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("leave", [leave_by_closing, leave_in_two_steps])
+def test_the_backend_stops_for_a_client_that_has_left(
+    proxy: Proxy, program: Path, phase: str, leave: Callable[[socket.socket], None]
+) -> None:
+    script, sent, begun = PHASES[phase]
+    scripted_server.change(program, **script)
+    before = len(finished(program))
+    with connect(proxy.port) as connection:
+        connection.sendall(sent)
+        until(lambda: busy(proxy) == 1, what="its place")
+        if begun:
+            assert connection.recv(1)
+        else:
+            time.sleep(0.2)  # it is under way
+        leave(connection)
+        left = time.monotonic()
+        until(lambda: len(finished(program)) > before, what="the end at the backend")
+        assert time.monotonic() - left < NOTICED
+    until(lambda: finished(program)[-1:] == ["client_gone"], what="the end at the backend")
+    until(lambda: not busy(proxy), what="its place is free")
+
+
+def test_the_backend_stops_for_a_client_that_was_killed(proxy: Proxy, program: Path) -> None:
+    scripted_server.change(program, events=60, interval=LATE / 60)
+    before = len(finished(program))
+    text = (
+        "import socket, sys, time\n"
+        f"it = socket.create_connection(('127.0.0.1', {proxy.port}))\n"
+        f"it.sendall({chat()!r})\n"
+        "time.sleep(60)\n"
+    )
+    client = subprocess.Popen([sys.executable, "-c", text])
+    try:
+        until(lambda: busy(proxy) == 1, what="its place")
+    finally:
+        os.kill(client.pid, signal.SIGKILL)
+        client.wait()
+    left = time.monotonic()
+    until(lambda: len(finished(program)) > before, what="the end at the backend")
+    assert time.monotonic() - left < NOTICED
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_that_only_ends_its_sending_gets_all_of_its_answer(
+    proxy: Proxy, program: Path, phase: str
+) -> None:
+    """`nc -N`, socat and some load balancers send so."""
+    script, sent, _ = PHASES[phase]
+    scripted_server.change(program, **script)
+    with connect(proxy.port) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        data = received(connection, 20)
+    assert data.count(CONTINUE) <= 2
+    (answer,) = answers(data)
+    assert answer.status == 200
+    if b'"stream": true' in sent:
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        assert b"alpha7 " in answer.body
+    else:
+        assert json.loads(answer.body)["choices"]
+    until(lambda: finished(program)[-1:] == ["done"], what="the end at the backend")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stays", [False, True])
+def test_one_that_waits_in_the_queue_is_told_from_one_that_has_left(
+    proxy: Proxy, program: Path, stream: bool, stays: bool
+) -> None:
+    scripted_server.change(program, events=40, interval=0.1)
+    with connect(proxy.port) as first, connect(proxy.port) as second:
+        first.sendall(chat(stream=True))
+        assert first.recv(1)
+        second.sendall(chat(stream=stream))
+        until(lambda: busy(proxy) == 2, what="one that waits")
+        if stays:
+            second.shutdown(socket.SHUT_WR)
+            (answer,) = answers(received(second, 20))
+            assert answer.status == 200
+        else:
+            second.close()
+            until(lambda: busy(proxy) == 1, NOTICED, what="the end of its waiting")
+
+
+def test_a_load_whose_client_ends_its_sending_is_waited_for(proxy: Proxy, program: Path) -> None:
+    scripted_server.change(program, load_seconds=2)
+    with connect(proxy.port) as connection:
+        connection.sendall(request("POST", "/v1/models/load", {"model_id": "tiny/beta"}))
+        connection.shutdown(socket.SHUT_WR)
+        (answer,) = answers(received(connection, 20))
+    assert json.loads(answer.body)["id"] == "tiny/beta"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/logs", "/nothing"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_quick_answer_goes_to_it_without_any_question(
+    proxy: Proxy, path: str, version: str
+) -> None:
+    with connect(proxy.port) as connection:
+        connection.sendall(request("GET", path, version=version))
+        connection.shutdown(socket.SHUT_WR)
+        data = received(connection, 2)
+    assert CONTINUE not in data
+    (answer,) = answers(data)
+    assert answer.status == (404 if path == "/nothing" else 200)
+
+
+def test_several_requests_before_the_end_are_all_answered(proxy: Proxy) -> None:
+    with connect(proxy.port) as connection:
+        connection.sendall(request("GET", "/health") * 3 + b"GET /health HTTP/1.1\r\nHos")
+        connection.shutdown(socket.SHUT_WR)
+        assert [answer.status for answer in answers(received(connection, 2))] == [200] * 3
+
+
+def test_who_follows_events_may_end_its_sending_and_gives_its_place_back_when_it_leaves(
+    proxy: Proxy,
+) -> None:
+    for _ in range(20):  # more than there are places
+        with connect(proxy.port) as connection:
+            connection.sendall(request("GET", "/v1/events"))
+            connection.shutdown(socket.SHUT_WR)
+            data = connection.recv(1 << 16)
+            assert data.startswith(b"HTTP/1.1 200 ")
+            proxy.get("/v1/models")
+            until(lambda it=connection: b"event: request" in it.recv(1 << 16), 3)  # type: ignore[misc]
+    begun = time.monotonic()
+    assert proxy.get("/v1/events?follow=false").ok
+    assert time.monotonic() - begun < NOTICED
+
+
+def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
+    proxy: Proxy, program: Path
+) -> None:
+    """There is no way to ask such a client, and its answer may take an hour of the backend's."""
+    scripted_server.change(program, events=60, interval=LATE / 60)
+    with connect(proxy.port) as connection:
+        connection.sendall(chat(version="1.0"))
+        connection.shutdown(socket.SHUT_WR)
+        (answer,) = answers(received(connection, NOTICED + 1))
+    assert shape(json.loads(answer.body))["code"] == "backend_failed"
+    until(lambda: finished(program)[-1:] == ["client_gone"], what="the end at the backend")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
+def test_no_question_gets_into_the_middle_of_an_answer(
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
+    version: str,
+) -> None:
+    monkeypatch.setattr(channel, "ASK_AT", tuple(step / 2000 for step in range(20_000)))
+    events = [b"data: %d\n\n" % number for number in range(3000)]
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        time.sleep(0.05)  # asked before the head, where that can be
+        start_response("200 OK", [("Content-Type", "text/event-stream; charset=utf-8")])
+        for event in events:
+            yield event
+            if event.endswith(b"0\n\n"):
+                time.sleep(0.0005)
+
+    one = alone(application, channel_class)
+    with ThreadPoolExecutor(4) as pool:
+        for data in pool.map(lambda _: half_closed(one.port, version), range(8)):
+            assert (CONTINUE in data) is (version == "1.1")
+            (answer,) = answers(data)
+            assert answer.body.replace(channel.COMMENT, b"") == b"".join(events)
+            asked = answer.body != b"".join(events)
+            assert asked is (version == "1.1")  # HTTP/1.0 was given up before the head
+
+
+@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
+def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
+    alone: Callable[..., Alone],
+    monkeypatch: pytest.MonkeyPatch,
+    channel_class: type[channel.Channel],
+) -> None:
+    seen: list[bytes | None] = []
+    for name in ("write_soon", "send_now"):
+        original = getattr(channel.DirectChannel, name)
+
+        def send(self: Any, data: bytes, original: Any = original) -> Any:
+            if data.startswith(b"HTTP/1.1 200") or data == b"0\r\n\r\n":
+                seen.append(self.question)
+            return original(self, data)
+
+        owner = channel.Channel if name == "write_soon" else channel.DirectChannel
+        monkeypatch.setattr(owner, name, send)
+
+    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        yield b"data: 1\n\n"
+        yield b"data: 2\n\n"
+
+    assert half_closed(alone(application, channel_class).port, "1.1")
+    assert seen
+    assert set(seen) == {b""}
+
+
+def half_closed(port: int, version: str) -> bytes:
+    """All that comes for a request after which nothing more is sent."""
+    with connect(port) as connection:
+        connection.sendall(request("GET", "/", version=version))
+        connection.shutdown(socket.SHUT_WR)
+        return received(connection, 20)
+
+
+def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = threading.Event()
+
+    def gone(*_: object) -> None:
+        answered.set()
+        raise ClientDisconnected
+
+    monkeypatch.setattr(channel.BadRequest, "write", gone)
+    one = alone(lambda *_: [])
+    with connect(one.port) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert answered.wait(5)
+        assert received(connection) == b""
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+# -- answers that come before the request is whole
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/models/load HTTP/1.1\r\nContent-Length: 60000000\r\n\r\n",
+        b"POST /v1/models/load HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"POST /v1/models/load HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"no HTTP\r\n\r\n",
+    ],
+    ids=["too large", "an unknown coding", "no chunks", "no HTTP"],
+)
+def test_a_peer_that_sends_all_before_it_reads_learns_why_it_was_refused(
+    proxy: Proxy, head: bytes
+) -> None:
+    """As nginx does; with a connection closed meanwhile it would answer 502 of its own."""
+    with connect(proxy.port) as connection:
+        connection.sendall(head)
+        for _ in range(60):
+            connection.sendall(b" " * 1_000_000)
+        (answer,) = answers(received(connection, 5))
+    assert 400 <= answer.status < 600
+    shape(json.loads(answer.body))
+
+
+def test_what_comes_after_the_answer_is_read_for_a_while_only(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert channel.LINGER <= 5
+    assert channel.LINGER_BYTES <= 64 << 20
+    one = alone(lambda *_: [])
+    with connect(one.port) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert received(connection).startswith(b"HTTP/1.0 400 ")
+        with pytest.raises(ConnectionError):
+            connection.sendall(b" " * 2 * channel.LINGER_BYTES)
+    monkeypatch.setattr(channel, "LINGER", 0.2)
+    with connect(one.port) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert received(connection).startswith(b"HTTP/1.0 400 ")
+        until(lambda: not one.server._server.active_channels, 3, what="the end of the connection")
+
+
+# -- the clock
+
+
+@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
+def test_a_jump_of_the_clock_cuts_no_stream_and_closes_no_connection(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """As when a laptop wakes, or its clock is set."""
+    go_on = threading.Event()
+
+    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        for _ in range(40):
+            yield b"x" * 65536
+        assert go_on.wait(10)
+        yield b"the end"
+
+    one = alone(application)
+    now = time.time
+    with socket.socket() as slow, connect(one.port) as idle:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", one.port))
+        slow.sendall(request("GET", "/"))
+        assert slow.recv(1)
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        time.sleep(1.2)  # longer than any look at the connections is away
+        go_on.set()
+        assert received(slow).endswith(b"the end\r\n0\r\n\r\n")
+        idle.sendall(request("GET", "/"))
+        assert received(idle).endswith(b"the end\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
+def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_time(
+    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    one = alone(lambda *_: [])
+    one.server._server.adj.channel_timeout = 0.4
+    with connect(one.port) as connection:
+        until(lambda: one.server._server.active_channels, what="the connection")
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + jump)
+        assert received(connection, 3) == b""
+
+
+def test_the_system_asks_after_silent_clients_by_itself(alone: Callable[..., Alone]) -> None:
+    """One that was unplugged, or leaves long after the end of its sending, gives no other sign."""
+    one = alone(lambda *_: [])
+    with connect(one.port):
+        (held,) = until(lambda: list(one.server._server.active_channels.values()))
+        assert held.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert held.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 10
+
+
+# -- too little of something
+
+
+@pytest.mark.parametrize("idle", [0, 20])
+def test_with_few_open_files_everybody_is_served_one_after_the_other(
+    models: Path, program: Path, tmp_path: Path, idle: int
+) -> None:
+    scripted_server.change(program, **scripted_server.SCRIPT)
+    proxy = Proxy(tmp_path / "instance", models, MLX_SERVER_BIN=program)
+    limited = "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+    limited += "runpy.run_module('mlxproxy', run_name='__main__', alter_sys=True)"
+    with proxy.output.open("a") as output:
+        proxy.process = subprocess.Popen(
+            [sys.executable, "-c", limited, "serve"],
+            env=proxy.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        until(proxy._answers, 20, "the first answer")
+        assert proxy.load("tiny/alpha").ok
+        scripted_server.change(program, events=5, interval=0.1)
+        with contextlib.ExitStack() as held, ThreadPoolExecutor(60) as pool:
+            for _ in range(idle):
+                held.enter_context(connect(proxy.port))  # and says nothing
+            large = {"user": "x" * 600_000}
+            found = list(pool.map(lambda _: proxy.chat(**large).status_code, range(60)))
+        assert found == [200] * 60
+        assert "Traceback" not in proxy.said()
+    finally:
+        scripted_server.change(program, **scripted_server.SCRIPT)
+        proxy.clean_up()
+
+
+def test_a_body_that_has_no_room_is_refused_with_a_status(
+    models: Path, program: Path, tmp_path: Path
+) -> None:
+    nowhere = tmp_path / "full"
+    nowhere.mkdir()
+    code = (
+        "import errno, runpy, tempfile\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "tempfile.TemporaryFile = full\n"
+        "runpy.run_module('mlxproxy', run_name='__main__', alter_sys=True)"
+    )
+    proxy = Proxy(tmp_path / "instance", models, MLX_SERVER_BIN=program)
+    with proxy.output.open("a") as output:
+        proxy.process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve"],
+            env=proxy.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        until(proxy._answers, 20, "the first answer")
+        for data in (b" " * 2_000_000, iter([b" " * 1_000_000] * 2)):
+            answer = requests.post(proxy.url + PATH, data=data, timeout=10)
+            assert answer.status_code == 507
+            assert shape(answer.json())["code"] == "insufficient_storage"
+            assert "No space left on device" in answer.json()["error"]["message"]
+        assert proxy.post("/v1/models/load", {"model_id": "tiny/alpha"}).ok
+        assert "Traceback" not in proxy.said()
+        assert "uncaptured" not in proxy.said()
+    finally:
+        proxy.clean_up()
+
+
+# -- memory
+
+
+def resident(proxy: Proxy) -> int:
+    """The proxy's memory in MiB."""
+    assert proxy.process is not None
+    return int(psutil.Process(proxy.process.pid).memory_info().rss >> 20)
+
+
+def test_memory_comes_back_after_large_bodies(proxy: Proxy) -> None:
+    message = {"role": "user", "content": "Hello!"}
+    body = json.dumps({"messages": [message], "user": "x" * 30_000_000}).encode()
+    assert proxy.unload().ok
+    before = resident(proxy)
+    for _ in range(20):  # each on another thread
+        assert requests.post(proxy.url + PATH, data=body, timeout=30).status_code == 503
+    assert resident(proxy) - before < 60
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is not glibc's")
+def test_glibc_takes_what_it_is_told() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from mlxproxy import allocator as it; it.return_what_is_free() or 1/0",
+        ],
+        check=False,
+    )
+    assert done.returncode == 0 or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version")

@@ -1,0 +1,476 @@
+"""The instance folder and the processes around the proxy, in whatever state they are found.
+
+Files that are damaged or replaced, a full disk, a deleted lock, a wrapper that lets its child go, a
+terminal that nobody reads: the proxy starts, serves and stops, and never ends what is not its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlxproxy import processes
+from mlxproxy.backend.ownership import Ownership, Record
+from mlxproxy.backend.ports import is_free
+from mlxproxy.catalog import Catalog
+from mlxproxy.controller import History
+from mlxproxy.files import read_record
+from mlxproxy.processes import MARK, lives
+from tests.conftest import Proxy, free_port, until
+from tests.support import scripted_server, tiny_models
+
+Start = Callable[..., Proxy]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models; only their files are looked at."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("alpha", "beta"):
+        tiny_models.build(root / "tiny" / name)
+    return root
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Path]:
+    """The stand-in; none of its processes outlives the test, however that ends."""
+    program = scripted_server.install(tmp_path / "standin")
+    yield program
+    for pid in running(program):
+        psutil.Process(pid).kill()
+
+
+def refused(proxy: Proxy, **more: str) -> str:
+    """What a start says that must not succeed: one sentence, in a few seconds."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxproxy", "serve"],
+        env={**proxy.environment, **more},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    return sentence
+
+
+# -- damaged files
+
+FILES = ("history.json", "backend-{}.json", "proxy-{}.json", "catalog.json")
+LOGS = ("logs/proxy.log", "logs/backend.log", "logs/proxy.log.1")
+
+WRONG_TYPES: list[Any] = [
+    {
+        "pid": pid,
+        "created": wrong,
+        "since": wrong,
+        "command": command,
+        "seconds": {"a": wrong, "b": float("nan"), "c": -1},
+        "last": {"model_id": "tiny/alpha", "ttl": wrong, "enable_thinking": wrong},
+        "fingerprint": wrong,
+        "roots": wrong,
+    }
+    for pid, wrong, command in (
+        (-1, "soon", ["x", "--port", 1]),
+        (1 << 70, [[]], "x --port 1"),
+        ("7", {"a": None}, {}),
+        (True, float("nan"), ["x", "--port"]),
+        (0, 10**400, [None, "y"]),
+    )
+]
+TEXTS = {
+    "empty": b"",
+    "binary": bytes(range(256)) * 9,
+    "deep": b"[" * 100_000,
+    "deep object": b'{"last": ' * 50_000 + b"1",
+    "a list": b"[1, 2]",
+    "a long number": b'{"pid": ' + b"9" * 6000 + b"}",
+    **{f"wrong types {number}": json.dumps(it).encode() for number, it in enumerate(WRONG_TYPES)},
+}
+
+
+def text(content: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content)
+
+
+def huge(path: Path) -> None:
+    path.write_bytes(b"[")
+    os.truncate(path, 1 << 40)
+
+
+def unreadable(path: Path) -> None:
+    path.write_text("{}")
+    path.chmod(0)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "a fifo": os.mkfifo,
+    "a directory": lambda path: (path / "folder").mkdir(parents=True),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link to itself": lambda path: path.symlink_to(path),
+    "huge": huge,
+    "unreadable": unreadable,
+    **{name: text(content) for name, content in TEXTS.items()},
+}
+
+
+def damaged(path: Path, kind: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    DAMAGES[kind](path)
+    return path
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_record_is_as_good_as_none(
+    name: str, kind: str, tmp_path: Path, models: Path
+) -> None:
+    path = damaged(tmp_path / name.format(1), kind)
+    history = History(tmp_path / "history.json")
+    assert history.last() in (
+        None,
+        {"model_id": "tiny/alpha", "enable_thinking": False, "ttl": None},
+    )
+    history.unloaded()
+    ownership = Ownership(tmp_path, 1)
+    ownership.acquire()
+    ownership.starting(["x", "y"])
+    assert Record.read(tmp_path / "backend-1.json").command == ("x", "y")
+    ownership.started(["x", "y"], os.getpid())
+    ownership.stopped()
+    ownership.release()
+    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
+    assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
+    if name in ("history.json", "catalog.json"):
+        until(lambda: read_record(path), what="the new file in the old one's place")
+
+
+def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
+    cache = tmp_path / "catalog.json"
+    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
+    until(cache.exists, what="the cache")
+    stored = json.loads(cache.read_text())
+    for entry in stored["roots"][str(models)].values():
+        entry["model"]["size_bytes"] = "many"
+    cache.write_text(json.dumps(stored))
+    models_found = Catalog([models], cache_file=cache, patience=10).models()
+    assert all(isinstance(model.size_bytes, int) for model in models_found)
+
+
+@pytest.mark.parametrize("kind", [*list(DAMAGES)[:6], "deep", "binary", "wrong types 0"])
+def test_with_all_files_damaged_the_proxy_starts_serves_and_stops(
+    start: Start, tmp_path: Path, models: Path, program: Path, kind: str
+) -> None:
+    port = free_port()
+    for name in (*FILES, *LOGS):
+        damaged(tmp_path / "instance" / name.format(port), kind)
+    proxy = start(
+        models,
+        instance=tmp_path / "instance",
+        MLX_BACKEND_PORT=port,
+        MLX_SERVER_BIN=program,
+        PRELOAD="last",
+    )
+    assert proxy.health()["proxy"] == "ok"
+    until(lambda: len(proxy.get("/v1/models").json()["data"]) == 2, what="the library")
+    assert proxy.load("tiny/alpha").ok
+    assert proxy.chat().ok
+    for source in ("proxy", "backend"):
+        assert proxy.get(f"/v1/logs?source={source}", timeout=5).status_code == 200
+        with proxy.get(f"/v1/logs?source={source}&follow=true", stream=True, timeout=5) as answer:
+            assert answer.status_code == 200
+    assert proxy.stop() == 0
+    assert "Traceback" not in proxy.said()
+
+
+@pytest.mark.standin
+@pytest.mark.parametrize(
+    "kind", ["a fifo", "a device", "a link to itself", "a directory", "binary"]
+)
+def test_a_users_own_file_that_cannot_be_read_is_told_in_a_sentence(
+    tmp_path: Path, models: Path, kind: str
+) -> None:
+    proxy = Proxy(tmp_path / "instance", models)
+    config = damaged(tmp_path / "instance" / "config.py", kind)
+    assert str(config) in refused(proxy)
+    config.rename(tmp_path / "aside")
+    keys = damaged(tmp_path / "keys", kind)
+    assert str(keys) in refused(proxy, MLXPROXY_API_KEY_FILE=str(keys))
+
+
+@pytest.mark.standin
+def test_a_folder_in_place_of_the_lock_is_told_in_a_sentence(tmp_path: Path, models: Path) -> None:
+    proxy = Proxy(tmp_path / "instance", models)
+    lock = tmp_path / "instance" / f"backend-{proxy.backend_port}.lock"
+    lock.mkdir(parents=True)
+    assert str(lock) in refused(proxy)
+
+
+# -- a full disk
+
+
+def disk_is_full(proxy: Proxy, full: bool) -> None:
+    """Lets the proxy write no byte to any file, or as many as it likes."""
+    assert proxy.process is not None
+    _, hard = resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_FSIZE, (0 if full else hard, hard))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
+def test_on_a_full_disk_no_backend_is_started_that_nobody_could_find_again(
+    start: Start, models: Path, program: Path
+) -> None:
+    proxy = start(models, MLX_SERVER_BIN=program)
+    disk_is_full(proxy, True)
+    answer = proxy.load("tiny/alpha")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (500, "load_failed")
+    assert "instance folder" in error["message"]
+    assert str(proxy.instance) not in error["message"]
+    assert not scripted_server.record(program)
+    assert "instance folder" in proxy.health()["last_failure"]["reason"]
+    disk_is_full(proxy, False)
+    assert proxy.load("tiny/alpha").ok
+
+
+@pytest.mark.parametrize("kept", ["nothing", "the lock", "all"])
+def test_an_orphan_is_known_by_its_environment_whatever_was_recorded(
+    start: Start, models: Path, program: Path, kept: str
+) -> None:
+    first = start(models, MLX_SERVER_BIN=program)
+    first.load("tiny/alpha")
+    (orphan,) = first.children()
+    first.stop(signal.SIGKILL)
+    for file in first.instance.glob("*.json"):
+        if kept != "all":
+            file.unlink()
+    if kept == "nothing":
+        for file in first.instance.glob("*.lock"):
+            file.unlink()
+    second = start(
+        models,
+        instance=first.instance,
+        MLX_SERVER_BIN=program,
+        MLX_BACKEND_PORT=first.backend_port,
+    )
+    assert not lives(orphan)
+    assert second.load("tiny/beta").ok
+
+
+# -- two proxies
+
+
+@pytest.mark.parametrize("deleted", ["*.lock", "*.json", "*"])
+def test_who_deletes_files_under_a_running_proxy_lets_no_second_one_in(
+    start: Start, models: Path, program: Path, deleted: str
+) -> None:
+    first = start(models, MLX_SERVER_BIN=program)
+    assert first.process is not None
+    first.load("tiny/alpha")
+    (backend,) = first.children()
+    for file in first.instance.glob(deleted):
+        if file.is_file():
+            file.unlink()
+    sentence = refused(first, MLXPROXY_PROXY_PORT=str(free_port()))
+    assert str(first.process.pid) in sentence or deleted == "*.json"
+    assert lives(backend)
+    assert first.chat().ok
+
+
+def test_without_a_backend_the_record_of_the_proxy_keeps_a_second_one_out(
+    start: Start, models: Path, program: Path
+) -> None:
+    first = start(models, MLX_SERVER_BIN=program)
+    assert first.process is not None
+    (first.instance / f"backend-{first.backend_port}.lock").unlink()
+    assert str(first.process.pid) in refused(first, MLXPROXY_PROXY_PORT=str(free_port()))
+
+
+def test_a_mark_of_another_folder_or_port_makes_no_orphan(tmp_path: Path) -> None:
+    for mark in (f"1:2:{tmp_path}", f"1:1:{tmp_path}/other", "1:1", "x:1:/", "::", "9" * 5000):
+        environment = {**os.environ, MARK: mark}
+        with subprocess.Popen(["sleep", "60"], env=environment) as stranger:
+            try:
+                until(lambda: psutil.Process(stranger.pid).name() == "sleep", what="its start")
+                assert Ownership(tmp_path, 1).orphans() == []
+            finally:
+                stranger.kill()
+
+
+# -- a wrapper whose child goes its own way
+
+WRAPPER = """\
+#!{python}
+import os, signal, subprocess, sys
+command = [{program!r}, *sys.argv[1:]]
+way = {way!r}
+environment = {{}} if way == "without the environment" else dict(os.environ)
+if way == "daemon":
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execve(command[0], command, environment)
+        os._exit(0)
+    os.wait()
+    while True:
+        signal.pause()
+sys.exit(subprocess.Popen(command, env=environment, start_new_session=True).wait())
+"""
+
+
+@pytest.fixture
+def wrapped(
+    start: Start, models: Path, program: Path, request: pytest.FixtureRequest
+) -> tuple[Proxy, Path]:
+    """A proxy over a wrapper of the stand-in, and the stand-in."""
+    wrapper = program.with_name("wrapper")
+    wrapper.write_text(
+        WRAPPER.format(python=sys.executable, program=str(program), way=request.param)
+    )
+    wrapper.chmod(0o700)
+    return start(models, MLX_SERVER_BIN=wrapper), program
+
+
+def backends(program: Path) -> list[int]:
+    return [entry["pid"] for entry in scripted_server.record(program, "started")]
+
+
+def running(program: Path) -> list[int]:
+    found = (processes.at(pid) for pid in backends(program))
+    return [it.pid for it in found if it and lives(it) and str(program) in it.cmdline()]
+
+
+WAYS = ["with a session", "daemon", "without the environment"]
+
+
+@pytest.mark.parametrize("wrapped", WAYS, indirect=True)
+def test_a_wrappers_child_is_ended_by_swap_unload_and_stop(wrapped: tuple[Proxy, Path]) -> None:
+    proxy, program = wrapped
+    for model in ("tiny/alpha", "tiny/beta"):
+        assert proxy.load(model).ok
+        assert running(program) == backends(program)[-1:]
+    assert proxy.unload().ok
+    assert running(program) == []
+    assert is_free(proxy.backend_port)
+    assert proxy.load("tiny/alpha").ok
+    assert proxy.stop() == 0
+    assert running(program) == []
+
+
+@pytest.mark.parametrize("wrapped", ["with a session", "daemon"], indirect=True)
+def test_a_wrapper_that_dies_leaves_no_child_with_the_port(wrapped: tuple[Proxy, Path]) -> None:
+    proxy, program = wrapped
+    assert proxy.load("tiny/alpha").ok
+    psutil.Process(proxy.loaded()["pid"]).kill()
+    until(lambda: proxy.health()["state"] == "empty", what="the notice of its death")
+    assert running(program) == []
+    assert proxy.chat().ok
+
+
+@pytest.mark.parametrize("wrapped", ["with a session", "daemon"], indirect=True)
+def test_a_wrappers_child_that_heeds_no_sigterm_is_killed(wrapped: tuple[Proxy, Path]) -> None:
+    proxy, program = wrapped
+    scripted_server.change(program, ignore_sigterm=True)
+    proxy.stop()
+    proxy.environment["MLXPROXY_STOP_TIMEOUT"] = "0.5"
+    proxy.start()
+    assert proxy.load("tiny/alpha").ok
+    assert proxy.unload().ok
+    assert running(program) == []
+
+
+def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
+    """A process that the system does not end (it waits for a lost disk) and one that was reaped."""
+    immortal = psutil.Process()
+    begun = time.monotonic()
+
+    class Immortal(psutil.Process):
+        def kill(self) -> None:
+            pass
+
+    left = processes.kill(lambda: [Immortal(immortal.pid)], 0.3)
+    assert [process.pid for process in left] == [immortal.pid]
+    assert time.monotonic() - begun < 5
+
+
+def test_a_pid_that_was_given_anew_is_never_signalled() -> None:
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        try:
+            known = psutil.Process(stranger.pid)
+            # As if it were of a process that had this pid before.
+            known._ident = (stranger.pid, -1.0)  # type: ignore[attr-defined]
+            known._create_time = -1.0  # type: ignore[attr-defined]
+            assert not lives(known)
+            processes.terminate([known])
+            assert processes.kill(lambda: [known], 0.2) == []
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+# -- a system that shows no processes
+
+
+def test_where_the_system_shows_no_processes_all_works_but_what_needs_them(
+    start: Start, models: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    (blind / "sitecustomize.py").write_text("import psutil; psutil.PROCFS_PATH = '/nowhere'\n")
+    monkeypatch.setenv("PYTHONPATH", str(blind))
+    proxy = start(models, MLX_SERVER_BIN=program)
+    paths = ("/health", "/v1/models", "/v1/models/loaded", "/v1/events?follow=false", "/metrics")
+    for model in ("tiny/alpha", "tiny/beta"):
+        assert proxy.load(model).ok
+        assert proxy.chat().ok
+        for path in paths:
+            assert proxy.get(path).status_code == 200, path
+    assert all(model["fits"] for model in proxy.get("/v1/models").json()["data"])
+    assert proxy.unload().ok
+    assert running(program) == []
+    assert proxy.stop() == 0
+    assert "Traceback" not in proxy.said()
+
+
+# -- a terminal that nobody reads
+
+
+def test_a_terminal_that_nobody_reads_holds_nobody(models: Path, program: Path) -> None:
+    """As after Ctrl-S: what is written to it waits for ever."""
+    proxy = Proxy(program.parent / "instance", models, MLX_SERVER_BIN=program)
+    screen, terminal = pty.openpty()
+    proxy.process = subprocess.Popen(
+        [sys.executable, "-m", "mlxproxy", "serve"],
+        env=proxy.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+        text=True,
+    )
+    os.close(terminal)
+    try:
+        until(proxy._answers, 20, "the proxy's first answer")
+        assert proxy.load("tiny/alpha").ok
+        for _ in range(400):
+            assert proxy.chat(timeout=10).ok
+        psutil.Process(proxy.loaded()["pid"]).kill()
+        until(lambda: proxy.get("/health", timeout=5).json()["state"] == "empty", what="its end")
+        assert proxy.chat(timeout=20).ok
+        assert proxy.stop(seconds=15) == 0
+    finally:
+        proxy.clean_up()
+        os.close(screen)

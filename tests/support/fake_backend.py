@@ -1,0 +1,142 @@
+"""A backend without a process, for tests of the controller alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.blueprints import shapes
+from mlxproxy.controller import Controller, History, Lease, Limits
+from mlxproxy.disconnect import Disconnect
+from mlxproxy.errors import LoadCancelled, LoadFailed, ProxyError
+
+
+def model_spec(name: str, **options: Any) -> ModelSpec:
+    """A load of a model that is nowhere on disk."""
+    needed = 2000 if name == "big" else 1000
+    path = Path("/models") / name
+    model: Any = SimpleNamespace(path=path, id=name, size_bytes=1000, needed_bytes=needed)
+    return ModelSpec(model, **options)
+
+
+class FakeBackend:
+    """Behaves as the world tells: loads at once, or when let; fails; dies."""
+
+    def __init__(self, world: World, spec: ModelSpec, on_end: Callable[[str], None]) -> None:
+        self.world, self.spec, self._on_end = world, spec, on_end
+        self.ended: str | None = None
+        self.hung = False
+        self.deaf = False
+        self.features: set[str] = set()
+        self.hangs: str | None = None  # why, as the process says itself
+        self.last_byte_at = time.monotonic()
+        self.port = 1
+        self.pid = 1
+        self.running = False
+
+    def command(self) -> list[str]:
+        return ["fake", self.spec.path]
+
+    def start(self) -> None:
+        with self.world.lock:
+            self.running = True
+            self.world.running.append(self)
+            self.world.most = max(self.world.most, len(self.world.running))
+            self.world.starts.append(self.spec.model_id)
+
+    def wait_ready(self, cancelled: threading.Event, on_phase: Callable[[str], None]) -> None:
+        on_phase("loading")
+        while not self.world.may_load.wait(0.005):
+            if cancelled.is_set():
+                raise LoadCancelled("cancelled")
+            if self.ended:
+                raise LoadFailed(self.ended)
+        if self.spec.model_id in self.world.broken:
+            raise LoadFailed(f"{self.spec.model_id} is broken")
+        if self.ended:
+            raise LoadFailed(self.ended)
+
+    def stop(self) -> None:
+        with self.world.lock:
+            if self.running:
+                self.running = False
+                self.world.running.remove(self)
+
+    def die(self, reason: str = "killed") -> None:
+        self.ended = reason
+        self._on_end(reason)
+
+    def check(self) -> str | None:
+        return self.ended
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+    def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
+        return self.hangs
+
+    def answers_probe(self, patience: float) -> bool:
+        return not self.deaf
+
+    def declare_hung(self, reason: str) -> None:
+        self.hung = True
+        self.die(reason)
+
+    def last_words(self) -> list[str]:
+        return ["the last line"]
+
+    def bytes_read(self) -> None:
+        return None
+
+    def memory(self) -> int:
+        return 0
+
+
+class World:
+    """A controller over fake backends, and what they have seen."""
+
+    def __init__(
+        self, folder: Path, available: Callable[[int], int] | None = None, **limits: Any
+    ) -> None:
+        self.lock = threading.Lock()
+        self.running: list[FakeBackend] = []
+        self.starts: list[str] = []
+        self.most = 0
+        self.broken: set[str] = set()
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.controller = Controller(
+            Limits(**{"ended_grace": 0.05, **limits}),
+            lambda spec, on_end: FakeBackend(self, spec, on_end),
+            Ownership(folder, 1),
+            History(folder / "history.json"),
+            lambda event: self.events.append(shapes.event(event)),
+            available,
+        )
+
+    def load(self, name: str, seconds: float = 5.0, **options: Any) -> ProxyError | None:
+        """A load, waited for: its error, if it failed."""
+        claim = self.controller.load(model_spec(name, **options))
+        assert claim.done.wait(seconds)
+        return claim.error
+
+    def describe(self) -> dict[str, Any]:
+        """The whole state, as JSON."""
+        return shapes.state(self.controller.describe())
+
+    def lease(self, name: str | None = None, client: str = "someone", **options: Any) -> Lease:
+        wanted = model_spec(name) if name else None
+        disconnect = options.pop("disconnect", None) or Disconnect()
+        return self.controller.lease(client, disconnect, lambda: wanted, **options)
+
+    def close(self) -> None:
+        self.may_load.set()
+        self.controller.force_stop()
+        self.controller.shutdown()

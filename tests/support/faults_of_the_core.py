@@ -1,0 +1,262 @@
+"""Deliberate faults in the core: each must be caught, or the tests of the core prove nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlxproxy.controller import policy
+from mlxproxy.controller.plan import Scheduler
+from mlxproxy.controller.state import (
+    Grant,
+    Moment,
+    Operation,
+    Phase,
+    Slot,
+)
+from mlxproxy.errors import BackendFailed, ProxyError
+
+Fault = Callable[[pytest.MonkeyPatch], None]
+
+
+def _everything_may_be_granted(patch: pytest.MonkeyPatch) -> None:
+    """Requests are granted on a slot that is to be emptied."""
+    granting = property(lambda slot: slot.answers and slot.process is not None)
+    patch.setattr(Slot, "may_grant", granting)
+
+
+def _answers_are_cut_at_once(patch: pytest.MonkeyPatch) -> None:
+    """A swap does not wait for the answers in flight."""
+    patch.setattr(Scheduler, "_drain_limit", lambda self, operation: 0.0)
+
+
+def _drains_have_no_end(patch: pytest.MonkeyPatch) -> None:
+    """An answer that does not end keeps the next model out for ever."""
+    patch.setattr(Scheduler, "_drain_limit", lambda self, operation: 1e9)
+
+
+def _nothing_is_withdrawn(patch: pytest.MonkeyPatch) -> None:
+    """A load goes on although its clients have left."""
+    patch.setattr(Scheduler, "_withdraw", lambda self, now: False)
+
+
+def _withdrawn_too_late(patch: pytest.MonkeyPatch) -> None:
+    """A load is withdrawn although answers were cut for it: no model is left."""
+    phases = (Phase.WAITING, Phase.DRAINING, Phase.STOPPING)
+    patch.setattr(
+        Operation, "may_be_withdrawn", lambda self: self.spec is not None and self.phase in phases
+    )
+
+
+def _the_first_ttl_counts(patch: pytest.MonkeyPatch) -> None:
+    """The ttl of a load that joined is lost."""
+    on_started = Scheduler.on_started
+
+    def started(self: Scheduler, slot_id: int, process: Any, *rest: Any) -> Any:
+        operation = self.slots[slot_id].operation
+        assert operation is not None
+        operation.spec = process.spec
+        return on_started(self, slot_id, process, *rest)
+
+    patch.setattr(Scheduler, "on_started", started)
+
+
+def _each_witness_counts(patch: pytest.MonkeyPatch) -> None:
+    """An exit that two threads see is told and counted twice."""
+    on_exited = Scheduler.on_exited
+
+    def exited(self: Scheduler, slot_id: int, *rest: Any, **named: Any) -> Any:
+        self.slots[slot_id].exited = False
+        return on_exited(self, slot_id, *rest, **named)
+
+    patch.setattr(Scheduler, "on_exited", exited)
+
+
+def _an_exit_ends_all_answers(patch: pytest.MonkeyPatch) -> None:
+    """Other slots notice the end of one."""
+    on_exited = Scheduler.on_exited
+
+    def exited(self: Scheduler, slot_id: int, reason: str, *rest: Any, **named: Any) -> Any:
+        effects = on_exited(self, slot_id, reason, *rest, **named)
+        if self.failure is not None and effects:
+            for slot in self.slots:
+                for request in slot.requests:
+                    self._abort(request, BackendFailed("not its own"))
+        return effects + self._decided()
+
+    patch.setattr(Scheduler, "on_exited", exited)
+
+
+def _busy_ones_are_evicted_first(patch: pytest.MonkeyPatch) -> None:
+    """The longest unused goes, even if it is being used."""
+    _patched_place(patch, lambda slots: [_without_requests(slot) for slot in slots])
+
+
+def _pinned_ones_are_evicted(patch: pytest.MonkeyPatch) -> None:
+    """A pinned model is evicted for another."""
+    place = policy.place
+    patch.setattr(policy, "place", lambda spec, s, r, b, m, pinned: place(spec, s, r, b, m, ()))
+    shortage = policy.shortage
+    patch.setattr(policy, "shortage", lambda spec, s, b, m, pinned: shortage(spec, s, b, m, ()))
+
+
+def _the_latest_used_goes(patch: pytest.MonkeyPatch) -> None:
+    """The model that was used last is evicted."""
+    _patched_place(patch, lambda slots: [_copy(slot, last_use=-slot.last_use) for slot in slots])
+
+
+def _memory_is_without_bounds(patch: pytest.MonkeyPatch) -> None:
+    """Models are loaded beside each other that do not fit together."""
+    place = policy.place
+    patch.setattr(policy, "place", lambda spec, s, r, b, m, p: place(spec, s, r, 1 << 60, m, p))
+
+
+def _nothing_is_too_large(patch: pytest.MonkeyPatch) -> None:
+    """A model that cannot fit is not refused."""
+    patch.setattr(policy, "shortage", lambda *arguments: None)
+
+
+def _what_is_coming_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
+    """A load that has its slot and has not started yet is forgotten."""
+    place = policy.place
+    patch.setattr(policy, "place", lambda spec, s, r, b, m, p: place(spec, s, [], b, m, p))
+
+
+def _exclusive_requests_have_company(patch: pytest.MonkeyPatch) -> None:
+    """A request that must be alone is not."""
+    patch.setattr(policy, "may_go", lambda request, in_flight: True)
+
+
+def _exclusive_requests_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A request that must be alone is overtaken again and again."""
+    patch.setattr(policy, "has_waited_enough", lambda request, now: False)
+
+
+def _the_queue_has_no_end(patch: pytest.MonkeyPatch) -> None:
+    """As many may wait as like to."""
+    patch.setattr(Scheduler, "_shed", lambda self: None)
+
+
+def _idle_from_the_first_moment(patch: pytest.MonkeyPatch) -> None:
+    """The time of the last use does not count."""
+    patch.setattr(
+        policy,
+        "idle_deadline",
+        lambda last_use, ttl, default: 0.0 if (default if ttl is None else ttl) else None,
+    )
+
+
+def _never_idle(patch: pytest.MonkeyPatch) -> None:
+    """A model that nobody uses stays."""
+    patch.setattr(policy, "idle_deadline", lambda last_use, ttl, default: None)
+
+
+def _crashes_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """What ends again and again is started again and again."""
+    patch.setattr(policy, "is_crash_loop", lambda exits: False)
+
+
+def _rejections_are_not_told(patch: pytest.MonkeyPatch) -> None:
+    """A request is taken out of the queue, and nobody tells its client."""
+    patch.setattr(Scheduler, "_reject", lambda self, request, error: None)
+
+
+def _claims_are_not_told(patch: pytest.MonkeyPatch) -> None:
+    """A client that waits for a load that is finished waits for ever."""
+    finish = Scheduler._finish
+
+    def finished(self: Scheduler, operation: Operation, *rest: Any) -> None:
+        operation.claims = operation.claims[:1]
+        finish(self, operation, *rest)
+
+    patch.setattr(Scheduler, "_finish", finished)
+
+
+def _an_unload_cancels_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Loads go on although an unload was asked for after them."""
+    cancel = Scheduler._cancel
+
+    def cancelled(self: Scheduler, operation: Operation, why: ProxyError, now: Moment) -> None:
+        if "by an unload" not in why.message:
+            cancel(self, operation, why, now)
+
+    patch.setattr(Scheduler, "_cancel", cancelled)
+
+
+def _equal_loads_do_not_join(patch: pytest.MonkeyPatch) -> None:
+    """Each client that asks for a load gets a process of its own."""
+    patch.setattr(Scheduler, "_equal", lambda self, spec, now: None)
+    patch.setattr(Scheduler, "_loaded_in", lambda self, spec: None)
+    patch.setattr(Scheduler, "_on_its_way", lambda self, spec: None)
+
+
+def _the_name_does_not_matter(patch: pytest.MonkeyPatch) -> None:
+    """A request is answered by another model than it names."""
+    patch.setattr(Scheduler, "_suits", lambda self, request, spec: True)
+
+
+def _nothing_comes_back(patch: pytest.MonkeyPatch) -> None:
+    """After an exit or an idle unload, the next request finds nothing loaded."""
+    patch.setattr(Scheduler, "_wanted", lambda self, request: request.target)
+
+
+def _no_turn_between_loads(patch: pytest.MonkeyPatch) -> None:
+    """A load drains the one before it without a turn for who has waited."""
+    grant = Scheduler._grant
+
+    def granted(self: Scheduler, slot: Slot, now: Any) -> bool:
+        return (
+            False if any(not item.is_placed for item in self.operations) else grant(self, slot, now)
+        )
+
+    patch.setattr(Scheduler, "_grant", granted)
+
+
+def _a_stop_still_grants(patch: pytest.MonkeyPatch) -> None:
+    """A stop forgets who waits in the queue."""
+    on_shutdown = Scheduler.on_shutdown
+
+    def shutdown(self: Scheduler, now: Any) -> Any:
+        queue, self.queue = self.queue, []
+        effects = on_shutdown(self, now)
+        self.queue = queue
+        return effects
+
+    patch.setattr(Scheduler, "on_shutdown", shutdown)
+
+
+def _grants_are_told_twice(patch: pytest.MonkeyPatch) -> None:
+    """One place is given out twice."""
+    decided = Scheduler._decided
+
+    def doubled(self: Scheduler) -> Any:
+        effects = decided(self)
+        return effects + [effect for effect in effects if isinstance(effect, Grant)][:1]
+
+    patch.setattr(Scheduler, "_decided", doubled)
+
+
+def _copy(slot: Slot, **changes: Any) -> Slot:
+    copied = Slot(slot.id)
+    copied.__dict__.update({**slot.__dict__, **changes})
+    return copied
+
+
+def _without_requests(slot: Slot) -> Slot:
+    return _copy(slot, requests=[])
+
+
+def _patched_place(patch: pytest.MonkeyPatch, seen: Callable[[Any], Any]) -> None:
+    place = policy.place
+    patch.setattr(policy, "place", lambda spec, slots, *rest: place(spec, seen(slots), *rest))
+
+
+FAULTS: tuple[Fault, ...] = tuple(
+    value
+    for name, value in list(globals().items())
+    if name.startswith("_") and getattr(value, "__doc__", None) and callable(value)
+    and getattr(value, "__module__", "") == __name__
+    and name not in ("_copy", "_without_requests", "_patched_place")
+)  # fmt: skip

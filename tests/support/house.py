@@ -1,0 +1,486 @@
+"""The core in a world without threads: time stands still until it is told to go on.
+
+The world does what the core says, and checks after each event what must always hold, by itself and
+in its own words: it never asks the core's own rules whether they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any
+
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.controller.plan import Scheduler
+from mlxproxy.controller.policy import Placement
+from mlxproxy.controller.state import (
+    Abort,
+    Cancel,
+    Cause,
+    Claim,
+    Closed,
+    Effect,
+    Emit,
+    Exited,
+    Finish,
+    Grant,
+    Limits,
+    Moment,
+    Operation,
+    Phase,
+    Reject,
+    Request,
+    Slot,
+    SlotState,
+    Start,
+    Stop,
+)
+from mlxproxy.errors import (
+    LoadCancelled,
+    LoadFailed,
+    ModelSwapped,
+    ModelUnloaded,
+    ProxyError,
+    ShuttingDown,
+)
+from tests.support.fake_backend import model_spec
+
+DRAIN, STOP, GRACE = 120.0, 30.0, 5.0  # seconds
+
+
+class Process:
+    """A process that only has a name."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec, self.pid, self.port = spec, 1, 1
+        self.ready = False
+        self.stopping = False
+
+
+class Watched(Scheduler):
+    """A core whose choice of victims is looked at when it is made.
+
+    Attributes:
+        ttls: of the last load that was asked for, by its operation.
+    """
+
+    def __init__(self, limits: Limits, slots: int) -> None:
+        super().__init__(limits, slots)
+        self.ttls: dict[Operation, float | None] = {}
+        self.asking: ModelSpec | None = None
+
+    def _claim(self, operation: Operation, claim: Claim) -> None:
+        if self.asking is not None:
+            self.ttls.pop(operation, None)
+            self.ttls[operation] = self.asking.ttl
+        super()._claim(operation, claim)
+
+    def _join(self, operation: Operation, equal: Operation) -> None:
+        self.ttls.pop(equal, None)
+        renamed = {operation: equal}
+        self.ttls = {renamed.get(each, each): ttl for each, ttl in self.ttls.items()}
+        super()._join(operation, equal)
+
+    def _begin(self, operation: Operation, placement: Placement, now: Moment) -> None:
+        if operation.spec is not None and not operation.spec.force:
+            _check_victims(self, operation.spec, placement)
+        super()._begin(operation, placement, now)
+
+
+def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> None:
+    """Never pinned; the fewest busy ones; the fewest; the longest unused first."""
+
+    def may_go(slot: Slot) -> bool:
+        ready = slot.state is SlotState.READY and not slot.exited and slot.operation is None
+        return ready and slot.spec is not None and slot.spec.path not in core.limits.pinned
+
+    chosen = [core.slots[number] for number in placement.victims]
+    assert all(may_go(slot) for slot in chosen), "what may not be evicted was chosen"
+    coming = [
+        item.spec
+        for item in core.operations
+        if item.spec and item.spec is not spec and item.phase in (Phase.DRAINING, Phase.STOPPING)
+    ]
+
+    def suffices(victims: Iterable[Slot]) -> bool:
+        kept = [slot.spec for slot in core.slots if slot.spec and slot not in victims] + coming
+        room = any(not slot.spec and not slot.operation for slot in core.slots) or any(victims)
+        fits = sum(each.needed_bytes for each in kept) + spec.needed_bytes <= core.budget
+        return room and fits and len(kept) < core.limits.max_loaded
+
+    def cost(victims: Iterable[Slot]) -> tuple[int, int, list[float]]:
+        victims = list(victims)
+        busy = sum(bool(slot.requests) for slot in victims)
+        return busy, len(victims), sorted(slot.last_use for slot in victims)
+
+    candidates = [slot for slot in core.slots if may_go(slot)]
+    choices = [
+        choice
+        for size in range(len(candidates) + 1)
+        for choice in combinations(candidates, size)
+        if suffices(choice)
+    ]
+    assert choices, "something was stopped for a model that does not fit"
+    assert cost(chosen) == min(map(cost, choices)), "a better choice of victims was there"
+
+
+class House:
+    """A core, its world, and the checks.
+
+    Args:
+        slots: how many.
+        budget: bytes for all models together; None: without bounds.
+        limits: see `Limits`.
+    """
+
+    def __init__(self, slots: int = 1, budget: int | None = None, **limits: Any) -> None:
+        defaults = {"drain_timeout": DRAIN, "shutdown_timeout": STOP, "ended_grace": GRACE}
+        self.limits = Limits(**{**defaults, **limits})
+        self.core = Watched(self.limits, slots)
+        if budget is not None:
+            self.core.on_memory(budget)
+        self.time = 1000.0
+        self.processes: dict[int, Process] = {}
+        self.cancelled: set[int] = set()
+        self.starts: list[str] = []
+        self.stops: list[str] = []
+        self.exits: list[Exited] = []
+        self.effects: list[Effect] = []
+        self.requests: list[Request] = []
+        self.granted: dict[Request, Process] = {}
+        self.released: set[Request] = set()
+        self.claims: list[Claim] = []
+        self.ended: dict[Claim, ProxyError | None] = {}
+        self.used: dict[int, float] = {}
+        self.claimed: dict[int, tuple[Operation, float]] = {}
+        self.crashes: list[float] = []
+        self.stopped_at: float | None = None
+        self.forced = False
+        self.closed = False
+
+    # -- what happens
+
+    def request(
+        self, name: str | None = None, client: str = "someone", exclusive: bool = False
+    ) -> Request:
+        request = Request(client, model_spec(name) if name else None, exclusive)
+        self.do(lambda now: self.core.on_request(request, now))
+        self.requests.append(request)
+        return request
+
+    def release(self, request: Request) -> None:
+        if request.slot is not None and self._has_place(request):
+            self.used[request.slot] = self.time
+        self.do(lambda now: self.core.on_released(request, now))
+        self.granted.pop(request, None)
+        self.released.add(request)
+
+    def leave(self, who: Request | Claim) -> None:
+        before = self._withdrawable()
+        if isinstance(who, Claim):
+            claim = who
+            effects = self.do(lambda now: self.core.on_leave(claim, now))
+        else:
+            request = who
+            effects = self.do(lambda now: self.core.on_disconnected(request, now))
+        self._check_withdrawn(before, effects)
+
+    def load(self, name: str, client: str = "someone", waits: bool = True, **options: Any) -> Claim:
+        claim, spec = Claim(client, waits), model_spec(name, **options)
+        self.do(lambda now: self.core.on_load(claim, spec, now), asked=(claim, spec))
+        return claim
+
+    def unload(self, client: str = "someone", only: int | None = None) -> Claim:
+        claim = Claim(client)
+        loads = [item for item in self.core.operations if item.spec]
+        self.do(lambda now: self.core.on_unload(claim, now, only))
+        self.claims.append(claim)
+        if only is None:
+            assert all(item.is_over or item.cancelled for item in loads)
+        return claim
+
+    def ready(self, slot: int = 0) -> None:
+        """The start in the slot succeeds."""
+        process = self.processes[slot]
+        self.do(lambda now: self.core.on_launched(slot, process))
+        for phase in (Phase.STARTING, Phase.LOADING, Phase.WARMING):
+            self.do(lambda now, phase=phase: self.core.on_phase(slot, phase))
+        process.ready = True
+        self.cancelled.discard(slot)
+        self.used[slot] = self.time
+        self.do(lambda now: self.core.on_started(slot, process, 1.0, now))
+
+    def fail(self, slot: int = 0) -> None:
+        """The start in the slot fails, or has been given up."""
+        error = LoadFailed(f"{self.processes.pop(slot).spec.model_id} is broken")
+        self.cancelled.discard(slot)
+        self.do(lambda now: self.core.on_failed(slot, error, now))
+
+    def gone(self, slot: int = 0) -> None:
+        """The stop of the slot has ended."""
+        assert self.processes[slot].stopping
+        process = self.processes.pop(slot)
+        for request in [each for each, where in self.granted.items() if where is process]:
+            assert request.error is not None or not self.core._slot_of(request)
+        self.do(lambda now: self.core.on_stopped(slot, now))
+
+    def die(self, slot: int = 0, hung: bool = False) -> None:
+        """The process of the slot ends by itself, and two threads see it."""
+        before = len(self.exits)
+        dead = self.core.slots[slot]
+        others = {
+            each.id: (each.state, each.process)
+            for each in self.core.slots
+            if each is not dead
+            and each.is_occupied
+            and (each.operation is None or each.operation is not dead.operation)
+        }
+        mourned = dead.exited
+        answering = dead.state in (SlotState.READY, SlotState.DRAINING)
+        for _ in range(2):
+            effects = self.do(lambda now: self.core.on_exited(slot, "it was killed", now, hung))
+            for effect in effects:
+                if isinstance(effect, Abort):
+                    assert effect.request.slot == slot, "another slot's answer was ended"
+        told = self.exits[before:]
+        assert [each.slot for each in told] == ([slot] if answering and not mourned else [])
+        if told:
+            self.crashes.append(self.time)
+        for each in self.core.slots:
+            if each.id in others:
+                assert (each.state, each.process) == others[each.id], "another slot noticed"
+
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+        self.do(self.core.on_tick)
+        deadline = self.core.next_deadline()
+        assert deadline is None or deadline > self.time, "a deadline passes without a decision"
+        for slot in self.core.slots:
+            ttl = self.limits.idle_ttl if slot.ttl is None else slot.ttl
+            idle = slot.may_grant and not slot.requests and not self.core.queue and ttl
+            if idle and not self.core.operations:
+                assert self.time < self.used[slot.id] + ttl + 1e-6, "an idle model stays"
+
+    def shutdown(self) -> None:
+        self.stopped_at = self.time if self.stopped_at is None else self.stopped_at
+        self.do(self.core.on_shutdown)
+
+    def force_stop(self) -> None:
+        self.forced = True
+        self.do(self.core.on_force_stop)
+
+    def settle(self, until_ready: bool = True) -> None:
+        """Let all that is under way end well; answers in flight stay."""
+        for _ in range(200):
+            slot = next((each for each in self.processes if self._is_at_work(each)), None)
+            if slot is None:
+                return
+            if self.processes[slot].stopping:
+                self.gone(slot)
+            elif slot in self.cancelled:
+                self.fail(slot)
+            else:
+                self.ready(slot)
+        raise AssertionError("it does not come to rest")
+
+    def finish(self) -> None:
+        """Let everything end: each request is answered, each deadline comes."""
+        for _ in range(500):
+            self.settle()
+            answering = [each for each in self.granted if self._has_place(each)]
+            if answering:
+                self.release(answering[0])
+            elif self.core.operations and (deadline := self.core.next_deadline()) is not None:
+                self.wait(deadline - self.time)
+            elif not any(map(self._is_at_work, self.processes)):
+                return
+        raise AssertionError("it does not come to an end")
+
+    def nobody_waits(self) -> None:
+        for request in self.requests:
+            assert request in self.released or request.error or request.slot is not None, "waits"
+        assert not self.core.queue
+        for claim in self.claims:
+            assert claim in self.ended, "nobody tells a client of the end"
+        assert not self.core.operations
+
+    # -- what is so
+
+    @property
+    def loaded(self) -> list[str]:
+        return [slot.spec.model_id for slot in self.core.slots if slot.answers and slot.spec]
+
+    def state(self, slot: int = 0) -> SlotState:
+        return self.core.slots[slot].state
+
+    def _is_at_work(self, slot: int) -> bool:
+        process = self.processes[slot]
+        return process.stopping or not process.ready
+
+    def _has_place(self, request: Request) -> bool:
+        return self.core._slot_of(request) is not None
+
+    # -- the world does what it is told
+
+    def do(
+        self,
+        event: Callable[[Moment], list[Effect]],
+        asked: tuple[Claim, ModelSpec] | None = None,
+    ) -> list[Effect]:
+        if asked is None:
+            effects = event(Moment(self.time, self.time))
+        else:
+            claim, self.core.asking = asked
+            try:
+                effects = event(Moment(self.time, self.time))
+            finally:
+                self.core.asking = None
+            self.crashes.clear()
+            self.claims.append(claim)
+        granted = [effect for effect in effects if isinstance(effect, Grant)]
+        for effect in granted:
+            held = self.claimed.get(effect.slot)
+            if held is not None and not held[0].is_over:
+                emptied = effect.slot in held[0].victims or not self.processes[effect.slot].ready
+                assert not emptied, "granted on a slot that is to be emptied"
+        for effect in effects:
+            self._perform(effect)
+        self.effects += effects
+        self._check()
+        return effects
+
+    def _perform(self, effect: Effect) -> None:
+        if isinstance(effect, Grant):
+            process = self.processes[effect.slot]
+            assert process is effect.process, "granted on another process"
+            assert process.ready, "granted on a slot that is not ready"
+            assert not process.stopping, "granted on a slot that is being stopped"
+            assert not self.core.closing
+            assert effect.request not in self.granted, "granted twice"
+            target = effect.request.target
+            if self.limits.swap_on_request and target is not None:
+                assert process.spec.path == target.path, "answered by another model"
+            self.granted[effect.request] = process
+        elif isinstance(effect, Start):
+            assert effect.slot not in self.processes, "two processes in one slot"
+            operation = self.core.slots[effect.slot].operation
+            if operation is not None and operation.cause is Cause.REQUEST:
+                recent = [each for each in self.crashes if self.time - each < 300]
+                if len(self.core.slots) == 1:
+                    assert len(recent) < 3, "started again and again by itself"
+            self.processes[effect.slot] = Process(effect.spec)
+            self.cancelled.discard(effect.slot)
+            self.starts.append(effect.spec.model_id)
+            if not effect.spec.force:
+                running = [process.spec for process in self.processes.values()]
+                used = sum(spec.needed_bytes for spec in running)
+                assert used <= self.core.budget, "more than the memory there is"
+        elif isinstance(effect, Stop):
+            process = self.processes[effect.slot]
+            assert process is effect.process
+            assert not process.stopping, "stopped twice"
+            assert process.ready, "a start is cancelled, not stopped"
+            process.stopping = True
+            self.stops.append(process.spec.model_id)
+        elif isinstance(effect, Cancel):
+            assert not self.processes[effect.slot].ready
+            self.cancelled.add(effect.slot)
+        elif isinstance(effect, (Reject, Abort)):
+            assert effect.request.error is effect.error
+            if isinstance(effect, Abort):
+                self._check_cut(effect)
+        elif isinstance(effect, Finish):
+            assert effect.claim not in self.ended, "told twice"
+            self.ended[effect.claim] = effect.error
+            if effect.error is None:
+                self._check_ttl(effect.claim)
+        elif isinstance(effect, Emit) and isinstance(effect.event, Exited):
+            self.exits.append(effect.event)
+        elif isinstance(effect, Closed):
+            assert not self.closed
+            self.closed = True
+            assert not self.processes, "a stop left a process"
+
+    # -- what must always hold
+
+    def _check(self) -> None:
+        core, limits = self.core, self.limits
+        assert len(self.processes) <= limits.max_loaded
+        assert len(core.queue) <= limits.max_queue
+        for slot in core.slots:
+            assert len(slot.requests) <= limits.max_concurrent
+            if any(request.exclusive for request in slot.requests):
+                assert len(slot.requests) == 1
+            process = self.processes.get(slot.id)
+            if slot.state is SlotState.EMPTY:
+                assert process is None, "a process in an empty slot"
+                assert not slot.requests
+            if slot.answers:
+                assert process is not None
+                assert process.ready
+                assert not process.stopping
+            for request in slot.requests:
+                assert request.slot == slot.id
+                assert request.error or slot.state in (SlotState.READY, SlotState.DRAINING)
+            held = self.claimed.get(slot.id)
+            if slot.operation is None:
+                self.claimed.pop(slot.id, None)
+            elif held is None or held[0] is not slot.operation:
+                self.claimed[slot.id] = (slot.operation, self.time)
+        for operation in core.operations:
+            unwanted = operation.spec and not operation.claims and not operation.cancelled
+            if unwanted and operation.phase in (Phase.WAITING, Phase.DRAINING):
+                assert any(
+                    not limits.swap_on_request
+                    or request.target is None
+                    or request.target.path == operation.spec.path
+                    for request in core.queue
+                ), "a load that nobody wants"
+            if operation.cause is Cause.IDLE and operation.phase is Phase.STOPPING:
+                assert operation.only is not None
+                slot = core.slots[operation.only]
+                ttl = limits.idle_ttl if slot.ttl is None else slot.ttl
+                if slot.state is SlotState.STOPPING and slot.spec:
+                    assert self.time >= self.used.get(slot.id, 0.0) + ttl - 1e-6, "not idle"
+
+    def _check_cut(self, effect: Abort) -> None:
+        """Nobody is cut before the deadline."""
+        assert effect.request.slot is not None
+        if self.forced:
+            return
+        if isinstance(effect.error, ShuttingDown):
+            assert self.stopped_at is not None
+            _, since = self.claimed[effect.request.slot]
+            drained = self.time - since >= DRAIN  # for a load before the stop
+            assert drained or self.time >= self.stopped_at + STOP - 1e-6, "cut too early"
+        elif isinstance(effect.error, (ModelSwapped, ModelUnloaded)):
+            _, since = self.claimed[effect.request.slot]
+            assert self.time - since >= self.limits.drain_timeout - 1e-6, "cut too early"
+
+    def _check_ttl(self, claim: Claim) -> None:
+        operation = claim.operation
+        assert operation is not None
+        if operation.spec is None:
+            return
+        asked = [
+            ttl
+            for each, ttl in self.core.ttls.items()
+            if each.spec == operation.spec and each.is_over and each.error is None
+        ]
+        for slot in self.core.slots:
+            if slot.may_grant and slot.spec == operation.spec:
+                assert slot.ttl == asked[-1], "the last ttl does not count"
+
+    def _withdrawable(self) -> list[Operation]:
+        return [item for item in self.core.operations if item.phase is Phase.DRAINING]
+
+    def _check_withdrawn(self, before: list[Operation], effects: list[Effect]) -> None:
+        """A swap that is withdrawn leaves the old model where it is."""
+        stopped = {effect.slot for effect in effects if isinstance(effect, Stop)}
+        for operation in before:
+            if isinstance(operation.error, LoadCancelled) and operation.is_over:
+                for number in operation.victims:
+                    slot = self.core.slots[number]
+                    assert number not in stopped or slot.operation is not None
+                    assert slot.operation is not operation
+                    assert slot.process is not None, "the old model is gone"

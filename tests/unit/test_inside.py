@@ -1,0 +1,554 @@
+"""What runs inside the backend's process, each feature by itself; and that it is started so."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlxproxy.backend import process
+from mlxproxy.backend.process import INSIDE, program_command
+from mlxproxy.engines.mlx_lm.inside import (
+    detokenizer,
+    pace,
+    prompt_cache,
+    prompts,
+    quiet,
+    run,
+    sampling,
+    tool_calls,
+)
+from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_attributes
+from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
+from mlxproxy.engines.mlx_lm.link import Link
+from tests.conftest import SERVER_BIN, until
+
+PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
+SHELL = "#!/bin/sh\n'''exec' %s \"$0\" \"$@\"\n' '''\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "python"),
+    [
+        ("#!/venv/bin/python3\n", "/venv/bin/python3"),
+        ("#!/my models/bin/python3.12\n", "/my models/bin/python3.12"),
+        (SHELL % '"/my models/bin/python3.12"', "/my models/bin/python3.12"),
+        (SHELL % "/very/long/bin/python", "/very/long/bin/python"),
+        (SHELL % "'/my models/bin/python3.13t'", "/my models/bin/python3.13t"),
+        ("#! /venv/bin/pypy3\n", "/venv/bin/pypy3"),
+    ],
+)
+def test_the_script_of_pip_is_run_by_its_own_python(tmp_path: Path, head: str, python: str) -> None:
+    program = tmp_path / "mlx_lm.server"
+    program.write_text(head + PIP)
+    assert program_command(program) == [python, str(INSIDE), str(program)]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/bin/sh\nexec mlx_lm.server --log-level DEBUG $@\n",
+        "#!/usr/bin/env python3\n" + PIP,
+        "#!/venv/bin/python3 -E\n" + PIP,
+        "#!/venv/bin/python3\nprint('something else')\n",
+        "\x7fELF",
+    ],
+)
+def test_any_other_program_is_run_as_it_is(tmp_path: Path, script: str) -> None:
+    program = tmp_path / "mlx_lm.server"
+    program.write_text(script)
+    assert program_command(program) == [str(program)]
+
+
+def test_a_program_that_cannot_be_read_is_run_as_it_is(tmp_path: Path) -> None:
+    assert program_command(tmp_path / "missing") == [str(tmp_path / "missing")]
+
+
+class Module(SimpleNamespace):
+    """Stands for a module of mlx-lm, as far as a feature touches it."""
+
+    __name__ = "mlx_lm.somewhere"
+
+
+# -- the gate
+
+
+def test_a_feature_whose_names_have_changed_stays_off() -> None:
+    def renamed(this: object, prompt: str) -> None: ...
+
+    with pytest.raises(Unexpected, match="has no stream"):
+        require(Module(), {"stream": ()})
+    with pytest.raises(Unexpected, match=r"takes \(this, prompt\)"):
+        require(Module(call=renamed), {"call": ("self", "tokens")})
+    with pytest.raises(Unexpected, match="is not a function"):
+        require(Module(call=5), {"call": ("self",)})
+    require(Module(call=renamed), {"call": ("this",)})
+
+
+def test_attributes_that_a_constructor_no_longer_sets_are_missed() -> None:
+    class Batch:
+        def __init__(self) -> None:
+            self.waiting: list[int] = []
+
+    require_attributes(Module(Batch=Batch), "Batch", ("waiting",))
+    with pytest.raises(Unexpected, match="Batch has no queue"):
+        require_attributes(Module(Batch=Batch), "Batch", ("waiting", "queue"))
+
+
+def test_the_options_have_one_name_on_both_sides() -> None:
+    assert process.INSIDE_OPTIONS == run.OPTIONS
+
+
+@pytest.mark.parametrize("feature", [prompt_cache, detokenizer, prompts, sampling, pace])
+def test_an_mlx_lm_of_another_layout_is_left_as_it_is(feature: ModuleType) -> None:
+    other = Module()
+    arguments: dict[ModuleType, tuple[Any, ...]] = {
+        prompts: (other, None),
+        sampling: (other, other, None),
+        pace: (other, other),
+    }
+    with pytest.raises(Unexpected):
+        feature.arm(*arguments.get(feature, (other,)))
+    assert vars(other) == {}
+
+
+# -- the prompt cache
+
+
+@pytest.mark.backend
+def test_a_prompt_that_is_all_in_the_cache_keeps_its_last_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlx.core as mx
+    from mlx_lm.models import cache
+    from mlx_lm.models.cache import ArraysCache, KVCache, LRUPromptCache
+
+    monkeypatch.setattr(LRUPromptCache, "fetch_nearest_cache", LRUPromptCache.fetch_nearest_cache)
+    prompt_cache.arm(cache)
+    keys = mx.zeros((1, 1, 3, 4))
+    grown = KVCache()
+    grown.update_and_fetch(keys, keys)
+    kept = LRUPromptCache()
+    kept.insert_cache("model", [1, 2, 3], [grown])
+    (found,), rest = kept.fetch_nearest_cache("model", [1, 2, 3])
+    assert (found.offset, rest) == (2, [3])
+    assert kept.fetch_nearest_cache("model", [1, 2, 3, 4])[1] == [4]
+    kept.insert_cache("model", [7, 8], [ArraysCache(1)])  # what recurrent layers keep
+    assert kept.fetch_nearest_cache("model", [7, 8]) == (None, [7, 8])
+
+
+# -- token ids without a text
+
+
+@pytest.fixture
+def detokenizers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """mlx-lm's detokenizers with the feature; the originals are back afterwards."""
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils")
+    for name in detokenizer.CLASSES:
+        for method in ("add_token", "finalize"):
+            monkeypatch.setattr(getattr(utils, name), method, vars(getattr(utils, name))[method])
+    segment = vars(utils.StreamingDetokenizer)["last_segment"]
+    monkeypatch.setattr(utils.StreamingDetokenizer, "last_segment", segment)
+    detokenizer.arm(utils)
+    return utils  # type: ignore[no-any-return]
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("BPEStreamingDetokenizer", ["a", None, "b"]),
+        ("SPMStreamingDetokenizer", [b"a", None, b"b"]),
+    ],
+)
+def test_a_token_without_a_text_is_no_text(
+    detokenizers: ModuleType, kind: str, texts: list[Any]
+) -> None:
+    made = getattr(detokenizers, kind).__new__(getattr(detokenizers, kind))
+    made.tokenmap, made.trim_space = texts, False
+    made.reset()
+    said = ""
+    for token in (0, 1, 2, 1):
+        made.add_token(token)
+        said += made.last_segment
+    made.finalize()
+    assert said + made.last_segment == "ab"
+
+
+@pytest.mark.backend
+def test_a_token_beyond_the_tokenizer_is_no_text(detokenizers: ModuleType) -> None:
+    made = detokenizers.SPMStreamingDetokenizer.__new__(detokenizers.SPMStreamingDetokenizer)
+    made.tokenmap, made.trim_space = [b"a"], False
+    made.reset()
+    for token in (0, 7):
+        made.add_token(token)
+    made.finalize()
+    assert made.last_segment == "a"
+
+
+# -- sampling
+
+
+def asked(seed: int | None = None, **values: float) -> Any:
+    """The arguments of a request, as `mlx_lm.server` makes them."""
+    sampling_values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    others = {"xtc_probability": 0.0, "xtc_threshold": 0.1}
+    return SimpleNamespace(
+        seed=seed, sampling=SimpleNamespace(**{**sampling_values, **others, **values})
+    )
+
+
+@pytest.fixture
+def armed_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`mlx_lm.server` with the feature, and the count of what was compiled."""
+    mx = pytest.importorskip("mlx.core")
+    server = pytest.importorskip("mlx_lm.server")
+    utils = pytest.importorskip("mlx_lm.sample_utils")
+    traced: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Any:
+        def stats(*arguments: Any) -> Any:
+            traced.append(name)
+            return function(*arguments)
+
+        return mx.compile(stats)
+
+    monkeypatch.setattr(server, "_make_sampler", server._make_sampler)
+    batchable = server.ResponseGenerator._is_batchable
+    monkeypatch.setattr(server.ResponseGenerator, "_is_batchable", batchable)
+    monkeypatch.setattr(utils, "apply_top_p", counted("top_p", lambda x, top_p: x + top_p))
+    draw = counted("temperature", lambda x, temperature: mx.argmax(x / temperature, axis=-1))
+    monkeypatch.setattr(utils, "categorical_sampling", draw)
+    monkeypatch.setattr(
+        sampling, "_min_p", lambda mx: lambda x, low: (traced.append("min_p"), x + low)[1]
+    )
+    sampling.arm(server, utils, mx)
+    return SimpleNamespace(server=server, traced=traced, mx=mx)
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("name", "field"), [("top_p", "top_p"), ("min_p", "min_p"), ("temperature", "temperature")]
+)
+def test_new_values_are_compiled_once_for_all(armed_sampling: Any, name: str, field: str) -> None:
+    logits = armed_sampling.mx.zeros((1, 8))
+    for number in range(1, 13):
+        sample = armed_sampling.server._make_sampler(asked(**{field: number / 13}), None)
+        armed_sampling.mx.eval(sample(logits))
+    assert armed_sampling.traced.count(name) == 1
+
+
+@pytest.mark.backend
+def test_a_seed_gives_the_same_text_whoever_else_is_answered(armed_sampling: Any) -> None:
+    mx, make = armed_sampling.mx, armed_sampling.server._make_sampler
+    logits = mx.zeros((1, 1000))
+
+    def drawn(seed: int, company: bool = False) -> list[int]:
+        sample, others = make(asked(seed), None), make(asked(99), None)
+        tokens = []
+        for _ in range(8):
+            tokens.append(sample(logits).item())
+            if company:
+                others(logits)
+        return tokens
+
+    assert drawn(5) == drawn(5, company=True)
+    assert drawn(5) != drawn(6)
+    assert drawn((1 << 64) - 1) == drawn(-1)
+
+
+@pytest.mark.backend
+def test_a_seeded_request_joins_the_others(armed_sampling: Any) -> None:
+    generator = SimpleNamespace(
+        model_provider=SimpleNamespace(is_batchable=True), cli_args=SimpleNamespace(kv_bits=None)
+    )
+    request = asked(5)
+    assert armed_sampling.server.ResponseGenerator._is_batchable(generator, request)
+    assert request.seed == 5
+
+
+@pytest.mark.backend
+def test_what_xtc_leaves_out_is_drawn_by_the_requests_own_seed(armed_sampling: Any) -> None:
+    """Two tokens are likely, and XTC leaves out the likelier one half of the times."""
+    mx = armed_sampling.mx
+    logits = mx.log(mx.array([[0.6, 0.4, 1e-6]]))
+    tokenizer = SimpleNamespace(encode=lambda text: [2], eos_token_ids={2})
+
+    def drawn(seed: int, probability: float = 0.5) -> list[int]:
+        request = asked(seed, xtc_probability=probability, xtc_threshold=0.1, temperature=0.01)
+        sample = armed_sampling.server._make_sampler(request, tokenizer)
+        return [sample(logits).item() for _ in range(32)]
+
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+    assert set(drawn(5)) == {0, 1}
+    assert set(drawn(5, probability=1.0)) == {1}
+
+
+@pytest.mark.backend
+def test_at_temperature_0_the_backends_own_sampler_is_used(armed_sampling: Any) -> None:
+    """Its name differs between versions."""
+    mx = armed_sampling.mx
+    tokenizer = SimpleNamespace(encode=lambda text: [0], eos_token_ids={1})
+    sample = armed_sampling.server._make_sampler(asked(temperature=0), tokenizer)
+    assert sample(mx.array([[0.0, 3.0, 1.0]])).item() == 1
+
+
+# -- prompts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "refused"),
+    [(0, "no tokens"), (8, None), (9, "9 tokens, and the model's context is 8")],
+)
+def test_a_prompt_that_the_model_cannot_take_is_one_requests_error(
+    tokens: int, refused: str | None
+) -> None:
+    class ResponseGenerator:
+        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[list[int]]:
+            return ([1] * tokens,)
+
+        def generate(self, request: Any, generation_args: Any) -> None: ...
+
+    prompts.arm(Module(ResponseGenerator=ResponseGenerator), context=8)
+    if refused is None:
+        assert ResponseGenerator()._tokenize(None, None, None) == ([1] * tokens,)
+        return
+    with pytest.raises(ValueError, match=refused):
+        ResponseGenerator()._tokenize(None, None, None)
+
+
+class Tokenizer:
+    """One of a token for each character, as the tokenizers package has it."""
+
+    def __init__(self) -> None:
+        self.backend_tokenizer = self
+        self._tokenizer = self
+        self.read: list[int] = []
+
+    def to_str(self) -> str:
+        return ""
+
+    def from_str(self, text: str) -> Tokenizer:
+        return self
+
+    def no_truncation(self) -> None: ...
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
+        self.read.append(len(texts[0]))
+        return [SimpleNamespace(ids=[1] * len(texts[0]))]
+
+
+def test_a_text_far_too_long_is_counted_no_further_than_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Tokenizer()
+    monkeypatch.setattr(Tokenizer, "from_str", staticmethod(lambda text: tokenizer))
+    counter = prompts.Counter()
+    assert not counter.exceeds(tokenizer, ["x" * 200_000], context=100_000), "may be short tokens"
+    assert tokenizer.read == []
+    assert counter.exceeds(tokenizer, ["x" * 4_000_000], context=100_000)
+    assert sum(tokenizer.read) < 3 * prompts.PIECE_CHARACTERS
+    assert not counter.exceeds(None, ["x" * 4_000_000], context=100_000), "cannot be told"
+
+
+def test_all_texts_of_a_request_are_counted() -> None:
+    parts = [{"type": "text", "text": "b"}, {"type": "image_url"}]
+    messages = [{"content": "a"}, {"content": parts}, {"content": None}, {}]
+    assert list(prompts.texts_of(SimpleNamespace(prompt=None, messages=messages))) == ["a", "b"]
+    assert list(prompts.texts_of(SimpleNamespace(prompt="p", messages=None))) == ["p"]
+
+
+# -- tool calls
+
+
+def calls_of(parsed: Any, *, client_left: bool = False) -> list[Any]:
+    """What becomes of a model's call that a parser reads as this."""
+
+    class ToolCallFormatter:
+        def __init__(self, tool_parser: Any, tools: Any, streaming: bool = False) -> None:
+            self.parser = tool_parser
+
+        def __call__(self, tool_calls: list[str]) -> list[Any]:
+            call = self.parser(tool_calls[0], None)
+            return [{"name": call["name"], "arguments": call["arguments"]}]
+
+    def parser(text: str, tools: Any) -> Any:
+        if isinstance(parsed, Exception):
+            raise parsed
+        return parsed
+
+    def check_client() -> None:
+        if client_left:
+            raise ConnectionError
+
+    tool_calls.arm(Module(ToolCallFormatter=ToolCallFormatter), check_client)
+    return ToolCallFormatter(parser, None)(["one call"])
+
+
+@pytest.mark.parametrize(
+    "parsed",
+    ["hello", 55, [1, 2], None, {}, {"name": 5}, KeyError("x"), RecursionError(), OverflowError()],
+)
+def test_a_call_that_cannot_be_read_costs_that_call_alone(parsed: Any) -> None:
+    assert calls_of(parsed) == []
+
+
+def test_a_call_without_arguments_has_none() -> None:
+    assert calls_of({"name": "f"}) == [{"name": "f", "arguments": {}}]
+    assert calls_of({"name": "f", "parameters": {"a": 1}}) == [{"name": "f", "arguments": {"a": 1}}]
+
+
+def test_no_call_is_read_for_a_client_that_has_left() -> None:
+    with pytest.raises(ConnectionError):
+        calls_of({"name": "f"}, client_left=True)
+
+
+# -- the pace of reading prompts
+
+
+def test_a_slow_machine_reads_in_small_pieces_and_a_fast_one_in_large_ones() -> None:
+    for rate, piece in ((20, 20), (300, 300), (50_000, 2048), (1, pace.LEAST)):
+        measured = pace.Pace()
+        for _ in range(12):
+            count = measured.piece(2048, 1)
+            measured.read(count, count / rate)
+        assert measured.piece(2048, 1) == pytest.approx(piece, rel=0.05)
+
+
+def test_prompts_that_are_read_together_share_the_second() -> None:
+    measured = pace.Pace()
+    for _ in range(4):
+        measured.read(800, 1.0)
+    assert measured.piece(2048, 8) == 100
+
+
+def test_one_lucky_measurement_does_not_lead_to_a_long_piece() -> None:
+    measured = pace.Pace()
+    measured.read(10, 0.0001)
+    assert measured.piece(2048, 1) <= pace.FIRST_PIECE * pace.GROWTH
+
+
+# -- what may be written
+
+
+@contextlib.contextmanager
+def armed_quiet() -> Iterator[None]:
+    """What is written while the feature is armed and clients are served."""
+    kept = logging.getLogRecordFactory(), socketserver.BaseServer.handle_error
+    hook = threading.excepthook
+    quiet.arm(lambda: True)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(kept[0])
+        socketserver.BaseServer.handle_error = kept[1]  # type: ignore[method-assign]
+        threading.excepthook = hook
+
+
+def withheld(message: str, error: BaseException | None = None) -> str:
+    """What the log shows of a message of the server's."""
+    information = (type(error), error, error.__traceback__) if error else None
+    with armed_quiet():
+        record = logging.getLogRecordFactory()(
+            "root", logging.WARNING, "/x/mlx_lm/server.py", 7, message, None, information
+        )
+        return logging.Formatter().format(record)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Failed to parse tool call (ValueError: could not convert 'SECRET') — truncated.",
+        "JSONDecodeError: Expecting value - Raw body: SECRET",
+        'Invalid Request Body: [\n\t"SECRET"]',
+        "Prompt processing progress: 1/2 SECRET",
+        "SECRET",
+    ],
+)
+def test_what_anybody_said_is_not_in_the_backends_log(message: str) -> None:
+    assert "SECRET" not in withheld(message)
+
+
+def test_the_end_of_a_thread_leaves_no_words_either(capsys: pytest.CaptureFixture[str]) -> None:
+    """In mlx-lm 0.31 the generation thread ends with a traceback."""
+    said = "SEC" + "RET"
+    with armed_quiet():
+        thread = threading.Thread(target=int, args=(said,), name="Thread-1 (_generate)")
+        thread.start()
+        thread.join()
+    shown = capsys.readouterr().err
+    assert shown.startswith("Exception in thread Thread-1 (_generate): ValueError")
+    assert said not in shown
+
+
+def test_figures_are_in_the_backends_log() -> None:
+    for message in (
+        "Prompt processing progress: 2048/6017",
+        "Prompt Cache: 4 sequences, 0.01 GB",
+        "Starting httpd at 127.0.0.1 on port 18080...",
+    ):
+        assert withheld(message) == message
+
+
+def test_an_error_leaves_its_kind_and_its_places_but_not_its_words() -> None:
+    said = "SEC" + "RET"  # not in this file's text, which a traceback shows
+    with pytest.raises(ValueError, match=said) as caught:
+        int(said)
+    error, line = caught.value, caught.tb.tb_lineno
+    shown = withheld(f"mlx_lm.server generation thread died: {error}", error)
+    assert shown.startswith("mlx_lm.server generation thread died: ValueError\n")
+    assert "test_inside.py" in shown
+    assert said not in shown
+    assert quiet.reason(error, serving=True) == f"ValueError at test_inside.py:{line}"
+    assert said in quiet.reason(error, serving=False)
+    memory = RuntimeError("[metal::malloc] Attempting to allocate 9 bytes")
+    assert quiet.reason(memory, serving=True) == str(memory)
+
+
+# -- the channel
+
+
+def test_a_death_comes_over_the_channel() -> None:
+    told: queue.Queue[str] = queue.Queue()
+    link = Link(told.put)
+    reporter = Reporter(os.dup(link.theirs.fileno()))
+    link.open()
+    reporter.send(features=["departures", "heartbeat"], off={}, device="cpu")
+    reporter.send(nonsense=True)
+    reporter.send(beat="nonsense")
+    reporter.send(beat=Pulse().beat(queued=0))
+    reporter.send(died="out of memory")
+    assert told.get(timeout=5) == "out of memory"
+    assert link.has("departures")
+    assert not link.has("seeds")
+    assert link.hang(time.monotonic(), 300, 600) is None
+    assert not reporter.serving()
+    link.let_clients_in()
+    until(reporter.serving, what="the word that clients are let in")
+    reporter.close()
+
+
+def test_nobody_waits_for_a_proxy_that_does_not_listen() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        reporter = Reporter(theirs.detach())
+        for _ in range(10_000):
+            reporter.send(died="x" * 1000)
+        reporter.close()
+    Reporter(None).send(died="nobody is there")
+
+
+def test_the_backends_script_of_this_machine_is_of_that_kind() -> None:
+    assert program_command(SERVER_BIN)[1:] == [str(INSIDE), str(SERVER_BIN)]

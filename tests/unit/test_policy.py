@@ -1,0 +1,143 @@
+"""Who is evicted, what fits, whose turn it is: rules without a state (see test_fairness too)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from mlxproxy.controller import policy
+from mlxproxy.controller.policy import Placement, place, shortage
+from mlxproxy.controller.state import Cause, Operation, Phase, Request, Slot, SlotState
+from tests.support.fake_backend import model_spec
+
+ALL = sys.maxsize
+
+
+def ready(number: int, name: str, last_use: float = 0.0, busy: bool = False) -> Slot:
+    slot = Slot(number, SlotState.READY, spec=model_spec(name), last_use=last_use)
+    if busy:
+        slot.requests.append(Request("someone"))
+    return slot
+
+
+def placed(
+    slots: Sequence[Slot], budget: int = ALL, pinned: str = "", reserved: Any = (), **options: Any
+) -> Placement | None:
+    paths = {f"/models/{name}" for name in pinned}
+    return place(model_spec("new", **options), slots, reserved, budget, len(slots), paths)
+
+
+def test_an_empty_slot_is_used_before_anything_is_evicted() -> None:
+    assert placed([ready(0, "a"), Slot(1)]) == Placement(1, ())
+
+
+def test_the_longest_unused_goes_first() -> None:
+    slots = [ready(0, "a", 30.0), ready(1, "b", 10.0), ready(2, "c", 20.0)]
+    assert placed(slots) == Placement(1, (1,))
+
+
+def test_an_idle_model_goes_before_a_busy_one_that_was_unused_for_longer() -> None:
+    assert placed([ready(0, "a", 10.0, busy=True), ready(1, "b", 20.0)]) == Placement(1, (1,))
+
+
+def test_two_idle_models_go_before_one_busy_one() -> None:
+    slots = [ready(0, "a", 30.0), ready(1, "b", 20.0), ready(2, "c", 10.0, busy=True)]
+    assert placed(slots, budget=2000) == Placement(0, (1, 0))
+
+
+def test_no_more_go_than_have_to() -> None:
+    slots = [ready(0, "a", 10.0), ready(1, "b", 20.0), ready(2, "c", 30.0)]
+    assert placed(slots, budget=3000) == Placement(0, (0,))
+
+
+def test_a_busy_model_goes_when_nothing_else_will_do() -> None:
+    assert placed([ready(0, "a", busy=True)]) == Placement(0, (0,))
+
+
+def test_a_pinned_model_never_goes() -> None:
+    assert placed([ready(0, "a", 10.0), ready(1, "b", 20.0)], pinned="a") == Placement(1, (1,))
+    assert placed([ready(0, "a")], pinned="a") is None
+
+
+def test_what_is_on_its_way_is_waited_for() -> None:
+    loading = Slot(0, SlotState.LOADING, spec=model_spec("a"))
+    assert placed([loading]) is None
+    taken = ready(0, "a")
+    taken.operation = Operation(None, Cause.IDLE, 0.0)
+    assert placed([taken]) is None
+
+
+def test_the_place_of_a_load_that_has_not_started_is_kept_for_it() -> None:
+    slots = [Slot(0), Slot(1)]
+    coming = Operation(model_spec("b"), Cause.ASKED, 0.0, phase=Phase.STOPPING, slot=0)
+    slots[0].operation = coming
+    assert placed(slots, budget=2000, reserved=[coming]) == Placement(1, ())
+    assert placed(slots, budget=1000, reserved=[coming]) is None
+
+
+def test_what_another_load_empties_counts_as_there_until_it_is_gone() -> None:
+    slots = [ready(0, "a"), Slot(1)]
+    slots[0].operation = Operation(model_spec("b"), Cause.ASKED, 0.0, phase=Phase.DRAINING)
+    assert placed(slots, budget=1500) is None
+
+
+def test_no_more_models_are_there_than_may_be() -> None:
+    slots = [ready(0, "a", 20.0), ready(1, "b", 10.0), Slot(2)]
+    assert place(model_spec("new"), slots, [], ALL, 2, ()) == Placement(2, (1,))
+
+
+def test_a_model_that_cannot_fit_is_told_with_the_numbers() -> None:
+    slots = [ready(0, "a"), Slot(1)]
+    fit = shortage(model_spec("new"), slots, 900, 2, ())
+    assert fit is not None
+    assert (fit.needed, fit.available) == (1000, 900)
+    assert shortage(model_spec("new"), slots, 1000, 2, ()) is None
+    assert shortage(model_spec("new"), slots, 1000, 2, {"/models/a"}) is not None
+    assert shortage(model_spec("new", force=True), slots, 900, 2, ()) is None
+
+
+def test_what_is_forced_takes_all_that_may_go() -> None:
+    slots = [ready(0, "a", 20.0), ready(1, "b", 10.0)]
+    forced = placed(slots, budget=500, force=True)
+    assert forced is not None
+    assert set(forced.victims) == {0, 1}
+    assert placed([ready(0, "a"), Slot(1)], budget=500, pinned="a", force=True) == Placement(1, ())
+
+
+def test_of_two_empty_slots_the_one_without_a_past_is_used() -> None:
+    slots = [Slot(0, restore=model_spec("a")), Slot(1)]
+    assert placed(slots) == Placement(1, ())
+
+
+@pytest.mark.parametrize(
+    ("alone", "others", "goes"),
+    [(False, [], True), (True, [], True), (False, [False], True),
+     (True, [False], False), (False, [True], False)],
+)  # fmt: skip
+def test_a_request_that_must_be_alone_is_alone(alone: bool, others: list[bool], goes: bool) -> None:
+    in_flight = [Request("other", exclusive=each) for each in others]
+    assert policy.may_go(Request("one", exclusive=alone), in_flight) is goes
+
+
+def test_after_its_patience_a_request_that_must_be_alone_is_not_overtaken() -> None:
+    alone, other = Request("one", exclusive=True, since=100.0), Request("other", since=100.0)
+    assert not policy.has_waited_enough(alone, 110.0)
+    assert policy.has_waited_enough(alone, 110.5)
+    assert not policy.has_waited_enough(other, 200.0)
+
+
+def test_a_ttl_of_zero_is_for_ever_and_none_is_the_setting() -> None:
+    assert policy.idle_deadline(100.0, None, 60.0) == 160.0
+    assert policy.idle_deadline(100.0, 5.0, 60.0) == 105.0
+    assert policy.idle_deadline(100.0, 0.0, 60.0) is None
+    assert policy.idle_deadline(100.0, None, 0.0) is None
+
+
+def test_three_exits_in_five_minutes_are_a_crash_loop() -> None:
+    exits = policy.recent_exits(policy.recent_exits([], 0.0), 200.0)
+    assert not policy.is_crash_loop(exits)
+    assert policy.is_crash_loop(policy.recent_exits(exits, 299.0))
+    assert not policy.is_crash_loop(policy.recent_exits(exits, 301.0))
