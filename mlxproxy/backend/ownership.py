@@ -2,8 +2,8 @@
 
 `mlx_lm.server` notices nothing of its parent's death. A proxy that was killed leaves it running,
 with the model's memory and the port. The next proxy finds it by the mark in its environment
-(:class:`mlxproxy.processes.Mark`) or, where the system shows no environment, by what is recorded
-here. A backend whose proxy lives is nobody's orphan, whatever has become of the lock's file.
+(`processes.Mark`) or, where the system shows no environment, by what is recorded here. A backend
+whose proxy lives is nobody's orphan, whatever has become of the lock's file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from mlxproxy import processes
+from mlxproxy.backend import processes
+from mlxproxy.backend.processes import Mark, ask
 from mlxproxy.errors import LoadFailed
 from mlxproxy.files import note, read_record, remove, write_record
 from mlxproxy.instance import Instance
-from mlxproxy.processes import Mark, ask
 
 log = logging.getLogger("mlxproxy.backend.ownership")
 
