@@ -22,6 +22,7 @@ from mlxproxy.errors import LoadFailed
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
+from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
 from mlxproxy.settings import Settings
 
@@ -87,7 +88,6 @@ def build(settings: Settings) -> Proxy:
     limits = Limits(
         drain_timeout=settings.drain_timeout,
         shutdown_timeout=settings.shutdown_timeout,
-        stall_timeout=settings.stall_timeout,
         stop_timeout=settings.stop_timeout,
         idle_ttl=settings.idle_ttl,
         max_concurrent=settings.max_concurrent,
@@ -101,6 +101,7 @@ def build(settings: Settings) -> Proxy:
         catalog=catalog,
         controller=controller,
         selection=Selection(settings, catalog, controller, history),
+        relay=Relay(settings.stall_timeout),
         access=access,
         bus=bus,
         metrics=metrics,

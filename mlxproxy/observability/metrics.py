@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlxproxy.controller.state import Event, Exited, Loaded, SlotState, Snapshot
-from mlxproxy.relay.relay import AnswerStats
+from mlxproxy.relay.statistics import AnswerStats
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 SPEED = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0)  # tokens/s
@@ -48,6 +48,7 @@ class Counts:
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     tokens_in: int = 0
+    cached_tokens: int = 0
     tokens_out: int = 0
     first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN))
     speed: Histogram = field(default_factory=lambda: Histogram(SPEED))
@@ -90,13 +91,14 @@ class Metrics:
             self._streams[id(stats)] = stats
 
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
-        """A request has ended; `trace` if it was one for an answer of the model."""
+        """A request has ended; `stats` if it was one for an answer of the model."""
         figures = stats.figures() if stats is not None else {}
         with self._lock:
             self._streams.pop(id(stats), None)
             counts = self._counts
             counts.requests[route, status] += 1
             counts.tokens_in += figures.get("tokens_in") or 0
+            counts.cached_tokens += figures.get("cached_tokens") or 0
             counts.tokens_out += figures.get("tokens_out") or 0
             if (seconds := figures.get("first_token")) is not None:
                 counts.first_token.add(seconds)

@@ -53,6 +53,11 @@ class _Now(Collector):
         yield CounterMetricFamily(
             "mlxproxy_tokens_in", "Prompt tokens, where known", counts.tokens_in
         )
+        yield CounterMetricFamily(
+            "mlxproxy_cached_tokens",
+            "Prompt tokens taken from the backend's prompt cache, where known",
+            counts.cached_tokens,
+        )
         yield CounterMetricFamily("mlxproxy_tokens_out", "Generated tokens", counts.tokens_out)
         yield _histogram(
             "mlxproxy_first_token_seconds",
