@@ -29,8 +29,6 @@ from mlxproxy.guard.check import Kind, Limits
 from tests.conftest import SERVER_BIN, free_port, until
 from tests.support import tiny_models
 
-pytestmark = pytest.mark.backend
-
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 MAX_TOKENS = 12  # long answers would add nothing but time
 TOGETHER = 3  # requests of one case at most, sent at once

@@ -21,8 +21,6 @@ import requests
 from tests.conftest import Proxy
 from tests.support import tiny_models
 
-pytestmark = pytest.mark.backend
-
 TOKENS = 40
 TEXT = tiny_models.answer("alpha", TOKENS)
 BODY: dict[str, Any] = {

@@ -1,0 +1,76 @@
+"""The files of the instance folder, in whatever state they are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlxproxy.backend import processes
+from mlxproxy.backend.ownership import Ownership, Record
+from mlxproxy.catalog import Catalog
+from mlxproxy.controller import History
+from mlxproxy.files import read_record
+from tests.conftest import until
+from tests.support.damaged_files import DAMAGES, FILES, damaged
+
+# -- damaged files
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_record_is_as_good_as_none(
+    name: str, kind: str, tmp_path: Path, models: Path
+) -> None:
+    path = damaged(tmp_path / name.format(1), kind)
+    history = History(tmp_path / "history.json")
+    assert history.last() in (
+        None,
+        {"model_id": "tiny/alpha", "enable_thinking": False, "ttl": None},
+    )
+    history.unloaded()
+    ownership = Ownership(tmp_path, 1)
+    ownership.acquire()
+    ownership.starting(["x", "y"])
+    assert Record.read(tmp_path / "backend-1.json").command == ("x", "y")
+    ownership.started(["x", "y"], os.getpid())
+    ownership.stopped()
+    ownership.release()
+    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
+    assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
+    if name in ("history.json", "catalog.json"):
+        until(lambda: read_record(path), what="the new file in the old one's place")
+
+
+def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
+    cache = tmp_path / "catalog.json"
+    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
+    until(cache.exists, what="the cache")
+    stored = json.loads(cache.read_text())
+    for entry in stored["roots"][str(models)].values():
+        entry["model"]["size_bytes"] = "many"
+    cache.write_text(json.dumps(stored))
+    models_found = Catalog([models], cache_file=cache, patience=10).models()
+    assert all(isinstance(model.size_bytes, int) for model in models_found)
+
+
+# -- a wrapper whose child goes its own way
+
+
+def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
+    """A process that the system does not end (it waits for a lost disk) and one that was reaped."""
+    immortal = psutil.Process()
+    begun = time.monotonic()
+
+    class Immortal(psutil.Process):
+        def kill(self) -> None:
+            pass
+
+    left = processes.kill(lambda: [Immortal(immortal.pid)], 0.3)
+    assert [process.pid for process in left] == [immortal.pid]
+    assert time.monotonic() - begun < 5
