@@ -366,8 +366,7 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers_before_anything_is_
     shutil.copytree(root / "tiny" / "alpha", huge)
     weights = huge / "model.safetensors"
     size = 4 << 40  # bytes, in a file with a hole: it takes no room on the disk
-    shape = [size // 2]
-    tensor = {"dtype": "F16", "shape": shape, "data_offsets": [0, size]}
+    tensor = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
     header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
     with weights.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

@@ -237,8 +237,8 @@ def test_an_unload_ends_a_load_in_progress_within_a_second(
     assert proxy.unload().json()["status"] == "unloaded"
     assert time.monotonic() - at < 1.0
     assert not psutil.pid_exists(started["pid"])
-    assert spec.result().status_code == 409
-    assert spec.result().json()["error"]["code"] == "load_cancelled"
+    assert load.result().status_code == 409
+    assert load.result().json()["error"]["code"] == "load_cancelled"
 
 
 def test_a_load_tells_its_progress_as_events(scripted: Start) -> None:

@@ -40,7 +40,7 @@ def shape(answer: dict[str, Any]) -> dict[str, Any]:
     """Return the error object of an answer, after a look at its shape."""
     error: dict[str, Any] = answer["error"]
     assert {"message", "type", "param", "code"} <= set(error)
-    assert error["message"].strip().endswith((".", "?")), error["message"]
+    assert error["message"].strip().endswith((".", "?", ")")), error["message"]
     return error
 
 

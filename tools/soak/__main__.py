@@ -255,7 +255,7 @@ class Clients:
             (4, self.slow_reader),
             (3, self.logprobs),
             (2, self.alone),
-            (4, self.spec),
+            (4, self.load),
             (3, self.load_watched),
             (2, self.load_left),
             (2, self.load_unwaited),
