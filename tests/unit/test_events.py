@@ -14,7 +14,8 @@ from mlxproxy.observability.events import FOLLOWERS, FOLLOWERS_OF_ONE, KEPT, Eve
 
 def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: Path) -> None:
     chosen = {"INSTANCE_PATH": str(tmp_path), "MODELS_ROOT": str(tmp_path)}
-    parts = wiring.build(settings.load(chosen, {}))
+    made = wiring.build(settings.load(chosen, {}))
+    parts = made.services
     try:
         answer = create_app(parts).test_client().get("/v1/events")
         stream = iter(answer.response)
@@ -31,7 +32,7 @@ def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: 
         for _ in range(FOLLOWERS_OF_ONE):  # its own place is free again
             parts.bus.subscribe(client="127.0.0.1")
     finally:
-        parts.close()
+        made.close()
 
 
 def test_one_client_cannot_have_all_places_of_followers() -> None:

@@ -144,7 +144,10 @@ def test_a_head_that_comes_byte_by_byte_is_searched_once(
     pattern = CountedPattern(connection._HEAD_END)
     monkeypatch.setattr(connection, "_HEAD_END", pattern)
     head = OK + b"X: y\r\n" * 2000 + b"\r\n"
-    wire(head).read_head()
+    answer = wire(head)
+    while answer.status == 0:
+        with contextlib.suppress(ReadTimeout):  # on a slow machine
+            answer.read_head()
     assert pattern.work <= 4 * len(head) + 4
 
 
