@@ -230,7 +230,7 @@ def test_an_unload_ends_a_load_in_progress_within_a_second(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, program = scripted({"load_seconds": 60})
-    spec = pool.submit(proxy.load, "tiny/alpha")
+    load = pool.submit(proxy.load, "tiny/alpha")
     (started,) = until(lambda: scripted_server.record(program, "started"), what="the start")
     until(lambda: (proxy.health()["transition"] or {}).get("phase") == "loading", what="the load")
     at = time.monotonic()
