@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlxproxy.backend import memory
 from mlxproxy.backend.ownership import Ownership
-from mlxproxy.backend.process import Backend, BackendConfig, server_program
+from mlxproxy.backend.process import Backend, BackendConfig
+from mlxproxy.backend.protocol import Address, Engine
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.auth import Access, own_names
@@ -18,7 +19,8 @@ from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
-from mlxproxy.errors import LoadFailed
+from mlxproxy.engines.mlx_lm import program
+from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
@@ -45,8 +47,11 @@ class Proxy:
         self.ownership.release()
 
 
-def build(settings: Settings) -> Proxy:
+def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     """All parts for these settings; takes the backend port.
+
+    Args:
+        engines: the kinds of backends; none: those of :func:`engines_of`.
 
     Raises:
         AlreadyRunning: another proxy has the port.
@@ -65,9 +70,6 @@ def build(settings: Settings) -> Proxy:
     history = History(instance.history)
     log_file = LogFile(instance.log("backend"))
     config = BackendConfig(
-        server_bin=settings.mlx_server_bin,
-        port=settings.mlx_backend_port,
-        max_tokens=settings.max_tokens,
         load_timeout=settings.load_timeout,
         stop_timeout=settings.stop_timeout,
         log_file=log_file,
@@ -75,11 +77,13 @@ def build(settings: Settings) -> Proxy:
         on_log=lambda text: bus.publish("backend_log", {"text": text}),
     )
 
+    (engine,) = engines or engines_of(settings)
+    address = Address("127.0.0.1", settings.mlx_backend_port)
     roots = settings.models_root or (models_folder(),)
     catalog = catalog_of(settings, roots)
 
     def launch(spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
-        return Backend(as_it_is_now(spec, catalog), config, on_end)
+        return Backend(as_it_is_now(spec, catalog), engine, address, config, on_end)
 
     def emit(event: Event) -> None:
         metrics.event(event)
@@ -100,7 +104,7 @@ def build(settings: Settings) -> Proxy:
         roots=roots,
         catalog=catalog,
         controller=controller,
-        selection=Selection(settings, catalog, controller, history),
+        selection=Selection(settings, engine, catalog, controller, history),
         relay=Relay(settings.stall_timeout),
         access=access,
         bus=bus,
@@ -110,20 +114,15 @@ def build(settings: Settings) -> Proxy:
     return Proxy(services, ownership, log_file)
 
 
+def engines_of(settings: Settings) -> tuple[Engine, ...]:
+    """The kinds of backends that there are, the preferred one first."""
+    return (MlxLm(settings.mlx_server_bin, settings.max_tokens),)
+
+
 def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
     """The catalogue of these folders, with what earlier starts have read of them."""
     return Catalog(
         roots,
         cache_file=settings.instance.catalog,
-        mlx_lm=mlx_lm_package(settings.mlx_server_bin),
+        mlx_lm=program.package_of(settings.mlx_server_bin),
     )
-
-
-def mlx_lm_package(server_bin: Path | None) -> Path | None:
-    """The mlx_lm package that belongs to the server program; None where it is not beside it."""
-    try:
-        program = server_program(server_bin)
-    except LoadFailed:
-        return None
-    found = sorted(program.resolve().parent.parent.glob("lib/python3*/site-packages/mlx_lm"))
-    return found[-1] if found else None

@@ -444,7 +444,7 @@ class Scheduler:
             slot.loaded_at if shown else None,
             slot.ttl if shown else None,
             process.pid if process else None,
-            process.port if process else None,
+            process.address.port if process else None,
             len(slot.requests),
             None if deadline is None else max(0.0, deadline - now),
         )

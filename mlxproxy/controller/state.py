@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from mlxproxy.backend.protocol import Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import ProxyError
 
 if TYPE_CHECKING:
     import threading
+
+    from mlxproxy.backend.protocol import Address, Wire
 
 
 class Moment(NamedTuple):
@@ -113,7 +114,7 @@ class Process(Protocol):
         """Its number; None before the start."""
 
     @property
-    def port(self) -> int:
+    def address(self) -> Address:
         """Where it answers."""
 
     @property

@@ -266,6 +266,7 @@ def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
         body["model"] = str(models / "tiny" / "alpha")
         url = f"http://127.0.0.1:{proxy.backend_port}/v1/chat/completions"
         direct = requests.post(url, json=body, timeout=30).json()
+        assert (through.pop("model"), direct.pop("model")) == ("tiny/alpha", body["model"])
         for answer in (through, direct):
             for changing in ("id", "created"):
                 del answer[changing]

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from mlxproxy.backend import process
-from mlxproxy.backend.process import INSIDE, program_command
+from mlxproxy.engines.mlx_lm import engine
 from mlxproxy.engines.mlx_lm.inside import (
     detokenizer,
     pace,
+    progress,
     prompt_cache,
     prompts,
     quiet,
@@ -32,6 +32,7 @@ from mlxproxy.engines.mlx_lm.inside import (
 from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_attributes
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
 from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.program import INSIDE, program_command
 from tests.conftest import SERVER_BIN, until
 
 PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
@@ -108,7 +109,7 @@ def test_attributes_that_a_constructor_no_longer_sets_are_missed() -> None:
 
 
 def test_the_options_have_one_name_on_both_sides() -> None:
-    assert process.INSIDE_OPTIONS == run.OPTIONS
+    assert engine.INSIDE_OPTIONS == run.OPTIONS
 
 
 @pytest.mark.parametrize("feature", [prompt_cache, detokenizer, prompts, sampling, pace])
@@ -146,6 +147,32 @@ def test_a_prompt_that_the_model_cannot_take_is_one_requests_error(
         return
     with pytest.raises(ValueError, match=refused):
         ResponseGenerator()._tokenize(None, None, None)
+
+
+@pytest.mark.parametrize("whole", [34, 0])
+def test_what_is_cached_of_a_prompt_counts_as_read(whole: int) -> None:
+    class GenerationContext:
+        def __init__(self, prompt: list[int]) -> None:
+            self.prompt = prompt
+
+    class ResponseGenerator:
+        def generate(
+            self, request: Any, generation_args: Any, progress_callback: Any = None
+        ) -> tuple[GenerationContext, Iterator[str]]:
+            def answer() -> Iterator[str]:
+                for processed in (1, 3):  # of the three that are not cached
+                    progress_callback(processed, 3)
+                yield "text"
+
+            return GenerationContext([1] * (whole or 3)), answer()
+
+    progress.arm(Module(ResponseGenerator=ResponseGenerator, GenerationContext=GenerationContext))
+    told: list[tuple[int, int]] = []
+    generator = ResponseGenerator()
+    _, answer = generator.generate(None, None, progress_callback=lambda *now: told.append(now))
+    assert list(answer) == ["text"]
+    assert told == ([(32, 34), (34, 34)] if whole else [(1, 3), (3, 3)])
+    assert list(generator.generate(None, None)[1]) == ["text"]
 
 
 class Tokenizer:
