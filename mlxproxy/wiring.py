@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy.backend import memory
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.process import Backend, BackendConfig, server_program
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
@@ -51,16 +52,17 @@ class Services:
     access: Access
     bus: EventBus
     metrics: Metrics
-    ownership: Ownership
-    log_file: LogFile
+    lock: PortLock
+    log_files: tuple[LogFile, ...]  # of the backends, one for each slot
     bodies: Budget  # bytes of requests in memory
 
     def close(self) -> None:
-        """Lets answers finish, stops the backend, gives the port up."""
+        """Lets answers finish, stops the backends, gives the ports up."""
         self.bus.close()
         self.controller.shutdown()
-        self.log_file.close()
-        self.ownership.release()
+        for log_file in self.log_files:
+            log_file.close()
+        self.lock.release()
 
     def spec_for(self, name: str, fresh: bool = True, **options: Any) -> ModelSpec:
         """The load of a model by its name, with the settings' defaults.
@@ -142,10 +144,10 @@ class Services:
 
 
 def build(settings: Settings) -> Services:
-    """All parts for these settings; takes the backend port.
+    """All parts for these settings; takes the backend ports.
 
     Raises:
-        AlreadyRunning: another proxy has the port.
+        AlreadyRunning: another proxy has one of the ports.
         SettingError: the key file is not as it should be.
     """
     instance = settings.instance
@@ -155,27 +157,33 @@ def build(settings: Settings) -> Services:
         hosts=frozenset(name.lower() for name in settings.trusted_hosts),
         names=own_names(),
     )
-    ownership = Ownership(instance.folder, settings.mlx_backend_port, settings.stop_timeout)
-    ownership.acquire()
+    ports = settings.backend_ports
+    lock = PortLock(instance.folder, ports)
+    lock.acquire()
+    Orphans(instance.folder, ports, settings.stop_timeout).reclaim()
     bus, metrics = EventBus(), Metrics()
     history = History(instance.history)
-    log_file = LogFile(instance.log("backend"))
-    config = BackendConfig(
-        server_bin=settings.mlx_server_bin,
-        port=settings.mlx_backend_port,
-        max_tokens=settings.max_tokens,
-        load_timeout=settings.load_timeout,
-        stop_timeout=settings.stop_timeout,
-        log_file=log_file,
-        mark=ownership.mark,
-        on_log=lambda text: bus.publish("backend_log", {"text": text}),
-    )
+    log_files = tuple(LogFile(instance.backend_log(port, ports.start)) for port in ports)
+    records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
+    configs = [
+        BackendConfig(
+            server_bin=settings.mlx_server_bin,
+            port=port,
+            max_tokens=settings.max_tokens,
+            load_timeout=settings.load_timeout,
+            stop_timeout=settings.stop_timeout,
+            log_file=log_file,
+            mark=record.mark,
+            on_log=lambda text: bus.publish("backend_log", {"text": text}),
+        )
+        for port, log_file, record in zip(ports, log_files, records, strict=True)
+    ]
 
     roots = settings.models_root or (models_folder(),)
     catalog = catalog_of(settings, roots)
 
-    def launch(spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
-        return Backend(as_it_is_now(spec, catalog), config, on_end)
+    def launch(slot: int, spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
+        return Backend(as_it_is_now(spec, catalog), configs[slot], on_end)
 
     def emit(event: Event) -> None:
         metrics.event(event)
@@ -195,13 +203,13 @@ def build(settings: Settings) -> Services:
         settings=settings,
         roots=roots,
         catalog=catalog,
-        controller=Controller(limits, launch, ownership, history, emit, memory.available),
+        controller=Controller(limits, launch, records, history, emit, memory.available),
         history=history,
         access=access,
         bus=bus,
         metrics=metrics,
-        ownership=ownership,
-        log_file=log_file,
+        lock=lock,
+        log_files=log_files,
         bodies=Budget(BODIES * settings.max_body),
     )
 

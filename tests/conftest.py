@@ -53,6 +53,16 @@ def free_ports(number: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in found]
 
 
+def free_range(number: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as probes:
+            for port in range(first, first + number):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
 def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
     """The first true value of the condition; fails with `what` after so many seconds."""
     deadline = time.monotonic() + seconds
@@ -74,6 +84,8 @@ class Proxy:
 
     def __init__(self, instance: Path, models: Path | None, **settings: Any) -> None:
         self.instance = instance
+        if (number := settings.get("MAX_LOADED", 1)) != 1:
+            settings.setdefault("MLX_BACKEND_PORT", free_range(number))
         port, backend_port = free_ports(2)
         self.port = settings.setdefault("PROXY_PORT", port)
         self.backend_port = settings.setdefault("MLX_BACKEND_PORT", backend_port)

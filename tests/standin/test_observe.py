@@ -26,6 +26,7 @@ from mlxproxy.observability.metrics import Metrics
 from mlxproxy.relay.relay import AnswerStats
 from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.fake_backend import model_spec
 
 pytestmark = pytest.mark.standin
 
@@ -142,7 +143,7 @@ def test_a_death_is_an_event_and_is_counted(
     (backend,) = proxy.children()
     backend.kill()
     assert "SIGKILL" in events.until("death", id="tiny/alpha")["reason"]
-    assert metrics(proxy)["mlxproxy_deaths_total"] == 1
+    assert metrics(proxy)["mlxproxy_deaths_total{model=tiny/alpha}"] == 1
 
 
 def test_health_checks_and_scrapes_are_no_events(
@@ -354,15 +355,16 @@ def test_metrics_count_requests_tokens_and_swaps(start: Callable[..., Proxy], mo
     assert found[chat % 400] == 1
     assert found["mlxproxy_requests_total{path=/v1/models/<path:name>,status=404}"] == 3
     assert found["mlxproxy_requests_total{path=other,status=404}"] == 3
-    assert found["mlxproxy_tokens_out_total"] == 16
-    assert found["mlxproxy_tokens_in_total"] > 10
-    assert found["mlxproxy_first_token_seconds_count"] == 2
-    assert found["mlxproxy_tokens_per_second_count"] == 2
-    assert found["mlxproxy_load_seconds_count"] == 2
-    assert found["mlxproxy_swap_seconds_count"] == 1
-    assert 0 < found["mlxproxy_swap_seconds_sum"] < 60
-    assert found["mlxproxy_in_flight"] == found["mlxproxy_waiting"] == 0
-    assert found["mlxproxy_backend_memory_bytes"] > 10_000_000
+    assert found["mlxproxy_tokens_out_total{model=tiny/beta}"] == 16
+    assert found["mlxproxy_tokens_in_total{model=tiny/beta}"] > 10
+    assert found["mlxproxy_first_token_seconds_count{model=tiny/beta}"] == 2
+    assert found["mlxproxy_tokens_per_second_count{model=tiny/beta}"] == 2
+    for model in ("tiny/alpha", "tiny/beta"):
+        assert found[f"mlxproxy_load_seconds_count{{model={model}}}"] == 1
+    assert found["mlxproxy_swap_seconds_count{model=tiny/beta}"] == 1
+    assert 0 < found["mlxproxy_swap_seconds_sum{model=tiny/beta}"] < 60
+    assert found["mlxproxy_in_flight{model=tiny/beta}"] == found["mlxproxy_waiting"] == 0
+    assert found["mlxproxy_backend_memory_bytes{model=tiny/beta}"] > 10_000_000
 
 
 @pytest.mark.backend
@@ -378,19 +380,28 @@ def test_a_stream_under_way_is_in_flight_and_has_a_speed(
             next(lines)
         speed = proxy.get("/v1/events?follow=false").json()["tokens_per_second"]
         assert speed["now"] > 0
-        assert metrics(proxy)["mlxproxy_in_flight"] == 1
-    until(lambda: metrics(proxy)["mlxproxy_in_flight"] == 0, what="the end of the stream")
+        assert metrics(proxy)["mlxproxy_in_flight{model=tiny/slow}"] == 1
+    until(
+        lambda: metrics(proxy)["mlxproxy_in_flight{model=tiny/slow}"] == 0,
+        what="the end of the stream",
+    )
     speed = proxy.get("/v1/events?follow=false").json()["tokens_per_second"]
     assert speed["now"] is None
     assert speed["last"] > 0
 
 
 def told(metrics: Metrics, *states: str) -> int:
-    """The swaps counted after these states."""
+    """The swaps counted after these states: of the first slot, and after a / of the second."""
     for state in states:
-        snapshot = Scheduler(Limits()).snapshot(Moment(0.0, 0.0))
-        metrics.event(replace(snapshot, main=replace(snapshot.main, state=SlotState(state))))
-    return sum(metrics.counts().swaps.counts)
+        pair = state.partition("/")
+        snapshot = Scheduler(Limits(), slots=2).snapshot(Moment(0.0, 0.0))
+        slots = [
+            replace(slot, state=SlotState(now or "empty"), spec=model_spec(name))
+            for slot, now, name in zip(snapshot.slots, (pair[0], pair[2]), "ab", strict=True)
+        ]
+        metrics.event(replace(snapshot, slots=tuple(slots)))
+    swaps = metrics.counts().swaps
+    return sum(sum(swaps[name].counts) for name in list(swaps))
 
 
 def test_only_one_model_replacing_another_is_a_swap() -> None:
@@ -403,12 +414,21 @@ def test_only_one_model_replacing_another_is_a_swap() -> None:
     assert told(metrics, "stopping", "loading", "ready") == 2
 
 
+def test_a_swap_is_counted_for_its_slot_whatever_another_slot_does() -> None:
+    metrics = Metrics()
+    assert told(metrics, "ready/ready", "stopping/ready", "empty/ready", "loading/ready") == 0
+    assert told(metrics, "ready/ready", "ready/draining", "ready/stopping", "ready/loading") == 0
+    assert told(metrics, "draining/loading", "ready/ready") == 1
+    swaps = metrics.counts().swaps
+    assert {name: sum(each.counts) for name, each in swaps.items()} == {"b": 1}
+
+
 def test_an_answer_that_failed_counts_as_far_as_it_came() -> None:
     metrics = Metrics()
     metrics.request(
-        "/v1/chat/completions", 502, AnswerStats(outcome="backend_failed", tokens_out=3)
+        "/v1/chat/completions", 502, AnswerStats(model="a", outcome="backend_failed", tokens_out=3)
     )
     counts = metrics.counts()
     assert counts.requests["/v1/chat/completions", 502] == 1
-    assert counts.tokens_out == 3
-    assert sum(counts.first_token.counts) == 0
+    assert counts.tokens_out == {"a": 3}
+    assert not counts.first_token
