@@ -11,6 +11,7 @@ from pathlib import Path
 from mlxproxy.backend.lock import AlreadyRunning
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import is_loopback
+from mlxproxy.blueprints.services import Services
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability import logs
@@ -19,7 +20,7 @@ from mlxproxy.server.server import CannotListen, Server
 from mlxproxy.server.waitress_check import UnsuitableWaitress, require_suitable
 from mlxproxy.settings import Settings
 from mlxproxy.text import harmless
-from mlxproxy.wiring import Services, build, catalog_of
+from mlxproxy.wiring import build, catalog_of
 
 log = logging.getLogger("mlxproxy")
 
@@ -50,7 +51,7 @@ def _serve(settings: Settings) -> None:
         raise CannotServe(str(error)) from None
     settings = with_models(settings)
     try:
-        parts = build(settings)
+        proxy = build(settings)
     except AlreadyRunning as error:
         raise CannotServe(str(error)) from None
     except OSError as error:
@@ -59,14 +60,15 @@ def _serve(settings: Settings) -> None:
         ) from None
     proxy_log = LogFile(settings.instance.log("proxy"))
     try:
-        server = Server(create_app(parts), settings, parts.close, parts.controller.force_stop)
+        app = create_app(proxy.services)
+        server = Server(app, settings, proxy.close, proxy.services.controller.force_stop)
     except CannotListen as error:
-        parts.close()
+        proxy.close()
         raise CannotServe(str(error)) from None
-    logs.to_followers(proxy_log, parts.bus)
+    logs.to_followers(proxy_log, proxy.services.bus)
     try:
-        _announce(parts, server.address)
-        parts.preload()
+        _announce(proxy.services, server.address)
+        proxy.services.selection.preload(lambda: proxy.services.bus.closed)
         server.run()
     finally:
         proxy_log.close()

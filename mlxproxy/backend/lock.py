@@ -9,9 +9,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from mlxproxy.backend.orphan import Orphans, Record
+from mlxproxy.backend.processes import ask
 from mlxproxy.files import note, remove
 from mlxproxy.instance import Instance
-from mlxproxy.processes import ask
 
 
 class AlreadyRunning(Exception):

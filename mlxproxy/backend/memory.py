@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from mlxproxy.backend.processes import ask
 from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
-from mlxproxy.processes import ask
 
 _GB = 1e9
 

@@ -2,7 +2,7 @@
 
 `mlx_lm.server` notices nothing of its parent's death. A proxy that was killed leaves its backends
 running, with their memory and their ports. The next proxy finds each by the mark in its environment
-(:class:`mlxproxy.processes.Mark`) or, where the system shows no environment, by its record here.
+(`processes.Mark`) or, where the system shows no environment, by its record here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 
-from mlxproxy import processes
+from mlxproxy.backend import processes
+from mlxproxy.backend.processes import Mark, ask
 from mlxproxy.errors import LoadFailed
 from mlxproxy.files import note, read_record, remove, write_record
 from mlxproxy.instance import Instance
-from mlxproxy.processes import Mark, ask
 
 log = logging.getLogger("mlxproxy.backend.orphan")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from mlxproxy.processes import ask, at, every
+from mlxproxy.backend.processes import ask, at, every
 
 
 def is_free(port: int) -> bool:

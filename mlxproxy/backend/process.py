@@ -20,10 +20,10 @@ from pathlib import Path
 
 import psutil
 
-from mlxproxy import processes
-from mlxproxy.backend import ports
+from mlxproxy.backend import ports, processes
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout, parsed
 from mlxproxy.backend.output import Listener, OutputPump
+from mlxproxy.backend.processes import Mark, ask
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.errors import (
@@ -35,7 +35,6 @@ from mlxproxy.errors import (
     ProxyError,
 )
 from mlxproxy.logfile import LogFile
-from mlxproxy.processes import Mark, ask
 
 log = logging.getLogger("mlxproxy.backend")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Flask
 
 from mlxproxy.blueprints import health, hooks, models, observe, openai
-from mlxproxy.wiring import Services
+from mlxproxy.blueprints.services import Services
 
 
 def create_app(services: Services) -> Flask:

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, request
 
 from mlxproxy.blueprints import shapes
-from mlxproxy.blueprints.hooks import services
+from mlxproxy.blueprints.services import services
 from mlxproxy.errors import ProxyError
 
 blueprint = Blueprint("health", __name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from flask import Flask, Request, Response, current_app, g, jsonify, request
+from flask import Flask, Request, Response, g, jsonify, request
 from werkzeug.exceptions import (
     BadRequest,
     HTTPException,
@@ -20,6 +20,7 @@ from werkzeug.exceptions import (
 )
 
 from mlxproxy.blueprints.auth import LINKED_PATHS
+from mlxproxy.blueprints.services import services
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import (
     InternalError,
@@ -33,7 +34,6 @@ from mlxproxy.errors import (
 from mlxproxy.relay.relay import AnswerStats
 from mlxproxy.server.head import LONGEST_METHOD
 from mlxproxy.server.headers import SECURITY_HEADERS, request_id
-from mlxproxy.wiring import Services
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -47,11 +47,6 @@ QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log line
 MAX_VALUES = 250_000
 VALUE_BYTES = 64  # of an empty list, the smallest that is one object each
 HOST = "mlxproxy.host"  # where the environment has the Host header
-
-
-def services() -> Services:
-    """The parts of the proxy that serves this request."""
-    return cast(Services, current_app.extensions["mlxproxy"])
 
 
 def disconnect() -> Disconnect:

@@ -11,7 +11,8 @@ from mlxproxy import sse
 from mlxproxy.backend import memory
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
-from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, services
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder
+from mlxproxy.blueprints.services import services
 from mlxproxy.catalog import LONGEST_NAME
 from mlxproxy.catalog.model import Model
 from mlxproxy.controller import Claim, Controller
@@ -155,7 +156,7 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
         ) from None
     missing = parts.catalog.missing_roots()
     try:
-        return parts.spec_for(
+        return parts.selection.spec_for(
             name,
             enable_thinking=_flag(body, "enable_thinking", parts.settings.enable_thinking),
             ttl=ttl,

@@ -29,12 +29,12 @@ from flask import Blueprint, Response, request
 from mlxproxy import sse
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.hooks import client as asker
-from mlxproxy.blueprints.hooks import disconnect, recorder, services
+from mlxproxy.blueprints.hooks import disconnect, recorder
+from mlxproxy.blueprints.services import Services, services
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.observability.events import Subscriber
 from mlxproxy.observability.logtail import LogTail
-from mlxproxy.wiring import Services
 
 blueprint = Blueprint("observe", __name__)
 

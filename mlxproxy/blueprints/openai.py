@@ -9,7 +9,8 @@ from flask import Blueprint, Response, g
 
 from mlxproxy import sse
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, services
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder
+from mlxproxy.blueprints.services import services
 from mlxproxy.controller import Lease
 from mlxproxy.guard import check
 from mlxproxy.relay import relay
@@ -37,7 +38,7 @@ def _complete(kind: Kind) -> Response:
     parts = services()
     controller = parts.controller
     known = controller.current()
-    checked = check.check(body, kind, parts.guard_limits(known))
+    checked = check.check(body, kind, parts.selection.limits(known))
     streamed = checked.get("stream") is True
     # Its stream carries less than its whole answer: only the backend itself can give all.
     plain = not streamed and bool(checked.get("logprobs") or checked.get("top_logprobs", 0) > 0)
@@ -45,14 +46,14 @@ def _complete(kind: Kind) -> Response:
     def prepare(lease: Lease) -> bytes:
         final = checked
         if lease.spec is not known:
-            final = check.check(body, kind, parts.guard_limits(lease.spec))
+            final = check.check(body, kind, parts.selection.limits(lease.spec))
         final = {**final, "model": lease.spec.path, "stream": not plain}
         if not streamed and not plain:
             final["stream_options"] = {"include_usage": True}
         return json.dumps(final).encode()
 
     def target() -> ModelSpec | None:
-        return parts.named_spec(checked.get("model"))
+        return parts.selection.named_spec(checked.get("model"))
 
     stats = g.stats = relay.AnswerStats()
     exclusive = check.is_exclusive(checked, own_seeds=controller.has("sampling"))

@@ -20,12 +20,12 @@ from mlxproxy.backend import ports
 from mlxproxy.backend.lock import PortLock
 from mlxproxy.backend.orphan import Orphans
 from mlxproxy.backend.process import program_command, server_program
+from mlxproxy.backend.processes import ask
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.commands import service, terminal
 from mlxproxy.commands.client import ClientError, connect
 from mlxproxy.errors import LoadFailed
-from mlxproxy.processes import ask
 from mlxproxy.settings import SettingError, Settings
 from mlxproxy.wiring import mlx_lm_package
 

@@ -67,7 +67,7 @@ def test_a_swap_never_cuts_an_answer_off(start: Callable[..., Proxy], slow: Path
     streams = [Stream(proxy, max_tokens=30) for _ in range(3)]
     for stream in streams:
         assert stream.begun.wait(20)
-    swap = threading.Thread(target=proxy.spec, args=("tiny/quick",))
+    swap = threading.Thread(target=proxy.load, args=("tiny/quick",))
     swap.start()
     until(lambda: proxy.health()["state"] == "draining", what="the drain")
     later = Stream(proxy, max_tokens=5)

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from mlxproxy.backend.process import program_command
 from mlxproxy.errors import InvalidRequest
-from mlxproxy.guard.check import Kind, Limits, check
+from mlxproxy.guard import check
+from mlxproxy.guard.check import Kind, Limits
 from tests.conftest import SERVER_BIN, free_port, until
 from tests.support import tiny_models
 

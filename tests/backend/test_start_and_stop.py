@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from mlxproxy.backend.ports import is_free
-from mlxproxy.processes import lives
+from mlxproxy.backend.processes import lives
 from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
 

@@ -61,7 +61,7 @@ def test_what_needs_no_server_imports_nothing_slow(arguments: list[str], tmp_pat
 
 
 def test_the_proxys_start_does_not_pay_for_the_metrics(tmp_path: Path) -> None:
-    code = "import mlxproxy.serving, mlxproxy.blueprints.observe, sys; print(*sys.modules)"
+    code = "import mlxproxy.main, mlxproxy.blueprints.observe, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert "mlxproxy.observability.metrics" in done.stdout.split()
     assert "prometheus_client" not in done.stdout.split()

@@ -21,14 +21,14 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxproxy import processes
+from mlxproxy.backend import processes
 from mlxproxy.backend.lock import AlreadyRunning, PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
 from mlxproxy.backend.ports import is_free
+from mlxproxy.backend.processes import MARK, lives
 from mlxproxy.catalog import Catalog
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
-from mlxproxy.processes import MARK, lives
 from tests.conftest import Proxy, free_port, until
 from tests.support import scripted_server, tiny_models
 

@@ -171,7 +171,8 @@ def test_the_snapshot_alone_is_json(proxy: Proxy) -> None:
 
 def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: Path) -> None:
     chosen = {"INSTANCE_PATH": str(tmp_path), "MODELS_ROOT": str(tmp_path)}
-    parts = wiring.build(settings.load(chosen, {}))
+    made = wiring.build(settings.load(chosen, {}))
+    parts = made.services
     try:
         answer = create_app(parts).test_client().get("/v1/events")
         stream = iter(answer.response)
@@ -188,7 +189,7 @@ def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: 
         for _ in range(FOLLOWERS_OF_ONE):  # its own place is free again
             parts.bus.subscribe(client="127.0.0.1")
     finally:
-        parts.close()
+        made.close()
 
 
 # -- logs

@@ -85,7 +85,7 @@ def test_a_swap_lets_every_answer_in_flight_end_and_starts_the_next_after_it(
     streams = [pool.submit(streamed, proxy) for _ in range(6)]
     wholes = [pool.submit(lambda: proxy.chat(max_tokens=1000).json()) for _ in range(3)]
     until(lambda: proxy.loaded()["in_flight"] == 9, what="nine answers in flight")
-    swap = pool.submit(proxy.spec, "tiny/beta")
+    swap = pool.submit(proxy.load, "tiny/beta")
     until(lambda: proxy.health()["state"] == "draining", what="the drain")
     later = [pool.submit(streamed, proxy) for _ in range(4)]
     for stream in streams:
@@ -233,7 +233,7 @@ def test_twenty_loads_of_one_model_at_once_start_one_process(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, program = scripted({"load_seconds": 1.0})
-    answers = [pool.submit(proxy.spec, "tiny/alpha") for _ in range(20)]
+    answers = [pool.submit(proxy.load, "tiny/alpha") for _ in range(20)]
     assert all(answer.result().json()["status"] == "loaded" for answer in answers)
     assert len(scripted_server.record(program, "started")) == 1
 
@@ -242,7 +242,7 @@ def test_an_unload_ends_a_load_in_progress_within_a_second(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, program = scripted({"load_seconds": 60})
-    spec = pool.submit(proxy.spec, "tiny/alpha")
+    spec = pool.submit(proxy.load, "tiny/alpha")
     (started,) = until(lambda: scripted_server.record(program, "started"), what="the start")
     until(lambda: (proxy.health()["transition"] or {}).get("phase") == "loading", what="the load")
     at = time.monotonic()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxproxy import wiring
+from mlxproxy import selection
 from mlxproxy.catalog import Catalog, inspection, scanning
 from mlxproxy.catalog import catalog as catalog_module
 from mlxproxy.catalog.inspection import Folder
@@ -648,10 +648,10 @@ def test_a_disk_that_keeps_silent_is_not_asked_for_a_fingerprint(
 ) -> None:
     model(root / "publisher" / "model")
     found = catalog.find("publisher/model")
-    assert wiring.files_of(found) is not None
+    assert selection.files_of(found) is not None
     asked: list[str] = []
-    monkeypatch.setattr(wiring, "fingerprint", asked.append)
-    assert wiring.files_of(dataclasses.replace(found, stale=True)) is None
+    monkeypatch.setattr(selection, "fingerprint", asked.append)
+    assert selection.files_of(dataclasses.replace(found, stale=True)) is None
     assert not asked
 
 

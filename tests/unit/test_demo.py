@@ -315,8 +315,8 @@ def models(tmp_path: Path) -> Path:
 def ensure_elsewhere(models: Path) -> subprocess.Popen[str]:
     """`demo.ensure` in a process of its own, which expects the same file as this one."""
     script = (
-        "import sys; from pathlib import Path; from mlxproxy import demo; "
-        f"demo.GGUF_SHA256 = {provide.GGUF_SHA256!r}; demo.ensure(Path({str(models)!r})); "
+        "import sys; from pathlib import Path; from mlxproxy.demo import provide; "
+        f"provide.GGUF_SHA256 = {provide.GGUF_SHA256!r}; provide.ensure(Path({str(models)!r})); "
         "assert 'mlx' not in sys.modules"
     )
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ import pytest
 
 from mlxproxy import main, settings, wiring
 from mlxproxy.blueprints.app import create_app
+from mlxproxy.blueprints.services import Services
 from mlxproxy.catalog import catalog
 from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from mlxproxy.commands.client import Client
@@ -134,25 +136,25 @@ def test_where_the_demo_cannot_be_had_the_proxy_starts_all_the_same(
 
 
 @pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[wiring.Services]:
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Services]:
     """A proxy whose callers wait for hardly any disk."""
     monkeypatch.setattr(wiring, "Catalog", partial(catalog.Catalog, patience=0.05))
     model_folders.model(tmp_path / "models" / "publisher" / "model")
     made = wiring.build(
         given(tmp_path, MODELS_ROOT=str(tmp_path / "models"), MLX_BACKEND_PORT=str(free_port()))
     )
-    yield made
+    yield made.services
     made.close()
 
 
-def listing(parts: wiring.Services) -> tuple[int, dict[str, Any]]:
+def listing(parts: Services) -> tuple[int, dict[str, Any]]:
     answer = create_app(parts).test_client().get("/v1/models")
     assert (answer.status_code == 503) == ("Retry-After" in answer.headers)
     return answer.status_code, answer.get_json()
 
 
 def test_the_first_listing_waits_for_a_library_that_takes_longer_than_others_may(
-    parts: wiring.Services, monkeypatch: pytest.MonkeyPatch
+    parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = slow_disk(monkeypatch)
     threading.Timer(0.4, may_end.set).start()  # longer than the catalogue's patience
@@ -163,10 +165,11 @@ def test_the_first_listing_waits_for_a_library_that_takes_longer_than_others_may
 
 
 def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
-    parts: wiring.Services, monkeypatch: pytest.MonkeyPatch
+    parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = slow_disk(monkeypatch)
-    parts.catalog = catalog.Catalog(parts.roots, patience=0.05, first_patience=0.05)
+    hasty = catalog.Catalog(parts.roots, patience=0.05, first_patience=0.05)
+    parts = replace(parts, catalog=hasty)
     status, told = listing(parts)
     assert status == 503
     assert told["error"]["code"] == "models_root_unavailable"
@@ -190,7 +193,7 @@ def test_a_model_is_found_though_its_folder_is_being_read_for_the_first_time(
 
 
 def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
-    parts: wiring.Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = threading.Event()
     disk = str(tmp_path / "disk")
@@ -201,9 +204,10 @@ def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
         return scan(root, previous, inspect)
 
     monkeypatch.setattr(catalog, "scan", slow)
-    parts.catalog = catalog.Catalog(
+    two_disks = catalog.Catalog(
         [tmp_path / "models", tmp_path / "disk"], patience=0.2, first_patience=0.2
     )
+    parts = replace(parts, catalog=two_disks)
     until(lambda: parts.catalog.models(), what="the first folder's model")
     status, told = listing(parts)
     assert status == 200

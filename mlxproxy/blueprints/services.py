@@ -1,0 +1,42 @@
+"""The parts of one proxy that the blueprints call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from flask import current_app
+
+from mlxproxy.blueprints.auth import Access
+from mlxproxy.blueprints.budget import Budget
+from mlxproxy.catalog import Catalog
+from mlxproxy.controller import Controller
+from mlxproxy.observability.events import EventBus
+from mlxproxy.observability.metrics import Metrics
+from mlxproxy.selection import Selection
+from mlxproxy.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """Made once by `mlxproxy.wiring`, held by the application (``app.extensions``).
+
+    Attributes:
+        bodies: bytes of requests in memory.
+    """
+
+    settings: Settings
+    roots: tuple[Path, ...]
+    catalog: Catalog
+    controller: Controller
+    selection: Selection
+    access: Access
+    bus: EventBus
+    metrics: Metrics
+    bodies: Budget
+
+
+def services() -> Services:
+    """Return the parts of the proxy that serves this request."""
+    return cast(Services, current_app.extensions["mlxproxy"])

@@ -1,0 +1,135 @@
+"""Which model a request or a load means, and with which options."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.catalog import Catalog, Model
+from mlxproxy.catalog.scanning import Fingerprint, fingerprint
+from mlxproxy.controller import Controller, History
+from mlxproxy.errors import ModelNotFound, ModelsRootUnavailable, ProxyError
+from mlxproxy.guard import check
+from mlxproxy.settings import Settings
+
+log = logging.getLogger("mlxproxy.selection")
+
+PRELOAD_RETRY_SECONDS = 2.0  # between looks for a model whose disk is not there yet
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Names, as clients and settings write them, and the models that they mean."""
+
+    settings: Settings
+    catalog: Catalog
+    controller: Controller
+    history: History
+
+    def spec_for(self, name: str, fresh: bool = True, **options: Any) -> ModelSpec:
+        """Return what a load of that name asks for, with the settings' defaults.
+
+        Args:
+            name: an id, a path, or the unambiguous end of an id.
+            fresh: look at the disk, so that a model that has changed there is loaded again. A chat
+                that names a known model does without, because that would cost each chat too much.
+
+        Raises:
+            ProxyError: no model has that name, several have, or it cannot be loaded.
+        """
+        model = self.catalog.find(name, fresh=fresh)
+        model.require_loadable()
+        files = files_of(model) if fresh else None
+        spec = ModelSpec(model, enable_thinking=self.settings.enable_thinking, files=files)
+        return replace(spec, **options)
+
+    def named_spec(self, name: object) -> ModelSpec | None:
+        """Return the model that a request names, None if its name is not that of a model.
+
+        Raises:
+            ProxyError: several models have that name, or it cannot be loaded.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        current = self.controller.current()
+        if current is not None and name in (current.path, current.model_id):
+            return current
+        try:
+            return self.spec_for(name, fresh=False)
+        except (ModelNotFound, ModelsRootUnavailable):
+            return None
+
+    def limits(self, spec: ModelSpec | None) -> check.Limits:
+        """Return what a request to this model may say; None: to any, as far as that is known."""
+        names = frozenset(self.settings.template_kwargs)
+        if spec is None:
+            return check.Limits(template_kwargs=names)
+        return check.Limits(
+            template_kwargs=names,
+            adapters=spec.adapters,
+            draft_models=spec.draft_models,
+            vocab_size=spec.model.vocab_size or 0,
+            max_context=spec.model.max_context_length,
+            images=spec.model.capabilities.vision,
+        )
+
+    def preload(self, closed: Callable[[], bool]) -> None:
+        """Load what PRELOAD names, in the background; wait for a disk that is mounted late.
+
+        Args:
+            closed: whether the proxy is about to end.
+        """
+        name = self.settings.preload
+        options: dict[str, Any] = {}
+        if name == "last":
+            last = self.history.last()
+            if last is None:
+                return
+            options = dict(last)
+            name = options.pop("model_id")
+        if name is not None:
+            threading.Thread(
+                target=self._preload, args=(name, options, closed), name="preload", daemon=True
+            ).start()
+
+    def _preload(self, name: str, options: dict[str, Any], closed: Callable[[], bool]) -> None:
+        pause = threading.Event()
+        reported = False
+        while not closed() and self.controller.never_asked():
+            try:
+                self.controller.load(self.spec_for(name, **options))
+                return
+            except ProxyError as error:
+                absent = isinstance(error, ModelNotFound)
+                if not reported and not (absent and self.catalog.missing_roots()):
+                    ending = " Waiting for it to appear." if absent else ""
+                    log.warning("PRELOAD: %s%s", error.message, ending)
+                    reported = True
+            pause.wait(PRELOAD_RETRY_SECONDS)
+
+
+def as_it_is_now(spec: ModelSpec, catalog: Catalog) -> ModelSpec:
+    """Return the load of what is at its path now: it may have changed since it was asked for.
+
+    What has gone is left to the backend, which says what is wrong with it.
+    """
+    try:
+        model = catalog.find(spec.path)
+    except ProxyError:
+        model = spec.model
+    return replace(spec, model=model, files=files_of(model))
+
+
+def files_of(model: Model) -> Fingerprint | None:
+    """Return what tells the model's files from those of another day; None where its disk is silent,
+    on which a look might hang."""
+    if model.stale:
+        return None
+    try:
+        return fingerprint(str(model.path))
+    except OSError:
+        return None
