@@ -24,8 +24,10 @@ from mlxproxy.backend import ports, processes
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout, parsed
 from mlxproxy.backend.output import Listener, OutputPump
 from mlxproxy.backend.processes import Mark, ask
+from mlxproxy.backend.protocol import Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import (
     BackendFailed,
     LoadCancelled,
@@ -104,6 +106,7 @@ class Backend:
         self._link: Link | None = None
         self._serving = False  # clients' requests may be in what it logs from now on
         self._checking = threading.Lock()
+        self._probing = threading.Lock()
 
     # -- what others may ask
 
@@ -114,6 +117,11 @@ class Backend:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def wire(self) -> Wire:
+        """How the engine spells requests and answers."""
+        return MlxLmWire(counts_cached=self.has("progress"))
 
     @property
     def ended(self) -> str | None:
@@ -331,12 +339,22 @@ class Backend:
         return self._ended
 
     def answers_probe(self, patience: float) -> bool:
-        """Whether it answers a chat of one token within so many seconds."""
+        """Return whether it answers a chat of one token within so many seconds.
+
+        One at a time is asked: while another thread waits for that answer, return True at once.
+        """
+        if not self._probing.acquire(blocking=False):
+            return True
         try:
             deadline = time.monotonic() + patience
-            return self._ask(*FIRST_CHAT, threading.Event(), deadline)[0] == 200
+            answered = self._ask(*FIRST_CHAT, threading.Event(), deadline)[0] == 200
         except ProxyError:
             return False
+        finally:
+            self._probing.release()
+        if answered:
+            self.last_byte_at = time.monotonic()
+        return answered
 
     def declare_hung(self, reason: str) -> None:
         """Takes the backend for dead, for a reason that only its users can see: it hangs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -19,6 +19,7 @@ from werkzeug.exceptions import (
     MethodNotAllowed as WerkzeugMethodNotAllowed,
 )
 
+from mlxproxy import sse
 from mlxproxy.blueprints.auth import LINKED_PATHS
 from mlxproxy.blueprints.services import services
 from mlxproxy.disconnect import Disconnect
@@ -31,7 +32,8 @@ from mlxproxy.errors import (
     ProxyError,
     RequestTooLarge,
 )
-from mlxproxy.relay.relay import AnswerStats
+from mlxproxy.relay.relay import Stream
+from mlxproxy.relay.statistics import AnswerStats
 from mlxproxy.server.head import LONGEST_METHOD
 from mlxproxy.server.headers import SECURITY_HEADERS, request_id
 
@@ -97,6 +99,33 @@ def json_body(required: bool = True) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object, such as {}.")
     return body
+
+
+def streamed(body: Stream, stats: AnswerStats) -> Response:
+    """Return a streamed answer as the response; its end is the end of this request."""
+    if (at_end := request.environ.get("mlxproxy.at_end")) is not None:
+        at_end.callback(body.close)  # should nobody come to read it
+    # Passed through directly, the server iterates over the stream itself, with nothing in between.
+    return Response(_Recorded(body, stats), headers=sse.HEADERS, direct_passthrough=True)
+
+
+class _Recorded:
+    """A streamed body that records its request when the server closes it."""
+
+    def __init__(self, body: Stream, stats: AnswerStats) -> None:
+        self._body = body
+        self._stats = stats
+        self._record = recorder()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        """End the answer and record it."""
+        try:
+            self._body.close()
+        finally:
+            self._record(200, self._stats)
 
 
 def install(app: Flask) -> None:

@@ -10,8 +10,8 @@
 ``death``           a backend has ended by itself: ``slot``, ``id``, ``reason``
 ``request_started`` ``id``, ``client``, ``method``, ``path``
 ``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer of the
-                    model ``model``, ``outcome``, ``tokens_in``, ``tokens_out``, ``waited``,
-                    ``first_token``, ``tokens_per_second``
+                    model ``model``, ``outcome``, ``tokens_in``, ``cached_tokens``, ``tokens_out``,
+                    ``waited``, ``first_token``, ``tokens_per_second``
 ``lost``            the reader was too slow: ``count`` events are gone, a new snapshot follows
 =================== ================================================================================
 """

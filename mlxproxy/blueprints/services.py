@@ -14,6 +14,7 @@ from mlxproxy.catalog import Catalog
 from mlxproxy.controller import Controller
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
+from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection
 from mlxproxy.settings import Settings
 
@@ -31,6 +32,7 @@ class Services:
     catalog: Catalog
     controller: Controller
     selection: Selection
+    relay: Relay
     access: Access
     bus: EventBus
     metrics: Metrics

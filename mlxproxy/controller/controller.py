@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-from mlxproxy.backend.connection import BackendConnection
 from mlxproxy.backend.orphan import ChildRecord
 from mlxproxy.backend.process import without_paths
 from mlxproxy.backend.spec import ModelSpec
@@ -186,31 +185,10 @@ class Controller:
 
     def release(self, lease: Lease) -> None:
         """See Lease.release."""
-        connection: BackendConnection | None = None
+        self._decide(lambda core, now: core.on_released(lease, now))
 
-        def released(core: Scheduler, now: Moment) -> list[Effect]:
-            nonlocal connection
-            connection, lease.connection = lease.connection, None
-            return core.on_released(lease, now)
-
-        self._decide(released)
-        if connection is not None:
-            connection.close()
-
-    def _left(self, lease: Lease) -> None:
-        self._decide(lambda core, now: core.on_disconnected(lease, now))
-
-    def attach(self, lease: Lease, connection: BackendConnection) -> None:
-        """See Lease.connect."""
-        with self._lock:
-            if lease.error is None:
-                lease.connection = connection
-                return
-        connection.close()
-        raise lease.error
-
-    def comment(self, lease: Lease) -> bytes:
-        """See Lease.comment."""
+    def waiting_for(self, lease: Lease) -> str:
+        """See Lease.waiting_for."""
         seconds = int(time.monotonic() - lease.since)
         with self._lock:
             current = self._core.operations[0] if self._core.operations else None
@@ -220,7 +198,10 @@ class Controller:
             what += current.spec.model_id
         else:
             what = f"waiting for a place, number {place} in the queue"
-        return f": {what} {seconds}s\n\n".encode()
+        return f"{what} {seconds}s"
+
+    def _left(self, lease: Lease) -> None:
+        self._decide(lambda core, now: core.on_disconnected(lease, now))
 
     # -- the end
 

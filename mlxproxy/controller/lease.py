@@ -14,14 +14,13 @@ from mlxproxy.backend.connection import BackendConnection
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import state
 from mlxproxy.disconnect import Disconnect
-from mlxproxy.errors import BackendFailed, BackendTimeout, ProxyError
+from mlxproxy.errors import ProxyError
 
 if TYPE_CHECKING:
     from mlxproxy.controller.controller import Controller
 
 # What was sent to the backend cannot be called back: until it has let go of it, but no longer.
 RELEASE_SECONDS = 30.0
-UNSTREAMED_STALL_FACTOR = 12  # times the stall timeout that an answer in one piece may take
 
 
 class Claim(state.Claim):
@@ -70,12 +69,11 @@ class Lease(state.Request):
         super().__init__(client, target, exclusive)
         self.disconnect = disconnect
         self.granted = 0.0
-        self.last_byte_at = 0.0  # when the last byte of this answer came
-        self.unstreamed = False  # nothing of it comes before all of it
         self.backend: state.Process | None = None
-        self.connection: BackendConnection | None = None
         self._controller = controller
         self._decided = threading.Event()
+        self._lock = threading.Lock()
+        self._connection: BackendConnection | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -95,24 +93,18 @@ class Lease(state.Request):
             raise self.error
         return True
 
-    def connect(self, interval: float) -> BackendConnection:
-        """Open the connection to the backend; whoever ends the lease ends it too.
+    def attach(self, connection: BackendConnection) -> None:
+        """Take over the connection to the backend: whoever ends the lease ends it, too.
 
         Raises:
-            ProxyError: the lease has been ended, or the backend does not accept.
+            ProxyError: the lease has been ended; the connection is closed.
         """
-        assert self.backend is not None
-        try:
-            stall = self._controller.limits.stall_timeout
-            connection = BackendConnection(
-                self.backend.port,
-                min(interval, stall / 4),
-                lets_go=self.backend.has("departures"),
-            )
-        except BackendFailed as error:
-            raise self.fault(error) from None
-        self._controller.attach(self, connection)
-        return connection
+        with self._lock:
+            if self.error is None:  # or else `end` comes later, and finds the connection
+                self._connection = connection
+                return
+        connection.close()
+        raise self.error
 
     def fault(self, seen: ProxyError) -> ProxyError:
         """Return why an answer ended early: what the lease was ended for, else what was seen."""
@@ -121,44 +113,9 @@ class Lease(state.Request):
             self._controller.notice_exits()  # not told yet by the thread that saw it
         return self.error or seen
 
-    def stalled(self) -> ProxyError | None:
-        """Return the error if a silence has lasted too long; to be called after each.
-
-        A backend that tells of its life is believed; of another one, a silent answer ends alone
-        while the backend feeds others, and one that would be silent anyhow goes on while the
-        backend answers anybody.
-        """
-        backend = self.backend
-        silence = self._controller.limits.stall_timeout
-        if self.error is not None or backend is None:
-            return self.error
-        tells = backend.has("heartbeat")
-        if tells and (reason := backend.hang(self.granted, silence)) is not None:
-            return self._declare_hung(backend, reason)
-        now = time.monotonic()
-        if now - max(self.last_byte_at, self.granted) < silence:
-            return None
-        silent_anyhow = tells or (self.unstreamed and not self.exclusive)
-        answers_others = tells or now - max(backend.last_byte_at, self.granted) < silence
-        if not answers_others and not (silent_anyhow and backend.answers_probe(silence)):
-            return self._declare_hung(backend, f"it sent nothing for {silence:g} s (STALL_TIMEOUT)")
-        since = max(self.last_byte_at, self.granted) if tells else self.granted
-        if silent_anyhow and now - since < UNSTREAMED_STALL_FACTOR * silence:
-            if not tells:
-                self.last_byte_at = time.monotonic()
-            return self.error
-        return BackendTimeout(
-            f"The backend sent nothing for this answer for {silence:g} s (STALL_TIMEOUT), though "
-            "it answers others. Try again."
-        )
-
-    def _declare_hung(self, backend: state.Process, reason: str) -> ProxyError:
-        backend.declare_hung(reason)
-        return self.error or BackendTimeout(f"The backend is considered dead: {reason}. Try again.")
-
-    def comment(self) -> bytes:
-        """Return what a waiting stream tells its client, as an SSE comment."""
-        return self._controller.comment(self)
+    def waiting_for(self) -> str:
+        """Return what a request that has no place waits for, and since when, in words."""
+        return self._controller.waiting_for(self)
 
     def release(self, finished: bool = True) -> None:
         """Give the place back, or leave the queue. May be called any number of times.
@@ -168,12 +125,16 @@ class Lease(state.Request):
                 until the backend has let go of the request: it may be in the middle of a step.
         """
         self.disconnect.on_leave(None)
-        connection, backend = self.connection, self.backend
+        connection, backend = self._connection, self.backend
         if not finished and connection is not None and backend is not None:
             connection.abort(backend_lives=backend.ended is None)
             if backend.ended is None:
                 connection.wait_released(RELEASE_SECONDS)
+        with self._lock:
+            self._connection = None
         self._controller.release(self)
+        if connection is not None:
+            connection.close()
 
     # -- by the controller, which has decided it under its lock
 
@@ -185,6 +146,8 @@ class Lease(state.Request):
     def end(self) -> None:
         """Wake whoever waits, and end the connection: the error is set already."""
         self._decided.set()
-        if self.connection is not None:
+        with self._lock:
+            connection = self._connection
+        if connection is not None:
             lives = self.backend is not None and self.backend.ended is None
-            self.connection.abort(backend_lives=lives)
+            connection.abort(backend_lives=lives)

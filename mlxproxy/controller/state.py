@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from mlxproxy.backend.protocol import Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import ProxyError
 
@@ -84,7 +85,6 @@ class Limits:
 
     drain_timeout: float = 120.0
     shutdown_timeout: float = 30.0
-    stall_timeout: float = 300.0
     idle_ttl: float = 0.0
     max_concurrent: int = 32
     max_queue: int = 64
@@ -99,7 +99,7 @@ class Process(Protocol):
     """A backend process: the controller starts, watches and stops it, the core only hands it on.
 
     Attributes:
-        heard: when the last byte of any answer came, in monotonic seconds.
+        last_byte_at: when the last byte of any answer came, in monotonic seconds.
     """
 
     last_byte_at: float
@@ -115,6 +115,10 @@ class Process(Protocol):
     @property
     def port(self) -> int:
         """Where it answers."""
+
+    @property
+    def wire(self) -> Wire:
+        """How its engine spells requests and answers."""
 
     @property
     def ended(self) -> str | None:
@@ -149,7 +153,8 @@ class Process(Protocol):
         """Return why it hangs, as it says itself."""
 
     def answers_probe(self, patience: float) -> bool:
-        """Return whether it answers a short chat within so many seconds."""
+        """Return whether it answers a short chat within so many seconds; True, too, while another
+        thread asks it, which will know."""
 
     def last_words(self) -> list[str]:
         """Return the last lines of its log, fit for a client."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mlxproxy.controller.state import Event, Exited, Loaded, SlotSnapshot, SlotState, Snapshot
-from mlxproxy.relay.relay import AnswerStats
+from mlxproxy.relay.statistics import AnswerStats
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 SPEED = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0)  # tokens/s
@@ -54,6 +54,7 @@ class Counts:
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
     tokens_in: Counter[str] = field(default_factory=Counter)
+    cached_tokens: Counter[str] = field(default_factory=Counter)
     tokens_out: Counter[str] = field(default_factory=Counter)
     first_token: dict[str, Histogram] = field(default_factory=_histograms(FIRST_TOKEN))
     speed: dict[str, Histogram] = field(default_factory=_histograms(SPEED))
@@ -107,7 +108,7 @@ class Metrics:
             self._streams[id(stats)] = stats
 
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
-        """A request has ended; `trace` if it was one for an answer of the model."""
+        """A request has ended; `stats` if it was one for an answer of the model."""
         figures = stats.figures() if stats is not None else {}
         model = figures.get("model")
         with self._lock:
@@ -117,6 +118,7 @@ class Metrics:
             if model is None:
                 return
             counts.tokens_in[model] += figures["tokens_in"] or 0
+            counts.cached_tokens[model] += figures["cached_tokens"] or 0
             counts.tokens_out[model] += figures["tokens_out"]
             if (seconds := figures["first_token"]) is not None:
                 counts.first_token[model].add(seconds)

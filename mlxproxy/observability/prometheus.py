@@ -55,6 +55,11 @@ class _Now(Collector):
             requests.add_metric((path, str(status)), number)
         yield requests
         yield _counter("mlxproxy_tokens_in", "Prompt tokens, where known", counts.tokens_in)
+        yield _counter(
+            "mlxproxy_cached_tokens",
+            "Prompt tokens taken from the backend's prompt cache, where known",
+            counts.cached_tokens,
+        )
         yield _counter("mlxproxy_tokens_out", "Generated tokens", counts.tokens_out)
         yield _histogram(
             "mlxproxy_first_token_seconds",

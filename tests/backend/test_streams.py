@@ -129,26 +129,45 @@ def test_http_1_0_gets_plain_bytes_and_a_closed_connection(proxy: Proxy) -> None
     assert body.endswith(b"data: [DONE]\n\n")
 
 
-def test_what_arrives_is_what_the_backend_sent_byte_for_byte(proxy: Proxy) -> None:
-    health = proxy.health()
+def neutral(stream: bytes) -> list[Any]:
+    """The events of a stream, without what differs between two of them."""
+    found: list[Any] = []
+    for line in stream.split(b"\n"):
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            found.append({k: v for k, v in event.items() if k not in ("id", "created")})
+        elif line.startswith(b"data: "):
+            found.append(line)
+    return found
+
+
+def test_what_arrives_is_what_the_backend_sent_but_for_the_models_name(proxy: Proxy) -> None:
+    path = proxy.health()["model_id"]
     direct = requests.post(
         f"http://127.0.0.1:{proxy.backend_port}/v1/chat/completions",
-        json={**BODY, "model": health["model_id"]},
+        json={**BODY, "model": path},
         timeout=30,
     ).content
+    assert path.encode() in direct
     through = proxy.post("/v1/chat/completions", BODY).content
+    assert neutral(through) == neutral(direct.replace(path.encode(), b"tiny/alpha"))
 
-    def neutral(stream: bytes) -> list[Any]:
-        found = []
-        for line in stream.split(b"\n"):
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                found.append({k: v for k, v in event.items() if k not in ("id", "created")})
-            elif line.startswith(b"data: "):
-                found.append(line)
-        return found
 
-    assert neutral(through) == neutral(direct)
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("endpoint", "asks"),
+    [("chat/completions", {}), ("chat/completions", {"logprobs": True}), ("completions", {})],
+)
+def test_no_answer_shows_a_path_of_this_machine(
+    proxy: Proxy, stream: bool, endpoint: str, asks: dict[str, Any]
+) -> None:
+    prompt = {"prompt": "Hello!"} if endpoint == "completions" else {"messages": BODY["messages"]}
+    body = {**prompt, "model": "any", "max_tokens": 4, "stream": stream, **asks}
+    answer = proxy.post(f"/v1/{endpoint}", body)
+    events = neutral(answer.content)[:-1] if stream else [answer.json()]
+    assert events
+    assert all(event["model"] == "tiny/alpha" for event in events)
+    assert proxy.health()["model_id"] not in answer.text
 
 
 def test_tokens_arrive_as_they_are_made(start: Any, tmp_path: Path) -> None:

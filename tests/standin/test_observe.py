@@ -23,7 +23,7 @@ from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import FOLLOWERS, FOLLOWERS_OF_ONE, KEPT, EventBus
 from mlxproxy.observability.logtail import LogTail
 from mlxproxy.observability.metrics import Metrics
-from mlxproxy.relay.relay import AnswerStats
+from mlxproxy.relay.statistics import AnswerStats
 from tests.conftest import Proxy, until
 from tests.support import tiny_models
 from tests.support.fake_backend import model_spec

@@ -14,6 +14,7 @@ from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.controller import Controller, History, Lease, Limits
 from mlxproxy.disconnect import Disconnect
+from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import LoadCancelled, LoadFailed, ProxyError
 
 
@@ -36,6 +37,7 @@ class FakeBackend:
         self.hung = False
         self.deaf = False
         self.features: set[str] = set()
+        self.wire = MlxLmWire(counts_cached=False)
         self.hangs: str | None = None  # why, as the process says itself
         self.last_byte_at = time.monotonic()
         self.port = 1 + slot

@@ -18,7 +18,6 @@ from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS, Scheduler
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import (
     BackendFailed,
-    BackendTimeout,
     InsufficientMemory,
     InternalError,
     LoadCancelled,
@@ -389,20 +388,6 @@ def test_a_death_that_two_threads_see_counts_once(world: Callable[..., World]) -
     assert it.lease().wait(5)
 
 
-def test_a_hang_is_told_as_a_timeout_and_only_when_nobody_is_fed(
-    world: Callable[..., World],
-) -> None:
-    it = world(stall_timeout=0.2)
-    it.load("a")
-    lease = it.lease()
-    backend = it.running[0]
-    assert lease.stalled() is None
-    until(lambda: lease.stalled(), what="the stall")
-    assert isinstance(lease.error, BackendTimeout)
-    lease.release()
-    until(lambda: backend not in it.running, what="the stop")
-
-
 def test_a_backend_that_dies_while_it_drains_does_not_stop_the_swap(
     world: Callable[..., World],
 ) -> None:
@@ -648,48 +633,6 @@ def test_the_ttl_of_a_load_that_joined_counts(world: Callable[..., World]) -> No
     it.may_load.set()
     assert joined.done.wait(5)
     until(lambda: state(it) == "empty", 2, what="the idle unload")
-
-
-def test_an_answer_in_one_piece_is_waited_for_while_the_backend_answers(
-    world: Callable[..., World],
-) -> None:
-    it = world(stall_timeout=0.05)
-    it.load("a")
-    lease = it.lease()
-    lease.unstreamed = True
-
-    def stalled() -> object:
-        return lease.stalled()
-
-    deadline = time.monotonic() + 0.2
-    while time.monotonic() < deadline:
-        assert stalled() is None
-    backend = it.running[0]
-    backend.deaf = True
-    assert isinstance(until(stalled, 2, "the stall"), BackendTimeout)
-    assert backend.hung
-
-
-def test_an_answer_in_one_piece_ends_some_day(world: Callable[..., World]) -> None:
-    it = world(stall_timeout=0.01)
-    it.load("a")
-    lease = it.lease()
-    lease.unstreamed = True
-    assert isinstance(until(lease.stalled, 2, "the end"), BackendTimeout)
-    assert not it.running[0].hung
-
-
-def test_an_answer_that_hangs_alone_ends_alone(world: Callable[..., World]) -> None:
-    it = world(stall_timeout=0.2)
-    it.load("a")
-    silent, fed = it.lease(), it.lease()
-
-    def stalled() -> object:
-        it.running[0].last_byte_at = time.monotonic()
-        return silent.stalled()
-
-    assert isinstance(until(stalled, 2, "the end of the silent answer"), BackendTimeout)
-    assert fed.error is None
 
 
 def test_a_swap_that_only_who_was_turned_away_wanted_is_withdrawn(

@@ -1,22 +1,27 @@
-"""What the relay makes of bytes: whole events, and whole answers out of a stream's events."""
+"""An answer's way through the relay: wait, open, pump; and what becomes of its bytes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, SupportsIndex
-from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxproxy import sse
+from mlxproxy.backend.protocol import Fields
 from mlxproxy.engines.mlx_lm.completion import Completion
-from mlxproxy.errors import BackendFailed
-from mlxproxy.relay import relay
+from mlxproxy.engines.mlx_lm.wire import MlxLmWire
+from mlxproxy.errors import BackendFailed, InvalidRequest, ModelSwapped, ProxyError
+from mlxproxy.relay.pump import HEARTBEAT
+from mlxproxy.relay.relay import OPENING, Relay, Stream
+from mlxproxy.relay.statistics import AnswerStats
 from mlxproxy.sse import BLANK, DONE, EVENT_LIMIT
+from tests.support.fake_connection import SILENCE, FakeConnection, Scene, after
 
 HEAD = {"id": "x", "system_fingerprint": "f", "model": "m", "created": 1}
 
@@ -26,7 +31,7 @@ def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {**HEAD, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-def usage(**counts: int) -> dict[str, Any]:
+def usage(**counts: Any) -> dict[str, Any]:
     return {**HEAD, "object": "chat.completion", "choices": [], "usage": counts}
 
 
@@ -44,32 +49,435 @@ def event_of(value: Any) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
+# -- the three steps
+
+
+def begun(scene: Scene) -> tuple[Iterator[bytes], Stream, AnswerStats]:
+    """A stream whose status is decided."""
+    stats = AnswerStats()
+    stream = scene.relay.stream(scene.lease, scene.request, stats)
+    return iter(stream), stream, stats
+
+
+def events_of(scene: Scene) -> tuple[list[bytes], AnswerStats]:
+    """All that a client gets of a stream, to its end."""
+    body, stream, stats = begun(scene)
+    items = list(body)
+    stream.close()
+    assert scene.controller.released == 1
+    return items, stats
+
+
+def whole_of(scene: Scene) -> tuple[Any, AnswerStats]:
+    stats = AnswerStats()
+    try:
+        return json.loads(scene.relay.whole(scene.lease, scene.request, stats)), stats
+    finally:
+        assert scene.controller.released == 1
+
+
+def error_in(event: bytes) -> str:
+    """The code of the error that an event carries."""
+    return str(json.loads(event.removeprefix(b"data: "))["error"]["code"])
+
+
+def refuses(scene: Scene, answer: Callable[[Scene], object] | None = None) -> tuple[str, str]:
+    """The code of the error that an answer is, and its outcome; its place is given back."""
+    stats = AnswerStats()
+    answers = scene.relay.stream if answer is None else scene.relay.whole
+    with pytest.raises(ProxyError) as raised:
+        answers(scene.lease, scene.request, stats)
+    assert scene.controller.released == 1
+    assert stats.ended is not None
+    return raised.value.code, stats.outcome
+
+
+ANSWERS = [pytest.param(None, id="stream"), pytest.param(whole_of, id="whole")]
+HELLO = [chunk({"content": "Hello"}), chunk({}, "stop")]
+
+
+def sent(*values: Any) -> list[bytes]:
+    """The pieces of a stream that the backend sends: an event each."""
+    return [*map(event_of, values), DONE]
+
+
+COUNTED = usage(prompt_tokens=7, completion_tokens=1)
+
+
+def test_a_place_that_is_free_costs_no_comment() -> None:
+    items, stats = events_of(Scene(FakeConnection(sent(*HELLO, COUNTED))).grant())
+    assert items == [OPENING, *map(event_of, HELLO), DONE]
+    assert stats.outcome == "done"
+    assert stats.model == "org/name"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody wait longer than a moment for a place."""
+    monkeypatch.setattr("mlxproxy.relay.relay.SILENT_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("mlxproxy.relay.relay.INTERVAL_SECONDS", 0.001)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_stream_tells_what_it_waits_for_until_it_has_its_place() -> None:
+    scene = Scene(FakeConnection(sent(*HELLO)))
+    body, _, stats = begun(scene)
+    assert [next(body), next(body)] == [b": loading it\n\n"] * 2
+    assert not scene.opened
+    scene.grant()
+    assert list(body) == [OPENING, *map(event_of, HELLO), DONE]
+    assert stats.granted is not None
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_client_that_leaves_the_queue_leaves_no_trace() -> None:
+    scene = Scene(FakeConnection())
+    _, stream, stats = begun(scene)
+    stream.close()  # nobody has begun to read it
+    stream.close()
+    assert (scene.controller.released, scene.opened, stats.outcome) == (1, 0, "client_gone")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_place_that_is_refused_late_is_the_streams_last_event() -> None:
+    scene = Scene(FakeConnection())
+    body, _, stats = begun(scene)
+    assert next(body).startswith(b": ")
+    scene.end(ModelSwapped("swapped"))
+    assert [error_in(item) for item in body] == ["model_swapped"]
+    assert (scene.controller.released, stats.outcome) == (1, "model_swapped")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_place_that_is_refused_at_once_is_the_status(answer: Any) -> None:
+    scene = Scene(FakeConnection())
+    scene.end(ModelSwapped("swapped"))
+    assert refuses(scene, answer) == ("model_swapped", "model_swapped")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_the_model_refuses_costs_the_backend_nothing(answer: Any) -> None:
+    scene = Scene(FakeConnection(), refused=InvalidRequest("no")).grant()
+    assert refuses(scene, answer) == ("invalid_request", "invalid_request")
+    assert not scene.opened
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_backend_that_does_not_accept_is_the_status(answer: Any) -> None:
+    scene = Scene(BackendFailed("does not accept")).grant()
+    assert refuses(scene, answer) == ("backend_failed", "backend_failed")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_lease_that_ends_while_the_connection_is_opened_closes_it(answer: Any) -> None:
+    connection = FakeConnection()
+    scene = Scene(connection).grant()
+
+    def connect(*_: object) -> Any:
+        scene.end(ModelSwapped("swapped"))
+        return connection
+
+    scene.relay = Relay(1, connect)
+    assert refuses(scene, answer) == ("model_swapped", "model_swapped")
+    assert connection.calls == ["close"]
+    assert not connection.sent
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize(
+    ("status", "text", "code"),
+    [
+        (404, "the prompt has no tokens", "invalid_request"),
+        (400, "max_tokens must be an int", "invalid_request"),
+        (404, "/secret/path", "internal_error"),
+        (404, "generation thread died", "backend_failed"),
+        (500, "?", "backend_failed"),
+        (200 + 1, None, "backend_failed"),
+    ],
+)
+def test_the_backends_refusal_is_the_status(
+    answer: Any, status: int, text: str | None, code: str
+) -> None:
+    body = b"what?" if text is None else json.dumps({"error": text}).encode()
+    assert refuses(Scene(FakeConnection([body], status)).grant(), answer) == (code, code)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_backend_that_dies_before_its_head_is_the_status(answer: Any) -> None:
+    scene = Scene(FakeConnection(head=[BackendFailed("closed the connection")])).grant()
+    assert refuses(scene, answer) == ("backend_failed", "backend_failed")
+
+
+def test_silence_before_the_head_is_told_in_comments() -> None:
+    connection = FakeConnection(sent(*HELLO), head=[SILENCE, SILENCE])
+    items, _ = events_of(Scene(connection).grant())
+    assert items[:3] == [HEARTBEAT, HEARTBEAT, OPENING]
+
+
+@pytest.mark.parametrize("head", [[SILENCE, BackendFailed("closed")], [SILENCE]])
+def test_after_a_comment_an_error_is_the_last_event(head: list[Any]) -> None:
+    """The status has been sent by then, whether the head never comes or is a refusal."""
+    connection = FakeConnection([b"?"], status=500, head=head)
+    items, stats = events_of(Scene(connection).grant())
+    assert items[0] == HEARTBEAT
+    assert [error_in(item) for item in items[1:]] == ["backend_failed"]
+    assert stats.outcome == "backend_failed"
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_client_that_leaves_before_the_head_is_known_as_gone(answer: Any) -> None:
+    connection = FakeConnection()
+    scene = Scene(connection).grant()
+    connection.head = iter([after(scene.leave, BackendFailed("closed"))])
+    assert refuses(scene, answer)[1] == "client_gone"
+    assert connection.calls == ["abort", "abort", "wait_released", "close"]
+
+
+def test_silence_within_an_answer_is_told_in_comments() -> None:
+    first, last = map(event_of, HELLO)
+    items, _ = events_of(Scene(FakeConnection([SILENCE, first, SILENCE, last, DONE])).grant())
+    assert items == [OPENING, HEARTBEAT, first, HEARTBEAT, last, DONE]
+
+
+@pytest.mark.parametrize("head", [[], [SILENCE]])
+def test_a_stall_ends_an_answer(head: list[Any]) -> None:
+    """Before the status is sent, and after."""
+    connection = FakeConnection([event_of(HELLO[0]), SILENCE], head=head)
+    scene = Scene(connection, stall_timeout=-1.0).grant()
+    if head:
+        assert refuses(scene) == ("backend_timeout", "backend_timeout")
+    else:
+        items, stats = events_of(scene)
+        assert error_in(items[-1]) == stats.outcome == "backend_timeout"
+    assert scene.backend.hung
+
+
+def test_a_stall_ends_a_whole_answer() -> None:
+    scene = Scene(FakeConnection([SILENCE]), stall_timeout=-1.0).grant()
+    assert refuses(scene, whole_of) == ("backend_timeout", "backend_timeout")
+
+
+def test_half_an_event_is_not_passed_on_before_the_error() -> None:
+    first, last = map(event_of, HELLO)
+    items, stats = events_of(Scene(FakeConnection([first, last[:-1]])).grant())
+    assert items[:2] == [OPENING, first]
+    assert [error_in(item) for item in items[2:]] == ["backend_failed"]
+    assert stats.tokens_out == 1  # an answer that is cut off has no last chunk without a token
+
+
+def test_done_counts_even_when_cut_by_a_read() -> None:
+    pieces = [*map(event_of, HELLO), DONE[:8], DONE[8:-1], DONE[-1:], b"never read"]
+    items, stats = events_of(Scene(FakeConnection(pieces)).grant())
+    assert b"".join(items) == b"".join([OPENING, *map(event_of, HELLO), DONE])
+    assert stats.outcome == "done"
+
+
+def test_a_client_that_leaves_in_mid_answer_ends_it_in_the_backend() -> None:
+    connection = FakeConnection(sent(*[HELLO[0]] * 9))
+    scene = Scene(connection).grant()
+    body, stream, stats = begun(scene)
+    for _ in range(4):
+        next(body)
+    stream.close()
+    assert connection.calls == ["abort", "wait_released", "close"]
+    assert scene.controller.released == 1
+    assert (stats.outcome, stats.tokens_out) == ("client_gone", 2)  # the third was not taken
+    assert list(body) == []
+
+
+def test_a_client_that_leaves_while_a_whole_answer_is_made_ends_it() -> None:
+    connection = FakeConnection()
+    scene = Scene(connection).grant()
+    connection.pieces = iter([event_of(HELLO[0]), after(scene.leave)])
+    assert refuses(scene, whole_of)[1] == "client_gone"
+    assert connection.calls[-1] == "close"
+
+
+@pytest.mark.parametrize("answer", [events_of, whole_of])
+@pytest.mark.parametrize("before_the_head", [True, False])
+def test_an_error_of_our_own_gives_the_place_back(
+    answer: Callable[[Scene], object], before_the_head: bool
+) -> None:
+    fault = [RuntimeError()]
+    connection = FakeConnection(head=fault) if before_the_head else FakeConnection(fault)
+    scene = Scene(connection).grant()
+    with pytest.raises(RuntimeError):
+        answer(scene)
+    assert scene.controller.released == 1
+    assert connection.calls[-1] == "close"
+
+
+def test_a_finished_answer_aborts_nothing() -> None:
+    connection = FakeConnection(sent(*HELLO, COUNTED))
+    events_of(Scene(connection).grant())
+    assert connection.calls == ["close"]
+
+
+# -- what is asked for, and what is told of it
+
+
+def asked(scene: Scene) -> Any:
+    assert isinstance(scene.connection, FakeConnection)
+    ((path, body),) = scene.connection.sent
+    assert path == "/v1/x"
+    return json.loads(body)
+
+
+@pytest.mark.parametrize("wants", [None, False, True])
+def test_every_stream_is_counted_and_only_those_who_ask_are_told(wants: bool | None) -> None:
+    fields = {} if wants is None else {"stream_options": {"include_usage": wants}}
+    counted = usage(
+        prompt_tokens=30_733, completion_tokens=12, prompt_tokens_details={"cached_tokens": 30_000}
+    )
+    scene = Scene(FakeConnection(sent(*HELLO, counted)), **fields).grant()
+    items, stats = events_of(scene)
+    assert asked(scene)["stream_options"] == {"include_usage": True}
+    assert (event_of(counted) in items) == (wants is True)
+    assert items[-1] == DONE
+    assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (30_733, 30_000, 12)
+
+
+@given(st.data())
+def test_the_count_is_taken_out_however_the_stream_is_cut(data: st.DataObject) -> None:
+    stream = b"".join(sent(*HELLO, COUNTED))
+    pieces = cut(stream, data.draw(places))
+    items, stats = events_of(Scene(FakeConnection(pieces)).grant())
+    assert b"".join(items[1:]) == b"".join(sent(*HELLO))
+    assert stats.tokens_in == 7
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        b'data: {"usage" no JSON\n\n',
+        event_of({"choices": [], "usage": None}),
+        event_of({**HELLO[0], "usage": {"completion_tokens": 1}}),
+        event_of({**HELLO[0], "choices": [{"delta": {"usage": {}}}]}),
+        b': "usage"\n\n',
+        event_of(chunk({"content": '"usage": {}'})),
+    ],
+)
+def test_nothing_but_the_count_is_taken_out(kept: bytes) -> None:
+    items, stats = events_of(Scene(FakeConnection([kept, DONE])).grant())
+    assert items == [OPENING, kept, DONE]
+    assert stats.outcome == "done"
+
+
+def test_the_models_path_is_in_no_event_and_its_words_are_left_alone() -> None:
+    path = "/models/org/name"
+    said = chunk({"content": f'"model": "{path}" {path}'})
+    events = [{**event, "model": path} for event in (said, said, chunk({}, "stop"))]
+    counted = {**COUNTED, "model": path}
+    shown = [{**event, "model": "org/name"} for event in (*events, counted)]
+    stream = b"".join(sent(*events, counted))
+    ask = {"stream_options": {"include_usage": True}}
+    for pieces in (sent(*events, counted), [stream], [stream[:333], stream[333:]]):
+        items, _ = events_of(Scene(FakeConnection(pieces), **ask).grant())
+        assert b"".join(items[1:]) == b"".join(sent(*shown))
+    answer, _ = whole_of(Scene(FakeConnection([stream])).grant())
+    assert answer["model"] == "org/name"
+    assert answer["choices"][0]["message"]["content"] == f'"model": "{path}" {path}' * 2
+
+
+def test_an_answer_can_be_given_another_name() -> None:
+    events = [{**event, "model": "/models/org/name"} for event in HELLO]
+    scene = Scene(FakeConnection(sent(*events))).grant()
+    scene.request = dataclasses.replace(scene.request, name='a "profile"')
+    items, _ = events_of(scene)
+    assert json.loads(items[1][6:])["model"] == 'a "profile"'
+
+
+def test_log_probabilities_come_with_the_backends_own_whole_answer() -> None:
+    own = json.dumps(
+        {
+            "model": "/models/org/name",
+            "choices": [{"logprobs": {}}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        }
+    ).encode()
+    for fields in ({"logprobs": True}, {"top_logprobs": 2}):
+        scene = Scene(FakeConnection([own[:50], own[50:]]), **fields).grant()
+        answer, stats = whole_of(scene)
+        assert answer == {**json.loads(own), "model": "org/name"}
+        assert asked(scene)["stream"] is False
+        assert "stream_options" not in asked(scene)
+        assert (stats.tokens_in, stats.tokens_out) == (3, 2)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"choices": []}', b"{"])
+def test_what_is_no_whole_answer_is_the_backends_failure(body: bytes) -> None:
+    scene = Scene(FakeConnection([body]), logprobs=True).grant()
+    assert refuses(scene, whole_of)[0] == "backend_failed"
+
+
+def test_a_whole_answer_shorter_than_announced_is_the_backends_failure() -> None:
+    connection = FakeConnection([b'{"choices": [{"a": 1}], "usage": {"prompt_tokens": 1}}'])
+    connection.whole = False
+    assert refuses(Scene(connection, logprobs=True).grant(), whole_of)[0] == "backend_failed"
+
+
+def test_the_prompts_length_is_known_before_the_end_where_keepalives_tell_it() -> None:
+    pieces = [b": keepalive 30/34\n\n", event_of(HELLO[0])]
+    for tells, tokens in ((True, 34), (False, None)):
+        scene = Scene(FakeConnection(pieces)).grant()
+        scene.backend.wire = MlxLmWire(counts_cached=tells)
+        items, stats = events_of(scene)  # which is cut off
+        assert items[1] == pieces[0]
+        assert (stats.tokens_in, stats.outcome) == (tokens, "backend_failed")
+
+
+class OtherWire(MlxLmWire):
+    """An engine that writes JSON without spaces, in another order, and gives whole answers."""
+
+    chunk_end: Any = b"}}\n\n"
+
+    def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
+        return json.dumps({**fields, "path": model, "live": streamed}).encode()
+
+    def streams_all(self, fields: Fields) -> bool:
+        return False
+
+    def model_field(self, name: str) -> bytes:
+        return b'"model":' + json.dumps(name).encode()
+
+
+def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
+    def compact(model: str) -> list[bytes]:
+        values = (
+            {"choices": [{"delta": {"content": "a"}}], "model": model, "x": {}},
+            {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1}, "model": model},
+        )
+        lines = (json.dumps(value, separators=(",", ":")).encode() for value in values)
+        return [b"data: " + line + b"\n\n" for line in lines]
+
+    scene = Scene(FakeConnection([*compact("/models/org/name"), DONE])).grant()
+    scene.backend.wire = OtherWire(False)
+    items, stats = events_of(scene)
+    assert items == [OPENING, compact("org/name")[0], DONE]
+    assert (stats.tokens_in, stats.tokens_out) == (5, 1)
+    assert asked(scene) == {"path": "/models/org/name", "live": True}
+
+    own = b'{"choices":[{"text":"a"}],"usage":{"prompt_tokens":5},"model":"/models/org/name"}'
+    scene = Scene(FakeConnection([own])).grant()
+    scene.backend.wire = OtherWire(False)
+    answer, _ = whole_of(scene)
+    assert answer["model"] == "org/name"
+    assert asked(scene)["live"] is False
+
+
 # -- whole events
-
-
-def lease_on(pieces: Iterable[bytes]) -> Any:
-    """A lease of a backend from whose connection these pieces come; then it closes."""
-    received = iter(pieces)
-    lease = MagicMock()
-    lease.connect.return_value.status = 200
-    lease.connect.return_value.read = lambda: next(received, b"")
-    lease.fault.side_effect = lambda error: error
-    lease.disconnect.gone = False
-    return lease
 
 
 def streamed(pieces: Iterable[bytes]) -> tuple[bytes, str]:
     """What a client gets of a stream that comes in these pieces, and how it ended."""
-    stats = relay.AnswerStats()
-    items = list(relay.stream(lease_on(pieces), "/", lambda lease: b"", stats))
-    assert items[:2] == [b"", relay.OPENING]
-    return b"".join(items[2:]), stats.outcome
+    ask = {"stream_options": {"include_usage": True}}
+    items, stats = events_of(Scene(FakeConnection(pieces), **ask).grant())
+    assert items[0] == OPENING
+    return b"".join(items[1:]), stats.outcome
 
 
 def whole(pieces: Iterable[bytes]) -> Any:
-    return json.loads(
-        relay.whole(lease_on(pieces), "/", lambda lease: b"", relay.AnswerStats(), False)
-    )
+    return whole_of(Scene(FakeConnection(pieces)).grant())[0]
 
 
 def cut(data: bytes, places: Iterable[int]) -> list[bytes]:

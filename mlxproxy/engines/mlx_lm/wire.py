@@ -1,0 +1,107 @@
+"""How `mlx_lm.server` spells OpenAI's requests, events, answers and errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mlxproxy.backend.connection import parsed
+from mlxproxy.backend.protocol import Fields
+from mlxproxy.engines.mlx_lm.completion import Completion, usage_of
+from mlxproxy.errors import BackendFailed, InternalError, InvalidRequest, ProxyError
+
+log = logging.getLogger("mlxproxy.relay")
+
+_PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d{1,18})\n")
+
+# What the backend says may hold paths of this machine, or a client's own words, in whatever form:
+# only sentences of a known kind are passed on.
+_TEMPLATE = re.compile(
+    r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
+)
+_EMPTY = "the prompt has no tokens"
+_PROMPT = re.compile(
+    rf"{_EMPTY}|the prompt has (?:more than )?\d+ tokens, and the model's context is \d+"
+)
+_ADVICE = {True: "Send some text.", False: "Send less."}
+_VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
+_AGAIN = "Try again; if the same request fails again, see the backend's log."
+_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own does not
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
+
+
+class MlxLmWire:
+    """The wire of mlx-lm 0.31 and 0.32.
+
+    Args:
+        counts_cached: whether the keepalives of a stream count the cached tokens of the prompt, as
+            they do with the feature `progress` of `inside/`; the plain server leaves them out.
+    """
+
+    # `choices` comes last; only the event with the usage goes on after it.
+    chunk_end: Final = b"]}\n\n"
+
+    def __init__(self, counts_cached: bool) -> None:
+        self._counts_cached = counts_cached
+
+    def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
+        """Return the body of a request."""
+        body = {**fields, "model": model, "stream": streamed}
+        if streamed:
+            body["stream_options"] = {"include_usage": True}
+        return json.dumps(body).encode()
+
+    def streams_all(self, fields: Fields) -> bool:
+        """Return whether a stream carries the whole answer: all but log probabilities."""
+        return not (fields.get("logprobs") or fields.get("top_logprobs", 0) > 0)
+
+    def model_field(self, name: str) -> bytes:
+        """Return `"model": "…"` as Python's `json` writes it: a text has its quotes escaped."""
+        return b'"model": ' + json.dumps(name).encode()
+
+    def completion(self) -> Completion:
+        """Return a whole answer that is still to be put together."""
+        return Completion()
+
+    def usage_of(self, answer: bytes) -> Mapping[str, Any]:
+        """Return the count of tokens in a whole answer."""
+        return usage_of(answer)
+
+    def prompt_tokens(self, data: bytes) -> int | None:
+        """Return the length of the prompt from a keepalive."""
+        match = _PROMPT_TOKENS.match(data) if self._counts_cached else None
+        return int(match[1]) if match else None
+
+    def error(self, status: int, body: bytes) -> ProxyError:
+        """Return its error in the contract's shape.
+
+        It answers 404 for whatever goes wrong in a generation, with a text that may hold paths.
+        """
+        try:
+            text = parsed(body)["error"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            return BackendFailed(f"The backend failed without giving a reason. {_AGAIN}")
+        if "generation thread died" in text:
+            return BackendFailed("The backend can no longer generate text. Try again.")
+        log.debug("the backend answered %d: %s", status, text)  # may quote a prompt
+        if status == 400:
+            return InvalidRequest(_told("The backend rejected this request", text, _VALIDATION))
+        if status == 404 and _PROMPT.fullmatch(text):
+            advice = _ADVICE[text.startswith(_EMPTY)]
+            return InvalidRequest(f"{text[0].upper()}{text[1:]}. {advice}")
+        if status == 404 and _TEMPLATE.search(text):
+            what = "The model's chat template rejected these messages"
+            return InvalidRequest(_told(what, text, _PLAIN))
+        if status == 404:
+            return InternalError(f"The backend could not answer this request. {_WHY}")
+        return BackendFailed(f"The backend failed to answer this request. {_WHY}")
+
+
+def _told(what: str, text: str, known: re.Pattern[str]) -> str:
+    """Return a sentence with the backend's own words, if they are of the known kind."""
+    return f"{what}: {text.rstrip('.')}." if known.fullmatch(text) else f"{what}."

@@ -1,0 +1,136 @@
+"""From a place to an answer: the request is checked and sent, and the answer's head comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from mlxproxy.backend.connection import BackendConnection, ReadTimeout
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.controller import Lease
+from mlxproxy.errors import BackendFailed, ProxyError
+from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
+
+ERROR_BYTES: Final = 1 << 16  # of the backend's own error
+
+Connect = Callable[[int, float, bool], BackendConnection]
+
+
+class Body(Protocol):
+    """The body of a client's request."""
+
+    def for_spec(self, spec: ModelSpec) -> Mapping[str, Any]:
+        """Return its fields, checked for this model.
+
+        Raises:
+            InvalidRequest: the model cannot take them.
+        """
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for.
+
+    Attributes:
+        path: the backend's path.
+        name: what the answer calls its model; None: its id.
+    """
+
+    path: str
+    body: Body
+    name: str | None = None
+
+
+class Exchange:
+    """A request to the backend, and its answer.
+
+    All that can be refused is refused before there is a connection.
+
+    Args:
+        lease: the request's place, which has been granted.
+        streamed: the client reads a stream. A whole answer is asked for as a stream, too, if a
+            stream carries all of it: so a client that leaves ends it, and a hang can be told.
+        connect: opens a connection to a port, with an interval in seconds, and with whether the
+            backend lets go of a request that has been aborted (see `BackendConnection`).
+
+    Attributes:
+        streamed: whether the answer comes as a stream.
+        wants_usage: whether the client asks for the count of tokens at the end of its stream.
+
+    Raises:
+        ProxyError: the request is refused, the lease has been ended, or nothing accepts.
+    """
+
+    def __init__(
+        self, lease: Lease, request: Request, streamed: bool, stall_timeout: float, connect: Connect
+    ) -> None:
+        backend = lease.backend
+        assert backend is not None
+        spec = backend.spec
+        fields = request.body.for_spec(spec)
+        self.backend = backend
+        self.wire = backend.wire
+        self.streamed = streamed or self.wire.streams_all(fields)
+        self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
+        payload = self.wire.encode(fields, spec.path, self.streamed)
+        self.model_field = self.wire.model_field(spec.path)
+        self.shown_field = self.wire.model_field(request.name or spec.model_id)
+        self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
+        self._lease = lease
+        try:
+            self.connection = connect(
+                backend.port, self.patience.interval, backend.has("departures")
+            )
+        except BackendFailed as error:
+            raise lease.fault(error) from None
+        lease.attach(self.connection)
+        self.connection.send(request.path, payload)
+
+    def await_head(self) -> bool:
+        """Wait for the answer's head for one interval; return whether it has come.
+
+        Raises:
+            ProxyError: the backend refuses the request, hangs, or has ended the connection.
+        """
+        try:
+            self.connection.read_head()
+        except ReadTimeout:
+            self.patience.check()
+            return False
+        except BackendFailed as error:
+            raise self._lease.fault(error) from None
+        if self.connection.status != 200:
+            raise self._refusal()
+        return True
+
+    def cut_off(self) -> ProxyError:
+        """Return why the answer ended before it was whole."""
+        return self._lease.fault(
+            BackendFailed(
+                "The backend closed the connection before the answer was complete. Try again; if "
+                "the same request fails again, see the backend's log."
+            )
+        )
+
+    def usage_of(self, answer: bytes) -> Mapping[str, Any]:
+        """Return the count of tokens in a whole answer of the backend's own.
+
+        Raises:
+            ProxyError: it is no answer.
+        """
+        try:
+            return self.wire.usage_of(answer)
+        except BackendFailed as error:
+            raise self._lease.fault(error) from None
+
+    def shown(self, data: bytes) -> bytes:
+        """Return events, or a whole answer, with the model's name in the place of its path."""
+        return data.replace(self.model_field, self.shown_field)
+
+    def _refusal(self) -> ProxyError:
+        body = self.connection.read_rest(ERROR_BYTES, INTERVAL_SECONDS)
+        if self._lease.error is not None:
+            return self._lease.error
+        error = self.wire.error(self.connection.status, body)
+        return self._lease.fault(error) if isinstance(error, BackendFailed) else error

@@ -1,0 +1,140 @@
+"""The body of an answer, from the backend's socket to whoever reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mlxproxy import sse
+from mlxproxy.backend.connection import ReadTimeout, parsed
+from mlxproxy.relay.open import Exchange
+from mlxproxy.relay.statistics import AnswerStats
+
+HEARTBEAT = sse.comment("waiting for the backend")
+_USAGE = b'"usage"'  # a key: in a text, its quotes are escaped
+
+
+def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
+    """Yield a stream's whole events as they come, up to its `data: [DONE]`; nothing is collected.
+
+    Raises:
+        ProxyError: the answer ends before that.
+    """
+    backend, patience = exchange.backend, exchange.patience
+    read, monotonic = exchange.connection.read, time.monotonic
+    model_field, shown_field = exchange.model_field, exchange.shown_field
+    chunk_end = exchange.wire.chunk_end
+    whole_events = sse.Events()
+    take, pending = whole_events.take, whole_events.pending
+    usage: Any = None
+    events = 0
+    while not whole_events.done:
+        try:
+            data = read()
+        except ReadTimeout:
+            patience.check()
+            yield HEARTBEAT
+            continue
+        if not data:
+            raise exchange.cut_off()
+        # As nearly always: all there is is one event of one line, a part of the text.
+        if not pending and data.find(b"\n") + 2 == len(data) and data.endswith(chunk_end):
+            data = data.replace(model_field, shown_field, 1)
+            count = 1
+        else:
+            # With half an event before it, no client could read the error that follows.
+            data = take(data)
+            if _USAGE in data:
+                data, usage = _without_usage(data, usage, exchange.wants_usage)
+            data = exchange.shown(data)
+            count = data.count(b"data: {")
+        if not events:
+            _note_opening(data, exchange, stats)
+        if data:
+            yield data  # before the rest of what is to be noted
+        patience.last_byte_at = backend.last_byte_at = monotonic()
+        stats.tokens_out = events = events + count
+    stats.tokens_out = max(0, events - 1)  # the last chunk carries the finish reason alone
+    stats.usage(usage)
+
+
+def collect(exchange: Exchange, stats: AnswerStats) -> bytes:
+    """Return a whole answer: what the events amount to, or the backend's own.
+
+    Raises:
+        ProxyError: the answer ends before it is whole, or is none.
+    """
+    answer = (_put_together if exchange.streamed else _passed_on)(exchange, stats)
+    return exchange.shown(answer)
+
+
+def _put_together(exchange: Exchange, stats: AnswerStats) -> bytes:
+    completion, events = exchange.wire.completion(), sse.Events()
+    for data in _pieces(exchange, stats):
+        completion.add(events.take(data))
+        if events.done:
+            stats.usage(completion.usage)
+            return completion.answer()
+    raise exchange.cut_off()
+
+
+def _passed_on(exchange: Exchange, stats: AnswerStats) -> bytes:
+    body = b"".join(_pieces(exchange, stats))
+    if not body or not exchange.connection.whole:
+        raise exchange.cut_off()
+    stats.usage(exchange.usage_of(body))
+    return body
+
+
+def _pieces(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
+    """Yield the body as it comes."""
+    while True:
+        try:
+            data = exchange.connection.read()
+        except ReadTimeout:
+            exchange.patience.check()
+            continue
+        if not data:
+            return
+        exchange.patience.last_byte_at = exchange.backend.last_byte_at = time.monotonic()
+        if stats.first_byte is None:
+            _note_opening(data, exchange, stats)
+        yield data
+
+
+def _note_opening(data: bytes, exchange: Exchange, stats: AnswerStats) -> None:
+    """Note the prompt's length, and when the first token came."""
+    if (tokens := exchange.wire.prompt_tokens(data)) is not None:
+        stats.tokens_in = tokens
+    if stats.first_byte is None and b"data: " in data:
+        stats.first_byte = time.monotonic()
+
+
+def _without_usage(events: bytes, usage: Any, kept: bool) -> tuple[bytes, Any]:
+    """Return these events, and the count of tokens: the one in them, if there is one.
+
+    Every stream is asked for it, so the event that carries nothing else goes to those clients only
+    who have asked for it themselves.
+    """
+    passed = []
+    for event in events.split(sse.BLANK)[:-1]:
+        found = _usage_of(event)
+        if found is not None:
+            usage, is_alone = found
+            if is_alone and not kept:
+                continue
+        passed.append(event + sse.BLANK)
+    return b"".join(passed), usage
+
+
+def _usage_of(event: bytes) -> tuple[dict[str, Any], bool] | None:
+    """Return the count of tokens in an event, and whether there is no text beside it."""
+    if _USAGE not in event:
+        return None
+    try:
+        value = parsed(event.partition(b"data: ")[2])
+    except ValueError:
+        return None
+    usage = value.get("usage") if isinstance(value, dict) else None
+    return (usage, not value.get("choices")) if isinstance(usage, dict) else None

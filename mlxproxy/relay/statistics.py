@@ -1,0 +1,70 @@
+"""What is known of one answer, for the log and the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class AnswerStats:
+    """One answer's times (monotonic seconds) and counts, as far as they are known.
+
+    Attributes:
+        tokens_in: the length of the prompt, cached tokens included.
+        cached_tokens: how many of these were in the backend's prompt cache.
+        tokens_out: while a stream goes on, the events that have come.
+        outcome: ``pending``; then ``done``, ``client_gone``, or an error's code.
+    """
+
+    started: float = field(default_factory=time.monotonic)
+    granted: float | None = None
+    first_byte: float | None = None
+    ended: float | None = None
+    model: str | None = None
+    tokens_in: int | None = None
+    cached_tokens: int | None = None
+    tokens_out: int = 0
+    outcome: str = "pending"
+
+    def end(self, outcome: str) -> None:
+        """Note that the answer has ended, and how."""
+        self.ended = time.monotonic()
+        self.outcome = outcome
+
+    def figures(self) -> dict[str, Any]:
+        """Return counts, and times in seconds, as far as they are known."""
+        first, ended = self.first_byte, self.ended or time.monotonic()
+        generating = ended - first if first is not None else 0.0
+        return {
+            "model": self.model,
+            "outcome": self.outcome,
+            "tokens_in": self.tokens_in,
+            "cached_tokens": self.cached_tokens,
+            "tokens_out": self.tokens_out,
+            "waited": _rounded(self.granted, self.started),
+            "first_token": _rounded(first, self.started),
+            "tokens_per_second": round(self.tokens_out / generating, 1)
+            if generating > 0 and self.tokens_out
+            else None,
+        }
+
+    def usage(self, usage: object) -> None:
+        """Take the backend's own count, which is better than counting events."""
+        if not isinstance(usage, dict):
+            return
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and type(details.get("cached_tokens")) is int:
+            self.cached_tokens = _count(details["cached_tokens"])
+        self.tokens_in = _count(usage.get("prompt_tokens")) or self.tokens_in
+        self.tokens_out = _count(usage.get("completion_tokens")) or self.tokens_out
+
+
+def _rounded(moment: float | None, start: float) -> float | None:
+    return None if moment is None else round(moment - start, 3)
+
+
+def _count(value: object) -> int:
+    """Return the value if a metric, which is a float, can add it up; else 0."""
+    return value if type(value) is int and 0 < value < 1 << 53 else 0
