@@ -26,6 +26,10 @@
 # -- that names another known model swaps to it.
 # MODEL_SELECTION = "loaded"
 
+# -- Models in memory at a time, each on a port from MLX_BACKEND_PORT up; auto: as many as fit into
+# -- memory (up to 8).
+# MAX_LOADED = 1
+
 # -- Model to load at start; last: the most recently loaded one.
 # -- Default: none.
 # PRELOAD = "last"

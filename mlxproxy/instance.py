@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Instance:
-    """The instance folder of a proxy; several proxies with a backend port each may share one."""
+    """The instance folder of a proxy; several proxies may share one, with other backend ports."""
 
     folder: Path
 
@@ -36,8 +36,12 @@ class Instance:
         """The log of the `proxy`, the `backend` or the `service`."""
         return self.folder / "logs" / f"{source}.log"
 
+    def backend_log(self, port: int, first_port: int) -> Path:
+        """The log of the backend on this port; the first slot's has no number."""
+        return self.log("backend" if port == first_port else f"backend-{port}")
+
     def lock(self, port: int) -> Path:
-        """What the proxy with this backend port holds locked."""
+        """What the proxy that has this backend port holds locked."""
         return self.folder / f"backend-{port}.lock"
 
     def backend(self, port: int) -> Path:
@@ -45,5 +49,5 @@ class Instance:
         return self.folder / f"backend-{port}.json"
 
     def proxy(self, port: int) -> Path:
-        """The record of the proxy with this backend port."""
+        """The record of the proxy that has this backend port."""
         return self.folder / f"proxy-{port}.json"

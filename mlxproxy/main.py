@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mlxproxy.backend.ownership import AlreadyRunning
+from mlxproxy.backend.lock import AlreadyRunning
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import is_loopback
 from mlxproxy.blueprints.services import Services

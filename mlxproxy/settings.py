@@ -21,6 +21,7 @@ from mlxproxy.files import MB, Missing, Unreadable, read_text
 from mlxproxy.instance import Instance
 
 T = TypeVar("T")
+MOST_LOADED = 8  # models; each has a port, and the choice of whom to evict looks at every group
 ENV_PREFIX = "MLXPROXY_"
 CLIENT_VARIABLES = {"MLXPROXY_URL"}  # read by the commands that talk to a server, not by the server
 
@@ -53,6 +54,12 @@ def _whole(low: int, high: int, allowed: str) -> Callable[[Any], int]:
         return number
 
     return parse
+
+
+def _whole_or_auto(low: int, high: int, allowed: str) -> Callable[[Any], int]:
+    """A whole number, or 0 for `auto`."""
+    whole = _whole(low, high, allowed)
+    return lambda value: 0 if str(value).strip().lower() == "auto" else whole(value)
 
 
 _LONGEST_DURATION = 50  # characters
@@ -224,6 +231,12 @@ class Settings:
         "loaded: the loaded model answers every request, whatever model it names; requested: a "
         "request that names another known model swaps to it",
     )
+    max_loaded: int = _setting(
+        1,
+        _whole_or_auto(1, MOST_LOADED, f"a whole number from 1 to {MOST_LOADED}, or auto"),
+        "Models in memory at a time, each on a port from MLX_BACKEND_PORT up; auto: as many as fit "
+        f"into memory (up to {MOST_LOADED})",
+    )
     preload: str | None = _setting(
         None,
         _optional_text,
@@ -307,6 +320,12 @@ class Settings:
     def instance(self) -> Instance:
         """The files of the instance folder."""
         return Instance(self.instance_path)
+
+    @property
+    def backend_ports(self) -> range:
+        """A port for each model that may be in memory."""
+        first = self.mlx_backend_port
+        return range(first, first + (self.max_loaded or MOST_LOADED))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -408,12 +427,25 @@ def load(
         for name, value in given.items():
             values[name.lower()] = _parse(name, value, source)
     settings = Settings(**values)
+    _check_ports(settings)
+    return settings
+
+
+def _check_ports(settings: Settings) -> None:
+    """Raise SettingError unless the proxy and its backends can have a port each."""
+    ports = settings.backend_ports
     if settings.proxy_port == settings.mlx_backend_port:
         raise SettingError(
             f"PROXY_PORT and MLX_BACKEND_PORT are both {settings.proxy_port}: the proxy and its "
             "backend need a port each. Set one of them to another port."
         )
-    return settings
+    told = f"the backends use ports {ports.start} to {ports[-1]} (MLX_BACKEND_PORT, MAX_LOADED)"
+    if settings.proxy_port in ports:
+        raise SettingError(
+            f"PROXY_PORT = {settings.proxy_port}, but {told}. Set it to another port."
+        )
+    if ports[-1] > 65535:
+        raise SettingError(f"{told[0].upper()}{told[1:]}, but the last port is 65535.")
 
 
 def _parse(name: str, value: Any, source: str) -> Any:

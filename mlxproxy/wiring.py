@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxproxy.backend import memory
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.process import Backend, BackendConfig
 from mlxproxy.backend.protocol import Address, Engine
 from mlxproxy.backend.spec import ModelSpec
@@ -33,28 +34,33 @@ BODIES = 8  # of the largest size may be in memory at once
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy: what its blueprints call, and what its end must close."""
+    """One proxy: what its blueprints call, and what its end must close.
+
+    Attributes:
+        log_files: of the backends, one for each slot.
+    """
 
     services: Services
-    ownership: Ownership
-    log_file: LogFile
+    lock: PortLock
+    log_files: tuple[LogFile, ...]
 
     def close(self) -> None:
-        """Let answers finish, stop the backend, give the port up."""
+        """Let answers finish, stop the backends, give the ports up."""
         self.services.bus.close()
         self.services.controller.shutdown()
-        self.log_file.close()
-        self.ownership.release()
+        for log_file in self.log_files:
+            log_file.close()
+        self.lock.release()
 
 
 def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
-    """All parts for these settings; takes the backend port.
+    """Return all parts for these settings; take the backend ports.
 
     Args:
         engines: the kinds of backends; none: those of :func:`engines_of`.
 
     Raises:
-        AlreadyRunning: another proxy has the port.
+        AlreadyRunning: another proxy has one of the ports.
         SettingError: the key file is not as it should be.
     """
     instance = settings.instance
@@ -64,26 +70,32 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         hosts=frozenset(name.lower() for name in settings.trusted_hosts),
         names=own_names(),
     )
-    ownership = Ownership(instance.folder, settings.mlx_backend_port, settings.stop_timeout)
-    ownership.acquire()
+    ports = settings.backend_ports
+    lock = PortLock(instance.folder, ports)
+    lock.acquire()
+    Orphans(instance.folder, ports, settings.stop_timeout).reclaim()
     bus, metrics = EventBus(), Metrics()
     history = History(instance.history)
-    log_file = LogFile(instance.log("backend"))
-    config = BackendConfig(
-        load_timeout=settings.load_timeout,
-        stop_timeout=settings.stop_timeout,
-        log_file=log_file,
-        mark=ownership.mark,
-        on_log=lambda text: bus.publish("backend_log", {"text": text}),
-    )
+    log_files = tuple(LogFile(instance.backend_log(port, ports.start)) for port in ports)
+    records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
+    configs = [
+        BackendConfig(
+            load_timeout=settings.load_timeout,
+            stop_timeout=settings.stop_timeout,
+            log_file=log_file,
+            mark=record.mark,
+            on_log=lambda text: bus.publish("backend_log", {"text": text}),
+        )
+        for log_file, record in zip(log_files, records, strict=True)
+    ]
 
     (engine,) = engines or engines_of(settings)
-    address = Address("127.0.0.1", settings.mlx_backend_port)
     roots = settings.models_root or (models_folder(),)
     catalog = catalog_of(settings, roots)
 
-    def launch(spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
-        return Backend(as_it_is_now(spec, catalog), engine, address, config, on_end)
+    def launch(slot: int, spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
+        address = Address("127.0.0.1", ports[slot])
+        return Backend(as_it_is_now(spec, catalog), engine, address, configs[slot], on_end)
 
     def emit(event: Event) -> None:
         metrics.event(event)
@@ -98,7 +110,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         max_queue=settings.max_queue,
         swap_on_request=settings.model_selection == "requested",
     )
-    controller = Controller(limits, launch, ownership, history, emit, memory.available)
+    controller = Controller(limits, launch, records, history, emit, memory.available)
     services = Services(
         settings=settings,
         roots=roots,
@@ -111,7 +123,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         metrics=metrics,
         bodies=Budget(BODIES * settings.max_body),
     )
-    return Proxy(services, ownership, log_file)
+    return Proxy(services, lock, log_files)
 
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:

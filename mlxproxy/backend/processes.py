@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ T = TypeVar("T")
 # In the environment of a backend and, by inheritance, of whatever it starts: the one thing that a
 # process keeps when it leaves its parent, its group and its session.
 MARK = "BACKEND_OF_MLXPROXY"
+_MARK = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:\+([0-9]{1,9}))?:(.+)", re.DOTALL)
 POLL = 0.02
 
 
@@ -55,32 +57,39 @@ class Mark:
 
     Attributes:
         proxy: the pid of the proxy that started it.
-        port: the backend's port.
+        first_port: the port of that proxy's first slot.
         instance: the proxy's instance folder.
+        slot: the number of the backend's slot.
     """
 
     proxy: int
-    port: int
+    first_port: int
     instance: str
+    slot: int = 0
+
+    @property
+    def port(self) -> int:
+        """Return the backend's port."""
+        return self.first_port + self.slot
 
     @classmethod
     def of(cls, process: psutil.Process) -> Mark | None:
         """Return the mark that the process carries, None if it shows none."""
         value = (ask(process.environ) or {}).get(MARK, "")
-        proxy, _, rest = value.partition(":")
-        port, _, instance = rest.partition(":")
-        if not (_is_number(proxy) and _is_number(port) and instance):
+        found = _MARK.fullmatch(value)
+        if found is None:
             return None
-        return cls(int(proxy), int(port), instance)
+        return cls(int(found[1]), int(found[2]), found[4], int(found[3] or 0))
 
     @classmethod
-    def own(cls, port: int, instance: Path) -> Mark:
-        """Return the mark of this process's backend."""
-        return cls(os.getpid(), port, os.path.realpath(instance))
+    def own(cls, first_port: int, instance: Path, slot: int = 0) -> Mark:
+        """Return the mark of this process's backend in that slot."""
+        return cls(os.getpid(), first_port, os.path.realpath(instance), slot)
 
     def environment(self) -> dict[str, str]:
         """Return the variable that a backend is to have."""
-        return {MARK: f"{self.proxy}:{self.port}:{self.instance}"}
+        place = f"{self.first_port}+{self.slot}" if self.slot else str(self.first_port)
+        return {MARK: f"{self.proxy}:{place}:{self.instance}"}
 
     def master(self, process: psutil.Process) -> psutil.Process | None:
         """Return the proxy that started a process with this mark, if it still lives.
@@ -155,7 +164,3 @@ def kill(find: Callable[[], Collection[psutil.Process]], seconds: float) -> list
             with contextlib.suppress(psutil.Error, OSError):
                 process.kill()
         wait(left, min(deadline, time.monotonic() + 0.5))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10

@@ -57,7 +57,7 @@ def _items(models: Iterable[Model]) -> list[str]:
     state = shapes.state(controller.describe())
     loaded = state["model_id"]
     loading = (state["transition"] or {}).get("model_id")
-    available = memory.available(controller.memory())
+    available = memory.available(sum(controller.memory().values()))
     items = []
     for model in models:
         path = str(model.path)

@@ -5,9 +5,9 @@
 
 =================== ================================================================================
 ``state``           the controller's state has changed: all of it, as in the snapshot
-``load``            a load's phase, seconds and (where known) bytes; every second while it lasts
-``loaded``          a load has ended well: ``id``, ``seconds``
-``death``           the backend has ended by itself: ``id``, ``reason``
+``load``            a load's slot, phase, seconds and (where known) bytes; each second of it
+``loaded``          a load has ended well: ``slot``, ``id``, ``seconds``
+``death``           a backend has ended by itself: ``slot``, ``id``, ``reason``
 ``request_started`` ``id``, ``client``, ``method``, ``path``
 ``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer of the
                     model ``model``, ``outcome``, ``tokens_in``, ``cached_tokens``, ``tokens_out``,
@@ -48,12 +48,15 @@ EVENTS = ("state", "load", "loaded", "death", "request_started", "request")
 
 @blueprint.get("/v1/logs")
 def logs() -> Response:
-    """The log of the proxy or the backend: its last lines, and with `follow=true` all to come."""
+    """The log of the proxy or a backend: its last lines, and with `follow=true` all to come.
+
+    With several backends, `port` says which; the first by default.
+    """
     parts = services()
     source = request.args.get("source", SOURCES[0])
     if source not in SOURCES:
         raise InvalidRequest("source must be proxy or backend.", param="source")
-    path = parts.settings.instance.log(source)
+    path = _backend_log(parts) if source == "backend" else parts.settings.instance.log(source)
     lines = _lines()
     if not _flag("follow", False):
         with LogTail(path, lines) as tail:
@@ -97,7 +100,7 @@ def snapshot(parts: Services) -> dict[str, Any]:
     return {
         **shapes.state(parts.controller.describe()),
         "tokens_per_second": parts.metrics.speed(),
-        "memory_bytes": parts.controller.memory(),
+        "memory_bytes": sum(parts.controller.memory().values()),
         "weights_bytes": spec.model.weights_bytes if spec is not None else None,
     }
 
@@ -179,6 +182,15 @@ def _flag(name: str, default: bool) -> bool:
     if value.lower() not in ("true", "false", "1", "0"):
         raise InvalidRequest(f"{name} must be true or false.", param=name)
     return value.lower() in ("true", "1")
+
+
+def _backend_log(parts: Services) -> Path:
+    ports = parts.settings.backend_ports
+    given = request.args.get("port", str(ports.start))
+    if given not in map(str, ports):
+        told = " or ".join(map(str, ports))
+        raise InvalidRequest(f"port must be that of a backend: {told}.", param="port")
+    return parts.settings.instance.backend_log(int(given), ports.start)
 
 
 def _lines() -> int:

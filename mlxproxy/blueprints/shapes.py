@@ -40,6 +40,7 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
 def progress(done: Progress) -> dict[str, Any]:
     """Return how far a load is."""
     return {
+        "slot": done.slot,
         **_names(done.spec),
         "phase": done.phase.value,
         "seconds": round(done.seconds, 1),
@@ -56,9 +57,10 @@ def event(what: Event) -> tuple[str, dict[str, Any]]:
     if isinstance(what, Progress):
         return "load", progress(what)
     if isinstance(what, Loaded):
-        return "loaded", {"id": what.spec.model_id, "seconds": round(what.seconds, 2)}
+        seconds = round(what.seconds, 2)
+        return "loaded", {"slot": what.slot, "id": what.spec.model_id, "seconds": seconds}
     assert isinstance(what, Exited)
-    return "death", {"id": what.spec.model_id, "reason": what.reason}
+    return "death", {"slot": what.slot, "id": what.spec.model_id, "reason": what.reason}
 
 
 def _names(spec: ModelSpec | None) -> dict[str, str | None]:

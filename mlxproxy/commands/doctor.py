@@ -15,7 +15,8 @@ import psutil
 
 from mlxproxy import settings
 from mlxproxy.backend import ports
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.orphan import Orphans
 from mlxproxy.backend.processes import ask
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
@@ -146,7 +147,7 @@ def _running(found: Settings) -> psutil.Process | None:
     """The proxy that runs with our instance folder and backend port."""
     if not found.instance_path.is_dir():
         return None
-    return Ownership(found.instance_path, found.mlx_backend_port).holder()
+    return PortLock(found.instance_path, found.backend_ports).holder()
 
 
 def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
@@ -166,7 +167,7 @@ def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
 
 def _orphan(found: Settings, proxy: psutil.Process | None) -> Finding:
     if proxy is None and found.instance_path.is_dir():
-        orphans = Ownership(found.instance_path, found.mlx_backend_port).orphans()
+        orphans = Orphans(found.instance_path, found.backend_ports).find()
         if orphans:
             pids = " ".join(str(orphan.pid) for orphan in orphans)
             sentence = f"the backend of a killed proxy is still running (pid {pids})"

@@ -13,10 +13,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.orphan import ChildRecord
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.history import History
 from mlxproxy.controller.lease import Claim, Lease
@@ -54,7 +54,7 @@ log = logging.getLogger("mlxproxy.controller")
 # What a shutdown may take beyond its drain and two stops: Python's own start of a process, a kill.
 SHUTDOWN_MARGIN_SECONDS = 30.0
 
-Launch = Callable[[ModelSpec, Callable[[str], None]], Process]
+Launch = Callable[[int, ModelSpec, Callable[[str], None]], Process]
 Subscriber = Callable[[Event], None]
 Available = Callable[[int], int]
 
@@ -64,8 +64,9 @@ class Controller:
 
     Args:
         limits: how long and how many.
-        launch: makes the (not yet started) backend for a load; told whom to call at its end.
-        ownership: records the child for the case that we are killed.
+        launch: makes the (not yet started) backend for a slot and a load; told whom to call at its
+            end.
+        records: one for each slot, of its child for the case that we are killed.
         history: remembers what was loaded and how long it took.
         emit: told of every change, for events and metrics; must not block.
         available: the bytes that all models together may use, given those that the present ones
@@ -76,21 +77,21 @@ class Controller:
         self,
         limits: Limits,
         launch: Launch,
-        ownership: Ownership,
+        records: Sequence[ChildRecord],
         history: History,
         emit: Subscriber = lambda event: None,
         available: Available | None = None,
     ) -> None:
         self.limits = limits
         self._launch = launch
-        self._ownership = ownership
+        self._records = records
         self._history = history
         self._emit = emit
         self._available = available
 
         self._lock = threading.Lock()
         self._sooner = threading.Condition(self._lock)  # a deadline that the timer does not know
-        self._core = Scheduler(limits, unix=time.time())
+        self._core = Scheduler(limits, len(records), unix=time.time())
         self._cancels: dict[int, threading.Event] = {}  # of the start under way in each slot
         self._timer_wakes: float | None = None
         self._outbox: deque[Emit | Log] = deque()
@@ -218,7 +219,7 @@ class Controller:
             + SHUTDOWN_MARGIN_SECONDS
         )
         if not self._closed.wait(bound):
-            pids = ", ".join(str(process.pid) for process in self._processes())
+            pids = ", ".join(str(process.pid) for process in self._processes().values())
             log.error("stopped without the end of the backend (pid %s)", pids or "unknown")
             return
         for thread in self.threads:
@@ -247,9 +248,9 @@ class Controller:
         with self._lock:
             return self._core.is_untouched()
 
-    def memory(self) -> int:
-        """Return the bytes that an end of the present backends would give back."""
-        return sum(backend.memory() or 0 for backend in self._processes())
+    def memory(self) -> dict[int, int]:
+        """Return the bytes that an end of each slot's backend would give back."""
+        return {slot: backend.memory() or 0 for slot, backend in self._processes().items()}
 
     def describe(self) -> Snapshot:
         """Return the whole state."""
@@ -258,7 +259,7 @@ class Controller:
 
     def _budget(self) -> int | None:
         """Return the bytes for all models together; None where there are no bounds."""
-        return self._available(self.memory()) if self._available is not None else None
+        return self._available(sum(self.memory().values())) if self._available is not None else None
 
     # -- events in, effects out
 
@@ -388,12 +389,12 @@ class Controller:
         backend: Process | None = None
         error: ProxyError | None = None
         try:
-            backend = launched = self._launch(spec, lambda reason: self.notice_exits())
+            backend = launched = self._launch(slot, spec, lambda reason: self.notice_exits())
             self._decide(lambda core, now: core.on_launched(slot, launched))
             command = backend.command()
-            self._ownership.starting(command)
+            self._records[slot].starting(command)
             backend.start()
-            self._ownership.started(command, backend.pid or 0)
+            self._records[slot].started(command, backend.pid or 0)
             backend.wait_ready(cancelled, lambda phase: self._on_phase(slot, Phase(phase)))
             seconds = time.monotonic() - began
             self._decide(lambda core, now: core.on_started(slot, launched, seconds, now))
@@ -405,7 +406,7 @@ class Controller:
             log.exception("a start failed unexpectedly")
             error = InternalError("The load failed for an internal reason; see the log.")
         failed = error
-        self._end_process(backend)
+        self._end_process(slot, backend)
         self._decide(lambda core, now: core.on_failed(slot, failed, now))
 
     def _on_phase(self, slot: int, phase: Phase) -> None:
@@ -415,14 +416,14 @@ class Controller:
             self._publish(self._progress(operation))
 
     def _stop(self, slot: int, process: Process) -> None:
-        self._end_process(process)
+        self._end_process(slot, process)
         self._decide(lambda core, now: core.on_stopped(slot, now))
 
-    def _end_process(self, backend: Process | None) -> None:
+    def _end_process(self, slot: int, backend: Process | None) -> None:
         try:
             if backend is not None:
                 backend.stop()
-            self._ownership.stopped()
+            self._records[slot].stopped()
         except Exception:
             log.exception("a stop failed unexpectedly")
 
@@ -434,6 +435,7 @@ class Controller:
         read = backend.bytes_read() if backend is not None and starting else None
         total = spec.model.size_bytes if spec else None
         return Progress(
+            operation.slot,
             spec,
             operation.phase,
             time.monotonic() - operation.since,
@@ -442,9 +444,14 @@ class Controller:
             self._history.seconds(spec) if spec else None,
         )
 
-    def _processes(self) -> list[Process]:
-        found = (slot.process for slot in self._core.slots if slot.state is not SlotState.LOADING)
-        return [process for process in found if process is not None]
+    def _processes(self) -> dict[int, Process]:
+        """Return what answers or is being stopped, by its slot."""
+        found = [(slot, slot.process) for slot in self._core.slots]
+        return {
+            slot.id: process
+            for slot, process in found
+            if process is not None and slot.state is not SlotState.LOADING
+        }
 
     # -- the timer
 

@@ -108,7 +108,8 @@ class Scheduler:
     def needs_target(self) -> bool:
         """Return whether a request's model matters to what is decided about it now."""
         settled = not self.operations and any(slot.may_grant for slot in self.slots)
-        return self.limits.swap_on_request or not settled
+        several = sum(slot.is_occupied for slot in self.slots) > 1
+        return self.limits.swap_on_request or several or not settled
 
     def on_request(self, request: Request, now: Moment) -> list[Effect]:
         """Queue a request, and grant it if its model is there and a place is free.
@@ -267,7 +268,7 @@ class Scheduler:
             Log(INFO, f"{loaded.model_id} loaded in {seconds:.1f} s"),
         )
         self._enter(slot, SlotState.READY, now)
-        self._effects.append(Emit(Loaded(loaded, seconds)))
+        self._effects.append(Emit(Loaded(slot_id, loaded, seconds)))
         self._finish(operation, operation.cancelled, now)
         self._settle(now)
         return self._decided()

@@ -366,8 +366,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a load is: only what is known, never an invented percentage."""
+    """How far a load is: only what is known, never an invented percentage.
 
+    Attributes:
+        slot: where it goes, once that is decided.
+    """
+
+    slot: int | None
     spec: ModelSpec | None
     phase: Phase
     seconds: float
@@ -380,6 +385,7 @@ class Progress:
 class Loaded:
     """A load has ended well."""
 
+    slot: int
     spec: ModelSpec
     seconds: float
 

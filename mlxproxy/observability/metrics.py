@@ -9,11 +9,12 @@ import copy
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from mlxproxy.controller.state import Event, Exited, Loaded, SlotState, Snapshot
+from mlxproxy.controller.state import Event, Exited, Loaded, SlotSnapshot, SlotState, Snapshot
 from mlxproxy.relay.statistics import AnswerStats
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
@@ -34,27 +35,44 @@ class Histogram:
         self.sum += value
 
 
+def _histograms(bounds: Sequence[float]) -> Callable[[], dict[str, Histogram]]:
+    """A histogram for each model, made when there is something to be put into it."""
+    return lambda: defaultdict(partial(Histogram, bounds))
+
+
 @dataclass
 class Counts:
-    """All figures since the start.
+    """All figures since the start; each but the requests by the id of a model on disk.
 
     Attributes:
         requests: by the route's pattern and the status, both of which are few.
         first_token: seconds from a request to its first token, waiting included.
         speed: tokens per second of each answer.
         loads: seconds from a backend's start to its first answer.
-        swaps: seconds in which nothing was answered because one model replaced another.
+        swaps: seconds in which a slot answered nothing because this model replaced another.
     """
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    tokens_in: int = 0
-    cached_tokens: int = 0
-    tokens_out: int = 0
-    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN))
-    speed: Histogram = field(default_factory=lambda: Histogram(SPEED))
-    loads: Histogram = field(default_factory=lambda: Histogram(LOAD))
-    swaps: Histogram = field(default_factory=lambda: Histogram(LOAD))
-    deaths: int = 0
+    tokens_in: Counter[str] = field(default_factory=Counter)
+    cached_tokens: Counter[str] = field(default_factory=Counter)
+    tokens_out: Counter[str] = field(default_factory=Counter)
+    first_token: dict[str, Histogram] = field(default_factory=_histograms(FIRST_TOKEN))
+    speed: dict[str, Histogram] = field(default_factory=_histograms(SPEED))
+    loads: dict[str, Histogram] = field(default_factory=_histograms(LOAD))
+    swaps: dict[str, Histogram] = field(default_factory=_histograms(LOAD))
+    deaths: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Place:
+    """One slot, as its states go by.
+
+    Attributes:
+        left_ready: when the swap under way began, in monotonic seconds.
+    """
+
+    state: SlotState = SlotState.EMPTY
+    left_ready: float | None = None
 
 
 class Metrics:
@@ -65,8 +83,7 @@ class Metrics:
         self._counts = Counts()
         self._streams: dict[int, AnswerStats] = {}
         self._last_speed: float | None = None
-        self._state = SlotState.EMPTY
-        self._left_ready: float | None = None  # when the swap under way began
+        self._places: defaultdict[int, _Place] = defaultdict(_Place)
 
     def counts(self) -> Counts:
         """A copy that no longer changes."""
@@ -93,36 +110,41 @@ class Metrics:
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
         """A request has ended; `stats` if it was one for an answer of the model."""
         figures = stats.figures() if stats is not None else {}
+        model = figures.get("model")
         with self._lock:
             self._streams.pop(id(stats), None)
             counts = self._counts
             counts.requests[route, status] += 1
-            counts.tokens_in += figures.get("tokens_in") or 0
-            counts.cached_tokens += figures.get("cached_tokens") or 0
-            counts.tokens_out += figures.get("tokens_out") or 0
-            if (seconds := figures.get("first_token")) is not None:
-                counts.first_token.add(seconds)
-            if (speed := figures.get("tokens_per_second")) is not None:
-                counts.speed.add(speed)
+            if model is None:
+                return
+            counts.tokens_in[model] += figures["tokens_in"] or 0
+            counts.cached_tokens[model] += figures["cached_tokens"] or 0
+            counts.tokens_out[model] += figures["tokens_out"]
+            if (seconds := figures["first_token"]) is not None:
+                counts.first_token[model].add(seconds)
+            if (speed := figures["tokens_per_second"]) is not None:
+                counts.speed[model].add(speed)
                 self._last_speed = speed
 
     def event(self, event: Event) -> None:
         """Take one of the controller's events, in their order; this never waits."""
         with self._lock:
             if isinstance(event, Loaded):
-                self._counts.loads.add(event.seconds)
+                self._counts.loads[event.spec.model_id].add(event.seconds)
                 self._last_speed = None
             elif isinstance(event, Exited):
-                self._counts.deaths += 1
+                self._counts.deaths[event.spec.model_id] += 1
             elif isinstance(event, Snapshot):
-                self._enter(event.main.state)
+                for slot in event.slots:
+                    self._enter(slot)
 
-    def _enter(self, state: SlotState) -> None:
-        before, self._state = self._state, state
+    def _enter(self, slot: SlotSnapshot) -> None:
+        place, state = self._places[slot.id], slot.state
+        before, place.state = place.state, state
         if state is SlotState.EMPTY or (state is SlotState.READY and before is SlotState.DRAINING):
-            self._left_ready = None  # an unload, a failure, or a swap that was called off
+            place.left_ready = None  # an unload, a failure, or a swap that was called off
         elif before is SlotState.READY and state in (SlotState.DRAINING, SlotState.STOPPING):
-            self._left_ready = time.monotonic()
-        elif state is SlotState.READY and self._left_ready is not None:
-            self._counts.swaps.add(time.monotonic() - self._left_ready)
-            self._left_ready = None
+            place.left_ready = time.monotonic()
+        elif state is SlotState.READY and place.left_ready is not None and slot.spec is not None:
+            self._counts.swaps[slot.spec.model_id].add(time.monotonic() - place.left_ready)
+            place.left_ready = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -18,14 +18,18 @@ from prometheus_client.registry import Collector
 from mlxproxy.controller.state import Snapshot
 from mlxproxy.observability.metrics import Counts, Histogram
 
+LABELS = ("model",)
 
-def render(counts: Counts, state: Snapshot, memory: int, accept: str) -> tuple[bytes, str]:
+
+def render(
+    counts: Counts, state: Snapshot, memory: Mapping[int, int], accept: str
+) -> tuple[bytes, str]:
     """All metrics as text, and its content type.
 
     Args:
         counts: what has happened.
         state: what is now, as the controller describes it.
-        memory: the backend's, in bytes.
+        memory: bytes that the backend of each slot holds.
         accept: the Accept header of whoever asks.
     """
     registry = CollectorRegistry()  # our own: the library's global one has metrics we do not mean
@@ -37,7 +41,7 @@ def render(counts: Counts, state: Snapshot, memory: int, accept: str) -> tuple[b
 class _Now(Collector):
     """One scrape."""
 
-    def __init__(self, counts: Counts, state: Snapshot, memory: int) -> None:
+    def __init__(self, counts: Counts, state: Snapshot, memory: Mapping[int, int]) -> None:
         self._counts = counts
         self._state = state
         self._memory = memory
@@ -50,15 +54,13 @@ class _Now(Collector):
         for (path, status), number in sorted(counts.requests.items()):
             requests.add_metric((path, str(status)), number)
         yield requests
-        yield CounterMetricFamily(
-            "mlxproxy_tokens_in", "Prompt tokens, where known", counts.tokens_in
-        )
-        yield CounterMetricFamily(
+        yield _counter("mlxproxy_tokens_in", "Prompt tokens, where known", counts.tokens_in)
+        yield _counter(
             "mlxproxy_cached_tokens",
             "Prompt tokens taken from the backend's prompt cache, where known",
             counts.cached_tokens,
         )
-        yield CounterMetricFamily("mlxproxy_tokens_out", "Generated tokens", counts.tokens_out)
+        yield _counter("mlxproxy_tokens_out", "Generated tokens", counts.tokens_out)
         yield _histogram(
             "mlxproxy_first_token_seconds",
             "Time from a request to its first token, including time in the queue",
@@ -67,25 +69,49 @@ class _Now(Collector):
         yield _histogram(
             "mlxproxy_tokens_per_second", "Generation speed of each answer", counts.speed
         )
-        yield GaugeMetricFamily("mlxproxy_in_flight", "Answers in flight", self._state.in_flight)
+        yield self._gauge(
+            "mlxproxy_in_flight",
+            "Answers in flight",
+            {slot.id: slot.in_flight for slot in self._state.slots},
+        )
         yield GaugeMetricFamily("mlxproxy_waiting", "Queued requests", self._state.waiting)
         yield _histogram(
             "mlxproxy_load_seconds", "Time from a backend's start until it is ready", counts.loads
         )
         yield _histogram(
             "mlxproxy_swap_seconds",
-            "Time without answers while one model replaced another, including draining",
+            "Time without answers while this model replaced another, including draining",
             counts.swaps,
         )
-        yield CounterMetricFamily("mlxproxy_deaths", "Backend crashes", counts.deaths)
-        yield GaugeMetricFamily(
+        yield _counter("mlxproxy_deaths", "Backend crashes", counts.deaths)
+        yield self._gauge(
             "mlxproxy_backend_memory_bytes",
             "The backend's resident memory (on macOS, without Metal allocations)",
             self._memory,
         )
 
+    def _gauge(self, name: str, meaning: str, values: Mapping[int, float]) -> GaugeMetricFamily:
+        """A value for each model that is loaded, given those of the slots."""
+        gauge = GaugeMetricFamily(name, meaning, labels=LABELS)
+        for slot in self._state.slots:
+            if slot.spec is not None:
+                gauge.add_metric((slot.spec.model_id,), values.get(slot.id, 0))
+        return gauge
 
-def _histogram(name: str, meaning: str, histogram: Histogram) -> HistogramMetricFamily:
-    bounds = [*map(str, histogram.bounds), "+Inf"]
-    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-    return HistogramMetricFamily(name, meaning, buckets, histogram.sum)
+
+def _counter(name: str, meaning: str, values: Mapping[str, int]) -> CounterMetricFamily:
+    counter = CounterMetricFamily(name, meaning, labels=LABELS)
+    for model, value in sorted(values.items()):
+        counter.add_metric((model,), value)
+    return counter
+
+
+def _histogram(
+    name: str, meaning: str, histograms: Mapping[str, Histogram]
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, meaning, labels=LABELS)
+    for model, histogram in sorted(histograms.items()):
+        bounds = [*map(str, histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        family.add_metric((model,), buckets, histogram.sum)
+    return family

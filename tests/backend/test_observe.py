@@ -66,7 +66,7 @@ def test_a_death_is_an_event_and_is_counted(
     (backend,) = proxy.children()
     backend.kill()
     assert "SIGKILL" in events.until("death", id="tiny/alpha")["reason"]
-    assert metrics(proxy)["mlxproxy_deaths_total"] == 1
+    assert metrics(proxy)["mlxproxy_deaths_total{model=tiny/alpha}"] == 1
 
 
 # -- logs
@@ -102,15 +102,16 @@ def test_metrics_count_requests_tokens_and_swaps(start: Callable[..., Proxy], mo
     assert found[chat % 400] == 1
     assert found["mlxproxy_requests_total{path=/v1/models/<path:name>,status=404}"] == 3
     assert found["mlxproxy_requests_total{path=other,status=404}"] == 3
-    assert found["mlxproxy_tokens_out_total"] == 16
-    assert found["mlxproxy_tokens_in_total"] > 10
-    assert found["mlxproxy_first_token_seconds_count"] == 2
-    assert found["mlxproxy_tokens_per_second_count"] == 2
-    assert found["mlxproxy_load_seconds_count"] == 2
-    assert found["mlxproxy_swap_seconds_count"] == 1
-    assert 0 < found["mlxproxy_swap_seconds_sum"] < 60
-    assert found["mlxproxy_in_flight"] == found["mlxproxy_waiting"] == 0
-    assert found["mlxproxy_backend_memory_bytes"] > 10_000_000
+    assert found["mlxproxy_tokens_out_total{model=tiny/beta}"] == 16
+    assert found["mlxproxy_tokens_in_total{model=tiny/beta}"] > 10
+    assert found["mlxproxy_first_token_seconds_count{model=tiny/beta}"] == 2
+    assert found["mlxproxy_tokens_per_second_count{model=tiny/beta}"] == 2
+    for model in ("tiny/alpha", "tiny/beta"):
+        assert found[f"mlxproxy_load_seconds_count{{model={model}}}"] == 1
+    assert found["mlxproxy_swap_seconds_count{model=tiny/beta}"] == 1
+    assert 0 < found["mlxproxy_swap_seconds_sum{model=tiny/beta}"] < 60
+    assert found["mlxproxy_in_flight{model=tiny/beta}"] == found["mlxproxy_waiting"] == 0
+    assert found["mlxproxy_backend_memory_bytes{model=tiny/beta}"] > 10_000_000
 
 
 def test_a_stream_under_way_is_in_flight_and_has_a_speed(
@@ -125,8 +126,11 @@ def test_a_stream_under_way_is_in_flight_and_has_a_speed(
             next(lines)
         speed = proxy.get("/v1/events?follow=false").json()["tokens_per_second"]
         assert speed["now"] > 0
-        assert metrics(proxy)["mlxproxy_in_flight"] == 1
-    until(lambda: metrics(proxy)["mlxproxy_in_flight"] == 0, what="the end of the stream")
+        assert metrics(proxy)["mlxproxy_in_flight{model=tiny/slow}"] == 1
+    until(
+        lambda: metrics(proxy)["mlxproxy_in_flight{model=tiny/slow}"] == 0,
+        what="the end of the stream",
+    )
     speed = proxy.get("/v1/events?follow=false").json()["tokens_per_second"]
     assert speed["now"] is None
     assert speed["last"] > 0

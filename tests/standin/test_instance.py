@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.lock import AlreadyRunning, PortLock
+from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
 from tests.conftest import Proxy, free_port, until
@@ -154,6 +155,104 @@ def test_an_orphan_is_known_by_its_environment_whatever_was_recorded(
     assert second.load("tiny/beta").ok
 
 
+# -- several slots
+
+
+def two_orphans(start: Start, models: Path, program: Path) -> tuple[Proxy, list[psutil.Process]]:
+    """A killed proxy that had two models, and its backends."""
+    first = start(models, MLX_SERVER_BIN=program, MAX_LOADED=2)
+    assert first.load("tiny/alpha").ok
+    assert first.load("tiny/beta").ok
+    orphans = first.children()
+    assert len(orphans) == 2
+    first.stop(signal.SIGKILL)
+    assert all(map(lives, orphans))
+    return first, orphans
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("kept", ["nothing", "all"])
+def test_the_orphans_of_two_slots_are_found_whatever_is_left_of_them(
+    start: Start, models: Path, program: Path, kept: str, slots: int
+) -> None:
+    first, orphans = two_orphans(start, models, program)
+    for file in first.instance.glob("backend-*.json"):
+        if kept == "nothing":
+            file.unlink()
+    second = start(
+        models,
+        instance=first.instance,
+        MLX_SERVER_BIN=program,
+        MLX_BACKEND_PORT=first.backend_port,
+        MAX_LOADED=slots,
+    )
+    assert not any(map(lives, orphans))
+    assert second.load("tiny/beta").ok
+    assert list(second.instance.glob("backend-*.json")) == [
+        second.instance / f"backend-{first.backend_port}.json"
+    ]
+
+
+def test_each_slots_orphan_is_found_by_its_record_alone(tmp_path: Path) -> None:
+    """As where the system shows no environment."""
+    command = ["sleep", "60"]
+    with subprocess.Popen(command) as one, subprocess.Popen(command) as two:
+        try:
+            for slot, process in enumerate((one, two)):
+                ChildRecord(tmp_path, 7000, slot).started(command, process.pid)
+            pids = [one.pid, two.pid]
+            found = {
+                ports: [each.pid for each in Orphans(tmp_path, ports).find()]
+                for ports in (range(7000, 7001), range(7000, 7002), range(7001, 7003))
+            }
+            assert sorted(found[range(7000, 7001)]) == sorted(pids)  # it may have had more slots
+            assert sorted(found[range(7000, 7002)]) == sorted(pids)
+            assert found[range(7001, 7003)] == [two.pid]
+            assert Orphans(tmp_path, range(7002, 7009)).find() == []
+            assert Orphans(tmp_path / "other", range(7000, 7002)).find() == []
+        finally:
+            one.kill()
+            two.kill()
+
+
+def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
+    start: Start, models: Path, program: Path
+) -> None:
+    proxy = start(models, MLX_SERVER_BIN=program, MAX_LOADED=2)
+    assert proxy.load("tiny/alpha").ok
+    (alpha,) = proxy.children()
+    assert proxy.load("tiny/beta").ok
+    assert proxy.load("tiny/beta", enable_thinking=True).ok
+    started = scripted_server.record(program, "started")
+    ports = [entry["argv"][entry["argv"].index("--port") + 1] for entry in started]
+    first = proxy.backend_port
+    assert ports[:2] == [str(first), str(first + 1)]
+    assert lives(alpha) == (ports[2] == str(first + 1))
+    for port in (first, first + 1):
+        assert proxy.get(f"/v1/logs?source=backend&port={port}").ok
+    wrong = proxy.get(f"/v1/logs?source=backend&port={first + 2}")
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "port")
+    assert proxy.stop() == 0
+    assert running(program) == []
+    names = sorted(path.name for path in (proxy.instance / "logs").glob("backend*.log"))
+    assert names == [f"backend-{first + 1}.log", "backend.log"]
+
+
+def test_a_proxy_holds_the_ports_of_all_its_slots(tmp_path: Path) -> None:
+    holder = PortLock(tmp_path, range(7000, 7003))
+    holder.acquire()
+    for ports in (range(7002, 7003), range(6998, 7001), range(7000, 7001)):
+        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
+            PortLock(tmp_path, ports).acquire()
+    beside = PortLock(tmp_path, range(6998, 7000))  # nothing of a refused one is kept
+    beside.acquire()
+    beside.release()
+    holder.release()
+    again = PortLock(tmp_path, range(7002, 7003))
+    again.acquire()
+    again.release()
+
+
 # -- two proxies
 
 
@@ -184,12 +283,13 @@ def test_without_a_backend_the_record_of_the_proxy_keeps_a_second_one_out(
 
 
 def test_a_mark_of_another_folder_or_port_makes_no_orphan(tmp_path: Path) -> None:
-    for mark in (f"1:2:{tmp_path}", f"1:1:{tmp_path}/other", "1:1", "x:1:/", "::", "9" * 5000):
+    marks = (f"1:2:{tmp_path}", f"1:2+7:{tmp_path}", f"1:1+:{tmp_path}", f"1:1:{tmp_path}/other")
+    for mark in (*marks, "1:1", "x:1:/", "::", "9" * 5000):
         environment = {**os.environ, MARK: mark}
         with subprocess.Popen(["sleep", "60"], env=environment) as stranger:
             try:
                 until(lambda: psutil.Process(stranger.pid).name() == "sleep", what="its start")
-                assert Ownership(tmp_path, 1).orphans() == []
+                assert Orphans(tmp_path, range(1, 2)).find() == []
             finally:
                 stranger.kill()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlxproxy.backend.ownership import Ownership
+from mlxproxy.backend.orphan import ChildRecord
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
@@ -30,8 +30,10 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
 class FakeBackend:
     """Behaves as the world tells: loads at once, or when let; fails; dies."""
 
-    def __init__(self, world: World, spec: ModelSpec, on_end: Callable[[str], None]) -> None:
-        self.world, self.spec, self._on_end = world, spec, on_end
+    def __init__(
+        self, world: World, slot: int, spec: ModelSpec, on_end: Callable[[str], None]
+    ) -> None:
+        self.world, self.slot, self.spec, self._on_end = world, slot, spec, on_end
         self.ended: str | None = None
         self.hung = False
         self.deaf = False
@@ -39,7 +41,7 @@ class FakeBackend:
         self.wire = MlxLmWire(counts_cached=False)
         self.hangs: str | None = None  # why, as the process says itself
         self.last_byte_at = time.monotonic()
-        self.address = Address("127.0.0.1", 1)
+        self.address = Address("127.0.0.1", 1 + slot)
         self.pid = 1
         self.running = False
 
@@ -105,7 +107,11 @@ class World:
     """A controller over fake backends, and what they have seen."""
 
     def __init__(
-        self, folder: Path, available: Callable[[int], int] | None = None, **limits: Any
+        self,
+        folder: Path,
+        available: Callable[[int], int] | None = None,
+        slots: int = 1,
+        **limits: Any,
     ) -> None:
         self.lock = threading.Lock()
         self.running: list[FakeBackend] = []
@@ -115,10 +121,11 @@ class World:
         self.may_load = threading.Event()
         self.may_load.set()
         self.events: list[tuple[str, dict[str, Any]]] = []
+        folder.mkdir(exist_ok=True)
         self.controller = Controller(
             Limits(**{"ended_grace": 0.05, **limits}),
-            lambda spec, on_end: FakeBackend(self, spec, on_end),
-            Ownership(folder, 1),
+            lambda slot, spec, on_end: FakeBackend(self, slot, spec, on_end),
+            [ChildRecord(folder, 1, slot) for slot in range(slots)],
             History(folder / "history.json"),
             lambda event: self.events.append(shapes.event(event)),
             available,

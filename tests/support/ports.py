@@ -18,3 +18,13 @@ def free_ports(number: int) -> list[int]:
         for probe in found:
             probe.bind(("127.0.0.1", 0))
         return [int(probe.getsockname()[1]) for probe in found]
+
+
+def free_range(number: int) -> int:
+    """Return the first of so many ports in a row that nobody listens on."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as probes:
+            for port in range(first, first + number):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first

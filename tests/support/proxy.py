@@ -14,7 +14,7 @@ import psutil
 import pytest
 import requests
 
-from tests.support.ports import free_ports
+from tests.support.ports import free_ports, free_range
 from tests.support.waiting import until
 
 
@@ -29,6 +29,8 @@ class Proxy:
 
     def __init__(self, instance: Path, models: Path | None, **settings: Any) -> None:
         self.instance = instance
+        if (number := settings.get("MAX_LOADED", 1)) != 1:
+            settings.setdefault("MLX_BACKEND_PORT", free_range(number))
         port, backend_port = free_ports(2)
         self.port = settings.setdefault("PROXY_PORT", port)
         self.backend_port = settings.setdefault("MLX_BACKEND_PORT", backend_port)

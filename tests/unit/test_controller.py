@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.backend.orphan import Record
 from mlxproxy.controller import Claim, History, controller
 from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS, Scheduler
 from mlxproxy.disconnect import Disconnect
@@ -410,6 +411,31 @@ def test_a_failed_return_is_not_tried_again_by_itself(world: Callable[..., World
     with pytest.raises(NoModelLoaded):
         it.lease().wait(5)
     assert it.starts == ["a", "a"]
+
+
+# -- several slots
+
+
+def test_each_slot_has_its_port_its_record_and_its_events(
+    world: Callable[..., World], tmp_path: Path
+) -> None:
+    it = world(slots=2)
+    it.load("a")
+    it.load("b")
+    assert [(each.slot, each.address.port) for each in it.running] == [(0, 1), (1, 2)]
+    records = [Record.read(tmp_path / f"backend-{port}.json").command for port in (1, 2)]
+    assert records == [("fake", "/models/a"), ("fake", "/models/b")]
+    on_a = it.lease("a")
+    it.running[1].die("it was ended by SIGKILL")
+    until(lambda: not (tmp_path / "backend-2.json").exists(), what="the end of the record")
+    assert on_a.error is None
+    assert Record.read(tmp_path / "backend-1.json").command == ("fake", "/models/a")
+    loaded = [data for kind, data in it.events if kind == "loaded"]
+    assert [(data["slot"], data["id"]) for data in loaded] == [(0, "a"), (1, "b")]
+    deaths = [data for kind, data in it.events if kind == "death"]
+    assert [(data["slot"], data["id"]) for data in deaths] == [(1, "b")]
+    loads = {(data["slot"], data["id"]) for kind, data in it.events if kind == "load"}
+    assert loads == {(0, "a"), (1, "b")}
 
 
 # -- idle

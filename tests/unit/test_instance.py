@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.ownership import Ownership, Record
+from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
 from mlxproxy.catalog import Catalog
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
@@ -34,13 +35,14 @@ def test_a_damaged_record_is_as_good_as_none(
         {"model_id": "tiny/alpha", "enable_thinking": False, "ttl": None},
     )
     history.unloaded()
-    ownership = Ownership(tmp_path, 1)
-    ownership.acquire()
-    ownership.starting(["x", "y"])
+    lock, record = PortLock(tmp_path, range(1, 2)), ChildRecord(tmp_path, 1)
+    lock.acquire()
+    Orphans(tmp_path, range(1, 2)).reclaim()
+    record.starting(["x", "y"])
     assert Record.read(tmp_path / "backend-1.json").command == ("x", "y")
-    ownership.started(["x", "y"], os.getpid())
-    ownership.stopped()
-    ownership.release()
+    record.started(["x", "y"], os.getpid())
+    record.stopped()
+    lock.release()
     catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
     assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
     if name in ("history.json", "catalog.json"):

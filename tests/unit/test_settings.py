@@ -68,6 +68,8 @@ def test_models_folders_are_one_or_several(
         ("LOAD_TIMEOUT", "nan", "seconds"),
         ("MAX_BODY", "big", "a size in bytes"),
         ("MAX_CONCURRENT", "0", "a whole number from 1"),
+        ("MAX_LOADED", "0", "a whole number from 1 to 8, or auto"),
+        ("MAX_LOADED", "many", "a whole number from 1 to 8, or auto"),
         ("ENABLE_THINKING", "maybe", "true or false"),
         ("MODEL_SELECTION", "any", "loaded or requested"),
         ("LOG_LEVEL", "LOUD", "DEBUG or INFO"),
@@ -192,3 +194,23 @@ def test_the_proxy_and_its_backend_need_a_port_each(tmp_path: Path) -> None:
     environment = {"MLXPROXY_INSTANCE_PATH": str(tmp_path), "MLXPROXY_PROXY_PORT": "18080"}
     with pytest.raises(SettingError, match="both 18080"):
         settings.load({}, environment)
+
+
+def test_each_model_that_may_be_loaded_has_a_port_from_the_first_up(tmp_path: Path) -> None:
+    assert list(load(tmp_path).backend_ports) == [18080]
+    assert list(load(tmp_path, MAX_LOADED="3").backend_ports) == [18080, 18081, 18082]
+    assert len(load(tmp_path, "MAX_LOADED = 'auto'").backend_ports) == settings.MOST_LOADED
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"PROXY_PORT": "18082", "MAX_LOADED": "3"}, "PROXY_PORT = 18082.* 18080 to 18082"),
+        ({"MLX_BACKEND_PORT": "65534", "MAX_LOADED": "3"}, "65534 to 65536"),
+    ],
+)
+def test_the_ports_of_several_backends_are_real_ones_and_not_the_proxys(
+    tmp_path: Path, flags: dict[str, str], told: str
+) -> None:
+    with pytest.raises(SettingError, match=told):
+        load(tmp_path, **flags)
