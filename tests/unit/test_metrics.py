@@ -37,3 +37,14 @@ def test_an_answer_that_failed_counts_as_far_as_it_came() -> None:
     assert counts.requests["/v1/chat/completions", 502] == 1
     assert counts.tokens_out == 3
     assert sum(counts.first_token.counts) == 0
+
+
+def test_cached_tokens_are_counted_beside_all_of_the_prompt() -> None:
+    metrics, stats = Metrics(), AnswerStats()
+    for details in ({"cached_tokens": 30}, {"cached_tokens": 0}, {"cached_tokens": "many"}, None):
+        stats.usage({"prompt_tokens": 34, "prompt_tokens_details": details})
+        assert stats.figures()["tokens_in"] == 34
+        assert stats.figures()["cached_tokens"] == (30 if details == {"cached_tokens": 30} else 0)
+        metrics.request("/v1/chat/completions", 200, stats)
+    counts = metrics.counts()
+    assert (counts.tokens_in, counts.cached_tokens) == (4 * 34, 30)
