@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from mlxproxy.blueprints import hooks
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
@@ -96,10 +97,10 @@ def test_a_stream_whose_head_cannot_be_sent_gives_its_place_back(
     scene = Scene(FakeConnection([b"data: {}\n\n"])).grant()
     client, _ = streaming(scene)
 
-    def fault(*_: object) -> bool:
+    def fault(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(Access, "allows", fault)
+    monkeypatch.setattr(hooks, "_share", fault)
     with ExitStack() as at_end:
         answer = client.post(
             "/v1/chat/completions",

@@ -203,6 +203,17 @@ def test_the_backends_refusal_is_the_status(
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
+def test_why_a_lease_was_ended_comes_before_what_the_backend_says_of_it(answer: Any) -> None:
+    connection = FakeConnection(status=404)
+    scene = Scene(connection).grant()
+    ends = after(
+        lambda: scene.end(ModelSwapped("swapped")), b'{"error": "the prompt has no tokens"}'
+    )
+    connection.pieces = iter([ends])
+    assert refuses(scene, answer) == ("model_swapped", "model_swapped")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
 def test_a_backend_that_dies_before_its_head_is_the_status(answer: Any) -> None:
     scene = Scene(FakeConnection(head=[BackendFailed("closed the connection")])).grant()
     assert refuses(scene, answer) == ("backend_failed", "backend_failed")
@@ -335,6 +346,12 @@ def test_every_stream_is_counted_and_only_those_who_ask_are_told(wants: bool | N
     assert (event_of(counted) in items) == (wants is True)
     assert items[-1] == DONE
     assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (30_733, 30_000, 12)
+
+
+def test_without_a_count_the_events_are_counted_but_for_the_last() -> None:
+    """It carries the reason of the end alone."""
+    _, stats = events_of(Scene(FakeConnection(sent(*HELLO))).grant())
+    assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (None, None, 1)
 
 
 @given(st.data())
