@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, SupportsIndex
@@ -480,6 +482,36 @@ def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
     answer, _ = whole_of(scene)
     assert answer["model"] == "org/name"
     assert asked(scene)["live"] is False
+
+
+def test_an_engine_that_speaks_http_1_1_in_chunks_is_relayed() -> None:
+    """Over a socket: no chunk begins or ends where an event does."""
+    events = [{**event, "model": "/models/org/name"} for event in (*HELLO, COUNTED)]
+    for event in events:
+        del event["system_fingerprint"]
+    data = b"".join(sent(*events))
+    wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for piece in cut(data, range(50, len(data), 70)):
+        wire += b"%x\r\n%b\r\n" % (len(piece), piece)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        scene = Scene(FakeConnection()).grant()
+        scene.backend.port = listener.getsockname()[1]
+        scene.relay = Relay(300)
+        engine = threading.Thread(target=_answer_one, args=(listener, wire + b"0\r\n\r\n"))
+        engine.start()
+        items, stats = events_of(scene)
+        engine.join()
+    shown = sent(*({**event, "model": "org/name"} for event in events[:2]))
+    assert b"".join(items) == b"".join([OPENING, *shown])
+    assert (stats.outcome, stats.tokens_in) == ("done", 7)
+
+
+def _answer_one(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+        connection.recv(1)  # until the other side closes
 
 
 # -- whole events
