@@ -15,8 +15,10 @@ from mlxproxy.blueprints import hooks
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import NoModelLoaded
-from mlxproxy.guard.check import Limits
+from mlxproxy.guard.check import Terms
+from mlxproxy.guard.shapes import Limits
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.settings import Settings
@@ -67,7 +69,10 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
             current=lambda: None, has=lambda feature: False, lease=lambda *_: scene.lease
         ),
         relay=scene.relay,
-        selection=SimpleNamespace(limits=lambda spec: Limits(frozenset())),
+        selection=SimpleNamespace(
+            terms=lambda spec: Terms(RULES, Limits(frozenset())),
+            engine=SimpleNamespace(is_exclusive=lambda fields, has: False),
+        ),
         bodies=Budget(1 << 20),
         bus=EventBus(),
         metrics=Metrics(),

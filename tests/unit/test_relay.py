@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxproxy import sse
-from mlxproxy.backend.protocol import Fields
+from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.engines.mlx_lm.completion import Completion
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import BackendFailed, InvalidRequest, ModelSwapped, ProxyError
@@ -495,7 +495,7 @@ def test_an_engine_that_speaks_http_1_1_in_chunks_is_relayed() -> None:
         wire += b"%x\r\n%b\r\n" % (len(piece), piece)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         scene = Scene(FakeConnection()).grant()
-        scene.backend.port = listener.getsockname()[1]
+        scene.backend.address = Address("127.0.0.1", listener.getsockname()[1])
         scene.relay = Relay(300)
         engine = threading.Thread(target=_answer_one, args=(listener, wire + b"0\r\n\r\n"))
         engine.start()
