@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, SupportsIndex
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxproxy import sse
-from mlxproxy.backend.protocol import Fields
+from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.engines.mlx_lm.completion import Completion
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import BackendFailed, InvalidRequest, ModelSwapped, ProxyError
@@ -203,6 +205,17 @@ def test_the_backends_refusal_is_the_status(
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
+def test_why_a_lease_was_ended_comes_before_what_the_backend_says_of_it(answer: Any) -> None:
+    connection = FakeConnection(status=404)
+    scene = Scene(connection).grant()
+    ends = after(
+        lambda: scene.end(ModelSwapped("swapped")), b'{"error": "the prompt has no tokens"}'
+    )
+    connection.pieces = iter([ends])
+    assert refuses(scene, answer) == ("model_swapped", "model_swapped")
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
 def test_a_backend_that_dies_before_its_head_is_the_status(answer: Any) -> None:
     scene = Scene(FakeConnection(head=[BackendFailed("closed the connection")])).grant()
     assert refuses(scene, answer) == ("backend_failed", "backend_failed")
@@ -337,6 +350,12 @@ def test_every_stream_is_counted_and_only_those_who_ask_are_told(wants: bool | N
     assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (30_733, 30_000, 12)
 
 
+def test_without_a_count_the_events_are_counted_but_for_the_last() -> None:
+    """It carries the reason of the end alone."""
+    _, stats = events_of(Scene(FakeConnection(sent(*HELLO))).grant())
+    assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (None, None, 1)
+
+
 @given(st.data())
 def test_the_count_is_taken_out_however_the_stream_is_cut(data: st.DataObject) -> None:
     stream = b"".join(sent(*HELLO, COUNTED))
@@ -463,6 +482,36 @@ def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
     answer, _ = whole_of(scene)
     assert answer["model"] == "org/name"
     assert asked(scene)["live"] is False
+
+
+def test_an_engine_that_speaks_http_1_1_in_chunks_is_relayed() -> None:
+    """Over a socket: no chunk begins or ends where an event does."""
+    events = [{**event, "model": "/models/org/name"} for event in (*HELLO, COUNTED)]
+    for event in events:
+        del event["system_fingerprint"]
+    data = b"".join(sent(*events))
+    wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for piece in cut(data, range(50, len(data), 70)):
+        wire += b"%x\r\n%b\r\n" % (len(piece), piece)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        scene = Scene(FakeConnection()).grant()
+        scene.backend.address = Address("127.0.0.1", listener.getsockname()[1])
+        scene.relay = Relay(300)
+        engine = threading.Thread(target=_answer_one, args=(listener, wire + b"0\r\n\r\n"))
+        engine.start()
+        items, stats = events_of(scene)
+        engine.join()
+    shown = sent(*({**event, "model": "org/name"} for event in events[:2]))
+    assert b"".join(items) == b"".join([OPENING, *shown])
+    assert (stats.outcome, stats.tokens_in) == ("done", 7)
+
+
+def _answer_one(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+        connection.recv(1)  # until the other side closes
 
 
 # -- whole events
