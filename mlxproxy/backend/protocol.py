@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.catalog.inspector import Inspector
 from mlxproxy.errors import ProxyError
 from mlxproxy.guard.check import Kind, Rules
 
@@ -206,6 +207,10 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Its program, as users know it."""
+
+    @property
+    def inspector(self) -> Inspector:
+        """Finds out which models it can load, and what they need in memory."""
 
     @property
     def health(self) -> Probe:

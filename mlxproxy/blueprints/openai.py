@@ -32,10 +32,11 @@ def _complete(kind: Kind) -> Response:
     given = json_body()
     parts = services()
     controller, relay, selection = parts.controller, parts.relay, parts.selection
-    body = RequestBody(given, kind, controller.current(), selection.terms)
+    known = controller.current()
+    body = RequestBody(given, kind, known, selection.terms)
     fields = body.fields
     stats = g.stats = AnswerStats()
-    exclusive = selection.engine.is_exclusive(fields, controller.has)
+    exclusive = selection.engine_of(known).is_exclusive(fields, controller.has)
     lease = controller.lease(
         client(), disconnect(), lambda: selection.named_spec(fields.get("model")), exclusive
     )

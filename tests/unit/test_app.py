@@ -71,7 +71,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         relay=scene.relay,
         selection=SimpleNamespace(
             terms=lambda spec: Terms(RULES, Limits(frozenset())),
-            engine=SimpleNamespace(is_exclusive=lambda fields, has: False),
+            engine_of=lambda spec: SimpleNamespace(is_exclusive=lambda fields, has: False),
         ),
         bodies=Budget(1 << 20),
         bus=EventBus(),

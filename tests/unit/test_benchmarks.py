@@ -10,8 +10,8 @@ import pytest
 from benchmarks import wire
 from benchmarks.figures import Figure, Goal, percentile
 from benchmarks.lifecycle import generate
-from mlxproxy.catalog import Catalog
 from tests.support import tiny_models
+from tests.support.model_folders import catalog_of
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -113,6 +113,6 @@ def test_a_goal_is_passed_missed_or_not_measured() -> None:
 def test_the_generated_library_is_one_of_loadable_models(tmp_path: Path) -> None:
     model = tiny_models.build(tmp_path / "model")
     generate(tmp_path / "library", model, 50)
-    listed = Catalog((tmp_path / "library",)).models()
+    listed = catalog_of((tmp_path / "library",)).models()
     assert len(listed) == 50
     assert all(model.loadable for model in listed)

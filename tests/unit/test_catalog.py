@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 
 from mlxproxy import selection
-from mlxproxy.catalog import Catalog, inspection, scanning
+from mlxproxy.catalog import Catalog, scanning
 from mlxproxy.catalog import catalog as catalog_module
-from mlxproxy.catalog.inspection import Folder
+from mlxproxy.catalog.inspector import Inspectors
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.scanning import Inspect, Snapshot
+from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.errors import (
     AmbiguousModel,
     ModelNotFound,
@@ -29,7 +31,7 @@ from mlxproxy.errors import (
     ModelUnusable,
 )
 from tests.conftest import until
-from tests.support.model_folders import hub_model, model, write
+from tests.support.model_folders import catalog_of, hub_model, model, write
 
 
 @pytest.fixture
@@ -41,20 +43,20 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalog(root: Path) -> Catalog:
-    return Catalog([root], patience=30)
+    return catalog_of([root], patience=30)
 
 
 @pytest.fixture
 def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the folders that were read. Whatever is old enough to be trusted counts as so."""
     ids: list[str] = []
-    inspect = inspection.Inspector.__call__
+    inspect = Inspector.__call__
 
-    def watched(self: inspection.Inspector, folder: Folder) -> Model:
+    def watched(self: Inspector, folder: Folder) -> Model:
         ids.append(folder.id)
         return inspect(self, folder)
 
-    monkeypatch.setattr(inspection.Inspector, "__call__", watched)
+    monkeypatch.setattr(Inspector, "__call__", watched)
     monkeypatch.setattr(scanning, "_GRAIN", -1)
     return ids
 
@@ -132,7 +134,7 @@ def test_a_models_own_folders_are_not_listed(root: Path, catalog: Catalog) -> No
 
 
 def test_a_folder_that_is_a_model_itself_can_be_the_models_folder(tmp_path: Path) -> None:
-    catalog = Catalog([model(tmp_path / "my-model")], patience=30)
+    catalog = catalog_of([model(tmp_path / "my-model")], patience=30)
     assert ids(catalog) == ["my-model"]
     assert catalog.find("my-model").loadable
 
@@ -201,7 +203,7 @@ def test_a_model_that_is_reached_twice_is_listed_once(root: Path, tmp_path: Path
     (root / "a-favourite").symlink_to(root / "publisher" / "model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "also").symlink_to(root / "publisher")
-    catalog = Catalog([root, tmp_path / "other", root], patience=30)
+    catalog = catalog_of([root, tmp_path / "other", root], patience=30)
     assert ids(catalog) == ["publisher/model"]
 
 
@@ -210,7 +212,7 @@ def test_two_models_of_one_id_are_told_apart_and_named_in_the_log_once(
 ) -> None:
     model(root / "publisher" / "model")
     second = model(tmp_path / "usb" / "publisher" / "model")
-    catalog = Catalog([root, tmp_path / "usb"], patience=30)
+    catalog = catalog_of([root, tmp_path / "usb"], patience=30)
     for _ in range(3):
         assert ids(catalog) == ["publisher/model", "publisher/model@usb"]
     assert catalog.find("publisher/model").path == root / "publisher" / "model"
@@ -506,7 +508,7 @@ def test_in_a_library_of_thousands_every_file_is_looked_at_in_its_turn(
 
 
 def test_a_models_folder_that_appears_later_is_found_without_a_restart(tmp_path: Path) -> None:
-    catalog = Catalog([tmp_path / "models"], patience=30)
+    catalog = catalog_of([tmp_path / "models"], patience=30)
     assert ids(catalog) == []
     assert catalog.missing_roots() == [tmp_path / "models"]
     with pytest.raises(ModelsRootUnavailable, match="does not exist"):
@@ -518,7 +520,7 @@ def test_a_models_folder_that_appears_later_is_found_without_a_restart(tmp_path:
 
 def test_a_file_in_the_place_of_the_models_folder_counts_as_missing(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
-    assert Catalog([tmp_path / "models"]).missing_roots() == [tmp_path / "models"]
+    assert catalog_of([tmp_path / "models"]).missing_roots() == [tmp_path / "models"]
 
 
 def test_a_disk_that_is_unplugged_leaves_what_was_known_marked_stale(
@@ -548,9 +550,9 @@ def test_a_second_start_reads_nothing_again(
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model", template="{{ messages }}", tokens=["<think>"])
-    before = Catalog([root], cache_file=cache, patience=30).models()
+    before = catalog_of([root], cache_file=cache, patience=30).models()
     until(cache.exists, what="the cache file")
-    again = Catalog([root], cache_file=cache, patience=30)
+    again = catalog_of([root], cache_file=cache, patience=30)
     assert again.models() == before
     assert inspected == ["publisher/model"]
     model(root / "publisher" / "new")
@@ -563,11 +565,11 @@ def test_what_an_earlier_start_knew_of_a_missing_disk_is_listed_as_stale(
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    Catalog([root], cache_file=cache, patience=30).models()
+    catalog_of([root], cache_file=cache, patience=30).models()
     until(cache.exists, what="the cache file")
     root.rename(tmp_path / "unplugged")
-    assert [it.stale for it in Catalog([root], cache_file=cache, patience=30).models()] == [True]
-    assert Catalog([tmp_path / "another"], cache_file=cache, patience=30).models() == []
+    assert [it.stale for it in catalog_of([root], cache_file=cache, patience=30).models()] == [True]
+    assert catalog_of([tmp_path / "another"], cache_file=cache, patience=30).models() == []
 
 
 def test_another_mlx_lm_reads_everything_again(
@@ -575,12 +577,12 @@ def test_another_mlx_lm_reads_everything_again(
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    assert Catalog([root], cache_file=cache, patience=30).models()[0].loadable
+    assert catalog_of([root], cache_file=cache, patience=30).models()[0].loadable
     until(cache.exists, what="the cache file")
     older = tmp_path / "mlx_lm"
     (older / "models").mkdir(parents=True)
     (older / "models" / "llama.py").write_text("class Model: pass")
-    (found,) = Catalog([root], cache_file=cache, mlx_lm=older, patience=30).models()
+    (found,) = catalog_of([root], cache_file=cache, mlx_lm=older, patience=30).models()
     assert found.reason == "The installed mlx-lm does not support the architecture 'qwen3'."
     assert inspected == ["publisher/model", "publisher/model"]
 
@@ -589,7 +591,7 @@ def test_another_mlx_lm_reads_everything_again(
 def test_a_damaged_cache_file_is_no_obstacle(root: Path, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    Catalog([root], cache_file=cache, patience=30).models()
+    catalog_of([root], cache_file=cache, patience=30).models()
     content = json.loads(until(lambda: cache.exists() and cache.read_text(), what="the cache file"))
     path = str(root / "publisher" / "model")
     if damage == "roots":
@@ -601,12 +603,13 @@ def test_a_damaged_cache_file_is_no_obstacle(root: Path, tmp_path: Path, damage:
     else:
         content = None
     cache.write_text(damage if content is None else json.dumps(content))
-    assert ids(Catalog([root], cache_file=cache, patience=30)) == ["publisher/model"]
+    assert ids(catalog_of([root], cache_file=cache, patience=30)) == ["publisher/model"]
 
 
 def test_a_cache_file_that_cannot_be_written_is_no_obstacle(root: Path, tmp_path: Path) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], cache_file=tmp_path / "no" / "folder" / "catalog.json", patience=30)
+    cache = tmp_path / "no" / "folder" / "catalog.json"
+    catalog = catalog_of([root], cache_file=cache, patience=30)
     assert ids(catalog) == ["publisher/model"]
 
 
@@ -662,7 +665,7 @@ def test_a_disk_that_hangs_is_answered_for_in_a_second_with_what_was_known(
     root: Path, disk: Disk
 ) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=0.2)
+    catalog = catalog_of([root], patience=0.2)
     until(lambda: ids(catalog), what="the first listing")
     disk.answers.clear()
     begun = time.monotonic()
@@ -683,7 +686,7 @@ def test_before_the_first_answer_of_a_disk_no_model_is_called_unknown(
 ) -> None:
     model(root / "publisher" / "model")
     disk.answers.clear()
-    catalog = Catalog([root], patience=0.1)
+    catalog = catalog_of([root], patience=0.1)
     assert catalog.models() == []
     with pytest.raises(ModelsRootUnavailable, match="still being read") as caught:
         catalog.find("publisher/model")
@@ -696,7 +699,7 @@ def test_one_hanging_disk_does_not_age_the_other(root: Path, tmp_path: Path, dis
     network = tmp_path / "network"
     model(root / "local" / "a")
     model(network / "remote" / "b")
-    catalog = Catalog([root, network], patience=0.2)
+    catalog = catalog_of([root, network], patience=0.2)
     until(lambda: len(catalog.models()) == 2, what="both models")
     disk.hanging = {str(network)}
     disk.answers.clear()
@@ -712,7 +715,7 @@ def test_one_hanging_disk_does_not_age_the_other(root: Path, tmp_path: Path, dis
 
 def test_a_known_model_is_found_without_a_look_at_the_disk(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=30)
+    catalog = catalog_of([root], patience=30)
     catalog.models()
     disk.answers.clear()
     scans = disk.scans
@@ -722,7 +725,7 @@ def test_a_known_model_is_found_without_a_look_at_the_disk(root: Path, disk: Dis
 
 def test_callers_at_the_same_time_share_a_scan(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=30)
+    catalog = catalog_of([root], patience=30)
     catalog.models()
     disk.answers.clear()
     scans = disk.scans
@@ -757,7 +760,7 @@ def test_the_log_names_a_missing_models_folder_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mlxproxy.catalog")
-    catalog = Catalog([tmp_path / "none"], patience=30)
+    catalog = catalog_of([tmp_path / "none"], patience=30)
     for _ in range(3):
         catalog.models()
     assert caplog.messages == [f"The models folder '{tmp_path}/none' does not exist."]
@@ -772,3 +775,45 @@ def _seconds(call: Callable[[], object]) -> float:
     begun = time.monotonic()
     call()
     return time.monotonic() - begun
+
+
+# -- several engines
+
+
+class Reads:
+    """An engine's inspector that can load the models of one publisher."""
+
+    def __init__(self, publisher: str) -> None:
+        self.fingerprint = self.publisher = publisher
+
+    def __call__(self, folder: Folder) -> Model:
+        fits = folder.id.startswith(f"{self.publisher}/")
+        reason = None if fits else f"Not one of {self.publisher}'s."
+        path = Path(folder.path)
+        return Model(folder.id, path, engine=self.publisher, loadable=fits, reason=reason)
+
+
+def test_the_first_engine_that_can_load_a_model_serves_it(root: Path, tmp_path: Path) -> None:
+    for name in ("north/a", "south/b", "west/c"):
+        model(root / name)
+    inspect = Inspectors([Reads("north"), Reads("south")])
+    cache = tmp_path / "catalog.json"
+    for _ in range(2):  # as read, and as remembered
+        found = Catalog([root], inspect, cache_file=cache, patience=30).models()
+        assert [(it.engine, it.loadable, it.reason) for it in found] == [
+            ("north", True, None),
+            ("south", True, None),
+            ("north", False, "Not one of north's."),
+        ]
+        until(cache.exists, what="the cache file")
+
+
+def test_another_engine_looks_at_the_models_anew(root: Path, tmp_path: Path) -> None:
+    model(root / "south" / "b")
+    cache = tmp_path / "catalog.json"
+    for engines, loadable in ((["north"], False), (["north", "south"], True), (["north"], False)):
+        inspect = Inspectors([Reads(name) for name in engines])
+        (found,) = Catalog([root], inspect, cache_file=cache, patience=30).models()
+        assert found.loadable is loadable
+        mark = f':{inspect.fingerprint}"'
+        until(lambda mark=mark: cache.exists() and mark in cache.read_text(), what="the cache file")

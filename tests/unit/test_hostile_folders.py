@@ -14,11 +14,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxproxy.catalog import Catalog
-from mlxproxy.catalog.inspection import Folder, Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
-from tests.support.model_folders import CONFIG, hub_model, model, raw_weights, weights, write
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
+from tests.support.model_folders import (
+    CONFIG,
+    catalog_of,
+    hub_model,
+    model,
+    raw_weights,
+    weights,
+    write,
+)
 
 LIMIT = 10.0  # seconds: far more than any of these may take, far less than a hang
 
@@ -35,7 +43,7 @@ Look = Callable[[], dict[str, Model]]
 @pytest.fixture
 def look(root: Path) -> Iterator[Look]:
     """Lists the folder; the good model in it must never suffer."""
-    catalog = Catalog([root], patience=LIMIT)
+    catalog = catalog_of([root], patience=LIMIT)
 
     def look() -> dict[str, Model]:
         begun = time.monotonic()
@@ -399,7 +407,7 @@ _KEYS = [
 
 @pytest.fixture(scope="module")
 def inspector() -> Inspector:
-    return Inspector(MlxLm())
+    return Inspector(Package())
 
 
 FUZZ = settings(

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from mlxproxy.catalog import capabilities as rules
-from mlxproxy.catalog.inspection import Folder, Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.template import thinking_switch
 from mlxproxy.catalog.weights import missing_shards
+from mlxproxy.engines.mlx_lm import capabilities as rules
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
 from tests.support import tiny_models
 from tests.support.model_folders import model, raw_weights, weights, write
 
@@ -24,12 +25,12 @@ THINK = ("<think>", "</think>")
 
 
 @pytest.fixture(scope="module")
-def mlx_lm() -> MlxLm:
-    return MlxLm()
+def mlx_lm() -> Package:
+    return Package()
 
 
 @pytest.fixture
-def inspect(mlx_lm: MlxLm) -> Callable[[Path], Model]:
+def inspect(mlx_lm: Package) -> Callable[[Path], Model]:
     inspector = Inspector(mlx_lm)
 
     def inspect(folder: Path) -> Model:
@@ -169,7 +170,7 @@ def test_an_architecture_that_mlx_lm_knows_by_another_name_is_loadable(
     assert inspect(model(tmp_path / "model", config={"model_type": kind})).loadable
 
 
-def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: MlxLm) -> None:
+def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: Package) -> None:
     modules = {it.stem for it in (installed() / "models").glob("*.py")}
     helpers = {name for name in modules if mlx_lm.architecture({"model_type": name}) is None}
     assert {"llama", "qwen3", "gemma3", "deepseek_v3", "gpt_oss"} <= modules - helpers
@@ -191,7 +192,7 @@ def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: MlxL
 def test_a_missing_mlx_lm_makes_no_model_unloadable(tmp_path: Path) -> None:
     folder = model(tmp_path / "model", config={"model_type": "anything"})
     sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
-    assert Inspector(MlxLm(tmp_path / "none"))(Folder(str(folder), "a/b", sizes, 0)).loadable
+    assert Inspector(Package(tmp_path / "none"))(Folder(str(folder), "a/b", sizes, 0)).loadable
 
 
 def test_missing_weights_say_what_is_missing(inspect: Inspect, tmp_path: Path) -> None:

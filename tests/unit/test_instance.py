@@ -13,11 +13,11 @@ import pytest
 from mlxproxy.backend import processes
 from mlxproxy.backend.lock import PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
-from mlxproxy.catalog import Catalog
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
 from tests.conftest import until
 from tests.support.damaged_files import DAMAGES, FILES, damaged
+from tests.support.model_folders import catalog_of
 
 # -- damaged files
 
@@ -43,7 +43,7 @@ def test_a_damaged_record_is_as_good_as_none(
     record.started(["x", "y"], os.getpid())
     record.stopped()
     lock.release()
-    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
+    catalog = catalog_of([models], cache_file=tmp_path / "catalog.json", patience=10)
     assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
     if name in ("history.json", "catalog.json"):
         until(lambda: read_record(path), what="the new file in the old one's place")
@@ -51,13 +51,13 @@ def test_a_damaged_record_is_as_good_as_none(
 
 def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
     cache = tmp_path / "catalog.json"
-    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
+    assert len(catalog_of([models], cache_file=cache, patience=10).models()) == 2
     until(cache.exists, what="the cache")
     stored = json.loads(cache.read_text())
     for entry in stored["roots"][str(models)].values():
         entry["model"]["size_bytes"] = "many"
     cache.write_text(json.dumps(stored))
-    models_found = Catalog([models], cache_file=cache, patience=10).models()
+    models_found = catalog_of([models], cache_file=cache, patience=10).models()
     assert all(isinstance(model.size_bytes, int) for model in models_found)
 
 

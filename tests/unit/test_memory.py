@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from mlxproxy.backend.memory import Fit, available, fit, working_set
-from mlxproxy.catalog.kvcache import KVCache
-from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
+from mlxproxy.catalog.model import DEFAULT_CONTEXT, KVCache, Model
 
 GB = 1 << 30
 

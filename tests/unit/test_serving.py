@@ -22,6 +22,7 @@ from mlxproxy.commands.ls import ls
 from mlxproxy.demo import provide
 from tests.conftest import free_port, until
 from tests.support import model_folders, tiny_models
+from tests.support.model_folders import catalog_of
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
     parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = slow_disk(monkeypatch)
-    hasty = catalog.Catalog(parts.roots, patience=0.05, first_patience=0.05)
+    hasty = catalog_of(parts.roots, patience=0.05, first_patience=0.05)
     parts = replace(parts, catalog=hasty)
     status, told = listing(parts)
     assert status == 503
@@ -185,7 +186,7 @@ def test_a_model_is_found_though_its_folder_is_being_read_for_the_first_time(
     """The first load after a start is not told to try again."""
     tiny_models.build(tmp_path / "tiny" / "alpha")
     may_end = slow_disk(monkeypatch)
-    library = catalog.Catalog([tmp_path], patience=0.05)
+    library = catalog_of([tmp_path], patience=0.05)
     end = threading.Timer(0.5, may_end.set)
     end.start()
     assert library.find("tiny/alpha").id == "tiny/alpha"
@@ -204,7 +205,7 @@ def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
         return scan(root, previous, inspect)
 
     monkeypatch.setattr(catalog, "scan", slow)
-    two_disks = catalog.Catalog(
+    two_disks = catalog_of(
         [tmp_path / "models", tmp_path / "disk"], patience=0.2, first_patience=0.2
     )
     parts = replace(parts, catalog=two_disks)

@@ -10,7 +10,9 @@ from typing import Any
 from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules
+from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
@@ -33,6 +35,11 @@ class MlxLm:
     def __init__(self, server_bin: Path | None, max_tokens: int) -> None:
         self._server_bin = server_bin
         self._max_tokens = max_tokens
+
+    @property
+    def inspector(self) -> Inspector:
+        """Reads model folders for the mlx-lm that the program belongs to."""
+        return Inspector(Package(program.package_of(self._server_bin)))
 
     def command(self, spec: ModelSpec, address: Address) -> Command:
         """Return the command line. Clients that stream from the backend's port rely on its options.
