@@ -21,8 +21,8 @@ run: $(VENV)/.installed ## Set up and start the proxy; settings as NAME=value
 install: $(VENV)/.installed ## Only set up
 
 test: $(VENV)/.dev ## Set up and run all tests
-	$(PYTHON) -m pytest -m "not (backend or standin or demo)" -n 2
-	$(PYTHON) -m pytest -m "backend or standin or demo" -n 2 --dist loadfile
+	$(PYTHON) -m pytest tests/unit -n 2
+	$(PYTHON) -m pytest --ignore tests/unit -n 2 --dist loadfile
 
 lint: $(VENV)/.dev ## Formatting, lint, types
 	$(VENV)/bin/ruff format --check .

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.contestants import Proxy
 from benchmarks.figures import Figure, percentile
 from benchmarks.processes import accepts, free_port, resident_bytes, running, until
-from mlxproxy.backend.process import server_program
 from mlxproxy.catalog import Catalog
+from mlxproxy.engines.mlx_lm.program import server_program
 from tests.support import tiny_models
 
 LIBRARY = 2000  # model folders

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlxproxy.backend.protocol import Engine
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.catalog import Catalog, Model
 from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, History
 from mlxproxy.errors import ModelNotFound, ModelsRootUnavailable, ProxyError
-from mlxproxy.guard import check
+from mlxproxy.guard.check import Terms
+from mlxproxy.guard.shapes import Limits
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.selection")
@@ -26,6 +28,7 @@ class Selection:
     """Names, as clients and settings write them, and the models that they mean."""
 
     settings: Settings
+    engine: Engine
     catalog: Catalog
     controller: Controller
     history: History
@@ -63,12 +66,15 @@ class Selection:
         except (ModelNotFound, ModelsRootUnavailable):
             return None
 
-    def limits(self, spec: ModelSpec | None) -> check.Limits:
+    def terms(self, spec: ModelSpec | None) -> Terms:
         """Return what a request to this model may say; None: to any, as far as that is known."""
+        return Terms(self.engine.rules, self._limits(spec))
+
+    def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)
         if spec is None:
-            return check.Limits(template_kwargs=names)
-        return check.Limits(
+            return Limits(template_kwargs=names)
+        return Limits(
             template_kwargs=names,
             adapters=spec.adapters,
             draft_models=spec.draft_models,

@@ -1,4 +1,4 @@
-"""Text that somebody else has written, made fit for a terminal and for a log."""
+"""Text that somebody else has written, made fit for a terminal, a log and an error message."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import re
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
+# names. What follows a letter is no path (user/assistant), nor is an endpoint.
+_PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\s'":,;()]*""")
 
 
 def harmless(text: str) -> str:
@@ -20,3 +23,8 @@ def harmless(text: str) -> str:
 def harmless_json(text: str) -> str:
     r"""Return the JSON with the same characters as ``\uXXXX``: it stays the same value."""
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def without_paths(text: str) -> str:
+    """Return the text with each path of this machine as an ellipsis."""
+    return _PATH.sub("…", text)

@@ -9,7 +9,8 @@ from pathlib import Path
 from mlxproxy.backend import memory
 from mlxproxy.backend.lock import PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans
-from mlxproxy.backend.process import Backend, BackendConfig, server_program
+from mlxproxy.backend.process import Backend, BackendConfig
+from mlxproxy.backend.protocol import Address, Engine
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.auth import Access, own_names
@@ -19,7 +20,8 @@ from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
-from mlxproxy.errors import LoadFailed
+from mlxproxy.engines.mlx_lm import program
+from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
@@ -51,8 +53,11 @@ class Proxy:
         self.lock.release()
 
 
-def build(settings: Settings) -> Proxy:
+def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     """All parts for these settings; takes the backend ports.
+
+    Args:
+        engines: the kinds of backends; none: those of :func:`engines_of`.
 
     Raises:
         AlreadyRunning: another proxy has one of the ports.
@@ -75,23 +80,22 @@ def build(settings: Settings) -> Proxy:
     records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
     configs = [
         BackendConfig(
-            server_bin=settings.mlx_server_bin,
-            port=port,
-            max_tokens=settings.max_tokens,
             load_timeout=settings.load_timeout,
             stop_timeout=settings.stop_timeout,
             log_file=log_file,
             mark=record.mark,
             on_log=lambda text: bus.publish("backend_log", {"text": text}),
         )
-        for port, log_file, record in zip(ports, log_files, records, strict=True)
+        for log_file, record in zip(log_files, records, strict=True)
     ]
 
+    (engine,) = engines or engines_of(settings)
     roots = settings.models_root or (models_folder(),)
     catalog = catalog_of(settings, roots)
 
     def launch(slot: int, spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
-        return Backend(as_it_is_now(spec, catalog), configs[slot], on_end)
+        address = Address("127.0.0.1", ports[slot])
+        return Backend(as_it_is_now(spec, catalog), engine, address, configs[slot], on_end)
 
     def emit(event: Event) -> None:
         metrics.event(event)
@@ -112,7 +116,7 @@ def build(settings: Settings) -> Proxy:
         roots=roots,
         catalog=catalog,
         controller=controller,
-        selection=Selection(settings, catalog, controller, history),
+        selection=Selection(settings, engine, catalog, controller, history),
         relay=Relay(settings.stall_timeout),
         access=access,
         bus=bus,
@@ -122,20 +126,15 @@ def build(settings: Settings) -> Proxy:
     return Proxy(services, lock, log_files)
 
 
+def engines_of(settings: Settings) -> tuple[Engine, ...]:
+    """The kinds of backends that there are, the preferred one first."""
+    return (MlxLm(settings.mlx_server_bin, settings.max_tokens),)
+
+
 def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
     """The catalogue of these folders, with what earlier starts have read of them."""
     return Catalog(
         roots,
         cache_file=settings.instance.catalog,
-        mlx_lm=mlx_lm_package(settings.mlx_server_bin),
+        mlx_lm=program.package_of(settings.mlx_server_bin),
     )
-
-
-def mlx_lm_package(server_bin: Path | None) -> Path | None:
-    """The mlx_lm package that belongs to the server program; None where it is not beside it."""
-    try:
-        program = server_program(server_bin)
-    except LoadFailed:
-        return None
-    found = sorted(program.resolve().parent.parent.glob("lib/python3*/site-packages/mlx_lm"))
-    return found[-1] if found else None

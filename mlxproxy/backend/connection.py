@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any
 
+from mlxproxy.backend.protocol import Address
 from mlxproxy.errors import BackendFailed
 
 # Room for dozens of events. For 64 KB the allocator would ask the kernel for memory, and give it
@@ -24,10 +25,10 @@ from mlxproxy.errors import BackendFailed
 RECV_BYTES = 1 << 14
 HEAD_LIMIT = 1 << 16
 LINE_LIMIT = 1 << 12  # of a line of a chunk's frame
-CONNECT_TIMEOUT = 10.0
+CONNECT_SECONDS = 10.0
 # The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after
 # a second. A fresh try after 20 ms gets through as soon as the backend has accepted the others.
-CONNECT_RETRY = 0.02
+CONNECT_RETRY_SECONDS = 0.02
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5]\d\d)(?: |$)", re.ASCII)
@@ -117,19 +118,26 @@ class Chunked:
 
 
 class BackendConnection:
-    """A connection to the backend on 127.0.0.1.
+    """A connection to a backend.
 
     Args:
-        port: the backend's port.
+        address: where the backend answers.
         interval: seconds of silence after which a read or a write raises :class:`Silence`.
         lets_go: whether the backend, once our side is shut, ends the request and then closes the
             connection; otherwise nobody can tell when its place is free.
+        connect_seconds: for which a backend may not accept; None: see CONNECT_SECONDS.
 
     Raises:
-        BackendFailed: nothing accepts connections on the port.
+        BackendFailed: nothing accepts connections there.
     """
 
-    def __init__(self, port: int, interval: float, lets_go: bool = False) -> None:
+    def __init__(
+        self,
+        address: Address,
+        interval: float,
+        lets_go: bool = False,
+        connect_seconds: float | None = None,
+    ) -> None:
         self._lock = threading.Lock()
         self._closed = False
         self._interval = interval
@@ -141,7 +149,8 @@ class BackendConnection:
         self._lets_go = lets_go
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._socket = _connect(port)
+        self._host = address.host
+        self._socket = _connect(address, connect_seconds or CONNECT_SECONDS)
         # Timeouts of the kernel's: Python's own cost a poll() before every recv().
         whole = int(interval)
         timeval = struct.pack("@ll", whole, int((interval - whole) * 1_000_000))
@@ -153,13 +162,18 @@ class BackendConnection:
             self._socket.close()
             raise _broken(f"closed the connection ({error.strerror or error})") from None
 
-    def send(self, path: str, body: bytes) -> None:
-        """Takes one POST request, which :meth:`read_head` sends before it waits."""
-        head = (
-            f"POST {path} HTTP/1.0\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        self._unsent = memoryview(head.encode("ascii") + body)
+    def send(self, path: str, body: bytes | None) -> None:
+        """Take one request, which :meth:`read_head` sends before it waits.
+
+        Args:
+            body: JSON, for a POST; None for a GET.
+        """
+        method, about = "GET", ""
+        if body is not None:
+            about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            method = "POST"
+        head = f"{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n{about}\r\n"
+        self._unsent = memoryview(head.encode("ascii") + (body or b""))
 
     def read_head(self) -> None:
         """Waits for the status line and the headers (names in lower case).
@@ -307,14 +321,14 @@ class BackendConnection:
             self._socket.close()
 
 
-def _connect(port: int) -> socket.socket:
-    deadline = time.monotonic() + CONNECT_TIMEOUT
-    wait = CONNECT_RETRY
+def _connect(address: Address, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
+    wait = CONNECT_RETRY_SECONDS
     while True:
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             connection.settimeout(wait)
-            connection.connect(("127.0.0.1", port))
+            connection.connect(address)
             connection.settimeout(None)
             return connection
         except TimeoutError:

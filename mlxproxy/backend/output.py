@@ -1,15 +1,15 @@
 """The backend's output: drained whatever happens, its last lines in memory, the rest in a file.
 
-A pipe that nobody reads stops `mlx_lm.server` after 136 requests, and a write that fails (a full
-disk) empties its answers. So one thread does nothing but empty the pipe, and another, behind a
-bounded queue, writes the file: a slow or full disk costs log lines, never an answer.
+A pipe that nobody reads stops its writer (`mlx_lm.server` after 136 requests), and a write that
+fails (a full disk) may cost it an answer. So one thread does nothing but empty the pipe, and
+another, behind a bounded queue, writes the file: a slow or full disk costs log lines, never an
+answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -24,9 +24,6 @@ LINE_BYTES = 2000
 TRICKLE = 4096  # bytes
 PIPE_BYTES = 1 << 16
 
-# 0.32 logs the first and lives on with /health 503; 0.31 dies with a bare traceback of its thread.
-_DEATH = re.compile(rb"generation thread died: ?(.*)|Exception in thread .*\(_generate\)")
-
 Listener = Callable[[str], None]
 
 
@@ -36,14 +33,16 @@ class OutputPump:
     Args:
         pipe: the read end; closed here.
         file: where the output is kept.
-        on_death: called with the reason when the log tells that generation has ended.
-        on_lines: called with each block of text, for those who follow the log.
+        on_output: called with each block of whole lines, as they are.
+        on_lines: called with each block as text, for those who follow the log.
     """
 
-    def __init__(self, pipe: int, file: LogFile, on_death: Listener, on_lines: Listener) -> None:
+    def __init__(
+        self, pipe: int, file: LogFile, on_output: Callable[[bytes], None], on_lines: Listener
+    ) -> None:
         self._pipe = pipe
         self._file = file
-        self._on_death = on_death
+        self._on_output = on_output
         self._on_lines = on_lines
         self._lock = threading.Lock()
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -88,8 +87,4 @@ class OutputPump:
                 self._tail.append(line[:LINE_BYTES])
         self._file.put(text)
         self._on_lines(text)
-        if b"generation thread died" in block or b"(_generate)" in block:
-            match = _DEATH.search(block)
-            if match:
-                reason = (match[1] or b"").decode("utf-8", "replace").strip()
-                self._on_death(reason or "its generation thread crashed with a traceback")
+        self._on_output(block)

@@ -1,11 +1,114 @@
-"""What an engine must say of itself, so that nothing outside its own folder knows it."""
+"""What a kind of backend says of itself, and what everything else knows of it.
+
+A kind of backend is a folder of `engines/`, with all that is known of its program. The rest of
+mlxproxy starts, watches, asks and stops a process through what stands here, whatever it serves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import ProxyError
+from mlxproxy.guard.check import Kind, Rules
+
+
+class Address(NamedTuple):
+    """Where a backend answers."""
+
+    host: str
+    port: int
+
+
+class Link(Protocol):
+    """A channel to a process beside its HTTP, over which it tells how it is."""
+
+    def fileno(self) -> int:
+        """Return the process's end, which it gets as its standard input."""
+
+    def open(self) -> None:
+        """Begin to read: the process has its end."""
+
+    def close(self) -> None:
+        """Give up both ends: there is no process."""
+
+    def let_clients_in(self) -> None:
+        """Tell the process that clients' requests come from now on."""
+
+    def has(self, feature: str) -> bool:
+        """Return whether the process has armed a feature.
+
+        The program asks for two by name: ``departures`` (once our side of a connection is shut, the
+        process ends the request and then closes the connection) and ``heartbeat`` (:meth:`hang` can
+        tell). Of others only the engine itself knows, see :meth:`Engine.is_exclusive`.
+        """
+
+    def hang(self, waiting_since: float, stall_timeout: float, load_timeout: float) -> str | None:
+        """Return why the process hangs; None while it lives, or where that is not told.
+
+        Args:
+            waiting_since: since when the request has waited that asks, in monotonic seconds.
+            stall_timeout: seconds that one step of its work may take.
+            load_timeout: seconds that a load within its work may take.
+        """
+
+
+@dataclass(frozen=True)
+class Command:
+    """How a process is started.
+
+    Attributes:
+        argv: the program, by its path, and its arguments.
+        environment: what it gets beside the proxy's own, without mlxproxy's settings.
+        link: makes the channel to it, given whom to call with the reason when the process tells
+            that it can no longer generate; None where there is no channel.
+        remedy: what to do if the program cannot be executed, as a sentence.
+    """
+
+    argv: tuple[str, ...]
+    remedy: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    link: Callable[[Callable[[str], None]], Link] | None = None
+
+
+class Fault(NamedTuple):
+    """What is wrong with an answer to a probe.
+
+    Attributes:
+        reason: a phrase about the process ("its first chat failed").
+        is_final: whether the process can no longer generate; its own last words may say more, and
+            count for more.
+    """
+
+    reason: str
+    is_final: bool = False
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A request of our own.
+
+    Attributes:
+        path: where it is sent.
+        body: its JSON; None for a GET.
+        judge: takes status and body of the answer; returns what is wrong with it.
+        not_yet: statuses that say nothing but that it is too early: the request is sent again.
+    """
+
+    path: str
+    judge: Callable[[int, bytes], Fault | None]
+    body: Mapping[str, Any] | None = None
+    not_yet: frozenset[int] = frozenset()
+
+
+class Stage(NamedTuple):
+    """A step to readiness: what the process is doing until it has answered the probe."""
+
+    phase: Literal["loading", "warming"]
+    probe: Probe
+
 
 Fields = Mapping[str, Any]
 """The fields of a request that has been checked."""
@@ -81,3 +184,82 @@ class Wire(Protocol):
 
         A `BackendFailed` may mean that the engine can no longer generate.
         """
+
+
+class Examined(NamedTuple):
+    """What `mlxproxy doctor` says of a program.
+
+    Attributes:
+        subject: what was looked at, in a word.
+        sentence: what was found.
+        fix: the command that mends it; None where nothing is wrong.
+    """
+
+    subject: str
+    sentence: str
+    fix: str | None = None
+
+
+class Engine(Protocol):
+    """A kind of backend."""
+
+    @property
+    def name(self) -> str:
+        """Its program, as users know it."""
+
+    @property
+    def health(self) -> Probe:
+        """Finds out whether a process can still generate, without generating. What does not answer
+        it at all is not judged by it."""
+
+    @property
+    def trusts_output(self) -> bool:
+        """Whether :meth:`death_in` can be believed once clients are served. If they or a model can
+        bring about such a line, the process is asked instead."""
+
+    @property
+    def advice(self) -> Sequence[tuple[str, str]]:
+        """What a person can do about a failed load: a pattern of the reason or of the log, and a
+        sentence with the pattern's groups as fields; the first that fits counts."""
+
+    def command(self, spec: ModelSpec, address: Address) -> Command:
+        """Return how a process for that load is started.
+
+        Raises:
+            LoadFailed: the program is missing.
+        """
+
+    def stages(self, spec: ModelSpec) -> Sequence[Stage]:
+        """Return what proves a process ready, once its port is open.
+
+        The last probe is answered by the model itself; it is sent to a silent process, too, to see
+        whether it still lives.
+        """
+
+    def death_in(self, output: bytes) -> str | None:
+        """Return why the process can no longer generate, if some of its output says so.
+
+        Args:
+            output: whole lines.
+        """
+
+    def wire(self, has: Callable[[str], bool]) -> Wire:
+        """Return how a process spells requests and answers.
+
+        Args:
+            has: whether a feature is armed in the process.
+        """
+
+    @property
+    def rules(self) -> Mapping[Kind, Rules]:
+        """What requests may say."""
+
+    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
+        """Return whether a checked request must have a process to itself.
+
+        Args:
+            has: whether a feature is armed in the process.
+        """
+
+    def examine(self) -> Examined:
+        """Return whether the program works on this machine."""

@@ -6,8 +6,8 @@ from flask import Blueprint, Response, g
 
 from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed
 from mlxproxy.blueprints.services import services
-from mlxproxy.guard.body import RequestBody
-from mlxproxy.guard.check import Kind, is_exclusive
+from mlxproxy.guard.check import Kind
+from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
 
@@ -31,13 +31,13 @@ def completions() -> Response:
 def _complete(kind: Kind) -> Response:
     given = json_body()
     parts = services()
-    controller, relay = parts.controller, parts.relay
-    body = RequestBody(given, kind, controller.current(), parts.selection.limits)
+    controller, relay, selection = parts.controller, parts.relay, parts.selection
+    body = RequestBody(given, kind, controller.current(), selection.terms)
     fields = body.fields
     stats = g.stats = AnswerStats()
-    exclusive = is_exclusive(fields, own_seeds=controller.has("sampling"))
+    exclusive = selection.engine.is_exclusive(fields, controller.has)
     lease = controller.lease(
-        client(), disconnect(), lambda: parts.selection.named_spec(fields.get("model")), exclusive
+        client(), disconnect(), lambda: selection.named_spec(fields.get("model")), exclusive
     )
     request = Request(PATHS[kind], body)
     if fields.get("stream") is True:

@@ -31,8 +31,8 @@ class Services:
     roots: tuple[Path, ...]
     catalog: Catalog
     controller: Controller
-    selection: Selection
     relay: Relay
+    selection: Selection
     access: Access
     bus: EventBus
     metrics: Metrics

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,19 +17,16 @@ from mlxproxy import settings
 from mlxproxy.backend import ports
 from mlxproxy.backend.lock import PortLock
 from mlxproxy.backend.orphan import Orphans
-from mlxproxy.backend.process import program_command, server_program
 from mlxproxy.backend.processes import ask
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.commands import service, terminal
 from mlxproxy.commands.client import ClientError, connect
-from mlxproxy.errors import LoadFailed
 from mlxproxy.settings import SettingError, Settings
-from mlxproxy.wiring import mlx_lm_package
+from mlxproxy.wiring import engines_of
 
 PYTHONS = ((3, 10), (3, 13))
 ROOM = 500_000_000  # bytes: logs, the demo model
-PATIENCE = 120.0  # seconds for a first start of mlx_lm.server
 SCAN = 30.0  # seconds for a models folder
 
 
@@ -80,7 +75,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("settings", str(error), _where_set(str(error)))
         return
     yield Finding("settings", f"valid; the instance folder is {found.instance_path}")
-    yield _mlx_lm(found)
+    yield from (Finding(*engine.examine()) for engine in engines_of(found))
     yield from _models(found)
     yield _disk(found)
     proxy = _running(found)
@@ -114,37 +109,6 @@ def _where_set(error: str) -> str:
     if "the environment" in error:
         return f"unset {settings.ENV_PREFIX}{name}"
     return "correct it in config.py"
-
-
-def _mlx_lm(found: Settings) -> Finding:
-    try:
-        program = server_program(found.mlx_server_bin)
-    except LoadFailed as error:
-        return Finding("mlx-lm", error.message, f"{sys.executable} -m pip install mlx-lm")
-    python = program.parent / "python"
-    update = f"{python if python.exists() else sys.executable} -m pip install --upgrade mlx-lm"
-    command = program_command(program)
-    try:
-        done = subprocess.run(
-            [*command, "--help"], capture_output=True, text=True, timeout=PATIENCE
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("mlx-lm", f"{program} cannot be run: {error}", update)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        return Finding("mlx-lm", f"{program} fails to start: {words[-1]}", update)
-    wrapper = ", a wrapper: runs without mlxproxy's additions" if len(command) == 1 else ""
-    return Finding("mlx-lm", f"{_version(found)}works ({program}{wrapper})")
-
-
-def _version(found: Settings) -> str:
-    package = mlx_lm_package(found.mlx_server_bin)
-    with contextlib.suppress(OSError):
-        if package and (
-            text := re.search("""['"](.+)['"]""", (package / "_version.py").read_text())
-        ):
-            return f"{text[1]} "
-    return ""
 
 
 def _models(found: Settings) -> Iterator[Finding]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import plistlib
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import click
 
 from mlxproxy import settings
+from mlxproxy.engines.mlx_lm.program import program_on_path_alone
 from mlxproxy.text import harmless
 
 LABEL = "local.mlxproxy"
@@ -77,10 +77,9 @@ def plan(flags: Mapping[str, str]) -> Plan:
         if paths and all(isinstance(path, Path) for path in paths):
             given[name] = ":".join(map(str, paths))  # where it was relative, it no longer is
     if "MLX_SERVER_BIN" not in given and found.mlx_server_bin is None:
-        beside = Path(sys.executable).parent / "mlx_lm.server"
-        on_path = shutil.which("mlx_lm.server")
-        if on_path and not beside.is_file():  # a service has another PATH
-            given["MLX_SERVER_BIN"] = os.path.abspath(on_path)
+        program = program_on_path_alone()
+        if program is not None:  # a service has another PATH
+            given["MLX_SERVER_BIN"] = str(program)
     instance = str(found.instance_path)
     return Plan(
         command=(sys.executable, "-m", "mlxproxy", "serve", "--instance-path", instance),

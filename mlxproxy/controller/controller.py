@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from mlxproxy.backend.orphan import ChildRecord
-from mlxproxy.backend.process import without_paths
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.history import History
 from mlxproxy.controller.lease import Claim, Lease
@@ -48,6 +47,7 @@ from mlxproxy.controller.state import (
 )
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import InternalError, ProxyError, TooManyRequests
+from mlxproxy.text import without_paths
 
 log = logging.getLogger("mlxproxy.controller")
 
@@ -238,7 +238,7 @@ class Controller:
         return slot.spec if slot.answers else None
 
     def has(self, feature: str) -> bool:
-        """Return whether the loaded backend has a feature of `engines/mlx_lm/inside/`."""
+        """Return whether the loaded backend has armed a feature."""
         slot = self._core.main_slot()
         process = slot.process if slot.state is not SlotState.LOADING else None
         return process is not None and process.has(feature)

@@ -528,7 +528,7 @@ class Scheduler:
             slot.ttl if shown else None,
             slot.pinned,
             process.pid if process else None,
-            process.port if process else None,
+            process.address.port if process else None,
             slot.memory,
             len(slot.requests),
             len(self._waiting_for(slot)) if shown else 0,

@@ -18,7 +18,7 @@ from mlxproxy.errors import ProxyError
 if TYPE_CHECKING:
     import threading
 
-    from mlxproxy.backend.protocol import Wire
+    from mlxproxy.backend.protocol import Address, Wire
 
 
 class Moment(NamedTuple):
@@ -113,7 +113,7 @@ class Process(Protocol):
         """Its number; None before the start."""
 
     @property
-    def port(self) -> int:
+    def address(self) -> Address:
         """Where it answers."""
 
     @property

@@ -3,7 +3,7 @@
 A shape is called with the field's name, its value as JSON gave it (never null) and the limits. It
 returns the value for the backend, or :data:`DROP` for a field that the backend must not see, and
 raises :class:`~mlxproxy.errors.InvalidRequest` naming the place. The reasons for each bound stand
-in the table of ``guard.py``.
+in an engine's table of rules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ MAX_MESSAGES = 2048  # OpenAI's own limit
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024  # all stop texts together
 MAX_NAME = 256  # characters of a name or of another short text
-MAX_TOP_LOGPROBS = 11  # the backend's; OpenAI's is 20, and fewer may be returned
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 ROLES: Final = {
@@ -208,15 +207,24 @@ def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
     return checked
 
 
-def top_logprobs(name: str, value: Any, limits: Limits) -> int:
-    """As many alternatives as the backend can give."""
-    count: int = integer(0, 20)(name, value, limits)
-    return min(count, MAX_TOP_LOGPROBS)
+def top_logprobs(most: int) -> Shape:
+    """As many alternatives as the backend can give, of the 20 that OpenAI's API allows."""
+
+    def shape(name: str, value: Any, limits: Limits) -> int:
+        count: int = integer(0, 20)(name, value, limits)
+        return min(count, most)
+
+    return shape
 
 
-def text_logprobs(name: str, value: Any, limits: Limits) -> bool | int:
+def text_logprobs(most: int) -> Shape:
     """In text completions a number of alternatives; true and false are the backend's own."""
-    return value if isinstance(value, bool) else top_logprobs(name, value, limits)
+    alternatives = top_logprobs(most)
+
+    def shape(name: str, value: Any, limits: Limits) -> Any:
+        return value if isinstance(value, bool) else alternatives(name, value, limits)
+
+    return shape
 
 
 def stop(name: str, value: Any, limits: Limits) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
+from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
 from mlxproxy.errors import BackendFailed, ProxyError
@@ -14,7 +15,7 @@ from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
 
 ERROR_BYTES: Final = 1 << 16  # of the backend's own error
 
-Connect = Callable[[int, float, bool], BackendConnection]
+Connect = Callable[[Address, float, bool], BackendConnection]
 
 
 class Body(Protocol):
@@ -51,7 +52,7 @@ class Exchange:
         lease: the request's place, which has been granted.
         streamed: the client reads a stream. A whole answer is asked for as a stream, too, if a
             stream carries all of it: so a client that leaves ends it, and a hang can be told.
-        connect: opens a connection to a port, with an interval in seconds, and with whether the
+        connect: opens a connection to an address, with an interval in seconds, and with whether the
             backend lets go of a request that has been aborted (see `BackendConnection`).
 
     Attributes:
@@ -80,7 +81,7 @@ class Exchange:
         self._lease = lease
         try:
             self.connection = connect(
-                backend.port, self.patience.interval, backend.has("departures")
+                backend.address, self.patience.interval, backend.has("departures")
             )
         except BackendFailed as error:
             raise lease.fault(error) from None

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,7 @@ import requests
 
 from tests.conftest import Proxy, until
 from tests.support import tiny_models
-
-pytestmark = pytest.mark.backend
-
-
-@pytest.fixture(scope="module")
-def proxy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """One proxy for the whole file; each test loads what it needs."""
-    proxy = Proxy(tmp_path_factory.mktemp("contract") / "instance", models)
-    yield proxy.start()
-    proxy.clean_up()
-
-
-def error(answer: requests.Response) -> dict[str, Any]:
-    """The error object, after a look at its shape."""
-    found: dict[str, Any] = answer.json()["error"]
-    assert {"message", "type", "param", "code"} <= set(found)
-    assert found["message"].strip().endswith((".", "?"))
-    return found
+from tests.support.raw_http import shape
 
 
 def test_the_listing_has_every_model_sorted_with_what_openai_clients_need(
@@ -159,8 +142,8 @@ def test_a_chat_with_nothing_loaded_says_what_to_do(proxy: Proxy) -> None:
     for stream in (False, True):
         answer = proxy.chat(stream=stream)
         assert answer.status_code == 503
-        assert error(answer)["code"] == "no_model_loaded"
-        assert "/v1/models/load" in error(answer)["message"]
+        assert shape(answer.json())["code"] == "no_model_loaded"
+        assert "/v1/models/load" in shape(answer.json())["message"]
 
 
 def test_a_chat_that_names_a_known_model_loads_it_when_nothing_is_loaded(proxy: Proxy) -> None:
@@ -174,8 +157,8 @@ def test_an_unknown_model_is_not_found_and_what_is_loaded_stays(proxy: Proxy) ->
     proxy.load("tiny/alpha")
     answer = proxy.load("tiny/alpa")
     assert answer.status_code == 404
-    assert error(answer)["code"] == "model_not_found"
-    assert "tiny/alpha" in error(answer)["message"]
+    assert shape(answer.json())["code"] == "model_not_found"
+    assert "tiny/alpha" in shape(answer.json())["message"]
     assert proxy.loaded()["id"] == "tiny/alpha"
 
 
@@ -205,7 +188,7 @@ def test_a_bad_load_request_is_told_in_a_sentence_within_a_second(
 ) -> None:
     answer = requests.post(proxy.url + "/v1/models/load", data=body, timeout=1)
     assert answer.status_code == 400
-    assert (error(answer)["code"], error(answer)["param"]) == (code, param)
+    assert (shape(answer.json())["code"], shape(answer.json())["param"]) == (code, param)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +211,7 @@ def test_a_bad_chat_request_names_the_field_and_the_proxy_goes_on(
     proxy.load("tiny/alpha")
     answer = requests.post(proxy.url + "/v1/chat/completions", data=body, timeout=1)
     assert answer.status_code == 400
-    assert (error(answer)["code"], error(answer)["param"]) == (code, param)
+    assert (shape(answer.json())["code"], shape(answer.json())["param"]) == (code, param)
     assert proxy.chat().ok
 
 
@@ -254,7 +237,11 @@ def test_other_methods_and_paths_get_the_contracts_error(
     answer = requests.request(method, proxy.url + path, timeout=5)
     assert answer.status_code == status
     if method != "HEAD":
-        assert error(answer)["code"] in ("not_found", "method_not_allowed", "model_not_found")
+        assert shape(answer.json())["code"] in (
+            "not_found",
+            "method_not_allowed",
+            "model_not_found",
+        )
 
 
 def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
@@ -279,6 +266,7 @@ def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
         body["model"] = str(models / "tiny" / "alpha")
         url = f"http://127.0.0.1:{proxy.backend_port}/v1/chat/completions"
         direct = requests.post(url, json=body, timeout=30).json()
+        assert (through.pop("model"), direct.pop("model")) == ("tiny/alpha", body["model"])
         for answer in (through, direct):
             for changing in ("id", "created"):
                 del answer[changing]
@@ -344,7 +332,7 @@ def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears
     assert proxy.get("/v1/models").json()["data"] == []
     answer = proxy.load("tiny/alpha")
     assert answer.status_code == 503
-    assert error(answer)["code"] == "models_root_unavailable"
+    assert shape(answer.json())["code"] == "models_root_unavailable"
     until(lambda: str(disk) in proxy.said(), what="the warning")
     disk.parent.mkdir()
     shutil.copytree(models, disk)
@@ -364,8 +352,8 @@ def test_a_broken_mlx_server_bin_is_a_sentence(
     proxy = start(models, MLX_SERVER_BIN=program)
     answer = proxy.load("tiny/alpha")
     assert answer.status_code == 500
-    assert error(answer)["code"] == "load_failed"
-    assert "MLX_SERVER_BIN" in error(answer)["message"]
+    assert shape(answer.json())["code"] == "load_failed"
+    assert "MLX_SERVER_BIN" in shape(answer.json())["message"]
     assert "Traceback" not in proxy.said()
     assert proxy.health()["proxy"] == "ok"
 
@@ -379,8 +367,7 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers_before_anything_is_
     shutil.copytree(root / "tiny" / "alpha", huge)
     weights = huge / "model.safetensors"
     size = 4 << 40  # bytes, in a file with a hole: it takes no room on the disk
-    shape = [size // 2]
-    tensor = {"dtype": "F16", "shape": shape, "data_offsets": [0, size]}
+    tensor = {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}
     header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
     with weights.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -391,15 +378,15 @@ def test_a_model_that_cannot_fit_is_refused_with_the_numbers_before_anything_is_
     assert fits == {"tiny/alpha": True, "tiny/beta": True, "tiny/huge": False}
     answer = proxy.load("tiny/huge")
     assert answer.status_code == 507
-    assert error(answer)["code"] == "insufficient_memory"
-    assert error(answer)["needed_bytes"] > error(answer)["available_bytes"] > 0
-    assert "estimate" in error(answer)["message"]
+    assert shape(answer.json())["code"] == "insufficient_memory"
+    assert shape(answer.json())["needed_bytes"] > shape(answer.json())["available_bytes"] > 0
+    assert "estimate" in shape(answer.json())["message"]
     assert proxy.loaded()["id"] == "tiny/alpha"
     proxy.unload()
     chat = proxy.chat(model="tiny/huge")
     assert chat.status_code == 507
-    assert error(chat)["code"] == "insufficient_memory"
-    assert error(chat)["needed_bytes"] == error(answer)["needed_bytes"]
+    assert shape(chat.json())["code"] == "insufficient_memory"
+    assert shape(chat.json())["needed_bytes"] == shape(answer.json())["needed_bytes"]
     assert not proxy.loaded()["loaded"]
     proxy.stop()
     preloading = start(root, PRELOAD="tiny/huge")

@@ -17,8 +17,6 @@ import requests
 from tests.conftest import Proxy, until
 from tests.support import tiny_models
 
-pytestmark = pytest.mark.backend
-
 REST_SECONDS = 2.0
 WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
 

@@ -22,8 +22,6 @@ from mlxproxy.backend.ports import is_free
 from tests.conftest import Proxy, until
 from tests.support import tiny_models
 
-pytestmark = pytest.mark.backend
-
 
 class Stream(threading.Thread):
     """A stream read in a thread of its own."""

@@ -22,14 +22,13 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from mlxproxy.backend.process import program_command
+from mlxproxy.engines.mlx_lm.program import program_command
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import InvalidRequest
-from mlxproxy.guard import check
-from mlxproxy.guard.check import Kind, Limits
+from mlxproxy.guard.check import Kind, check
+from mlxproxy.guard.shapes import Limits
 from tests.conftest import SERVER_BIN, free_port, until
 from tests.support import tiny_models
-
-pytestmark = pytest.mark.backend
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 MAX_TOKENS = 12  # long answers would add nothing but time
@@ -276,8 +275,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 def requests(draw: st.DrawFn) -> tuple[Kind, dict[str, Any]]:
     """A request with some of the fields it may have, a third of them with an odd value."""
     kind: Kind = draw(st.sampled_from(["chat", "chat", "text"]))
-    required = check.REQUIRED[kind]
-    optional = [*check.RULES[kind], "unknown"] + ["temperature"] * 8  # others depend on it
+    required = RULES[kind].required
+    optional = [*RULES[kind].fields, "unknown"] + ["temperature"] * 8  # others depend on it
     chosen = draw(st.lists(st.sampled_from(optional), unique=True, min_size=6, max_size=16))
     body = {required: draw(FIELDS[required])}
     if draw(st.integers(0, 9)) == 0:
@@ -292,10 +291,10 @@ def checked(backend: Backend, kind: Kind, body: dict[str, Any]) -> dict[str, Any
     said = dict(body)
     while True:
         try:
-            return check.check(said, kind, backend.limits)
+            return check(said, RULES[kind], backend.limits)
         except InvalidRequest as error:
             field = re.split(r"\W", error.param or "")[0]
-            if field == check.REQUIRED[kind]:
+            if field == RULES[kind].required:
                 return None
             del said[field]
 
@@ -366,7 +365,7 @@ def test_what_is_known_to_hurt_is_refused_or_survived(
 ) -> None:
     required = HELLO if kind == "chat" else {"prompt": "Hello"}
     with contextlib.suppress(InvalidRequest):
-        backend.survives([(kind, check.check({**required, **hurt}, kind, backend.limits))])
+        backend.survives([(kind, check({**required, **hurt}, RULES[kind], backend.limits))])
 
 
 def test_without_the_guard_it_does_hurt(backend: Backend) -> None:

@@ -23,8 +23,6 @@ from mlxproxy.backend.processes import lives
 from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
 
-pytestmark = pytest.mark.backend
-
 
 def gone(processes: list[psutil.Process]) -> bool:
     return not any(lives(process) for process in processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -18,10 +19,8 @@ import openai
 import pytest
 import requests
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, until
 from tests.support import tiny_models
-
-pytestmark = pytest.mark.backend
 
 TOKENS = 40
 TEXT = tiny_models.answer("alpha", TOKENS)
@@ -168,6 +167,44 @@ def test_no_answer_shows_a_path_of_this_machine(
     assert events
     assert all(event["model"] == "tiny/alpha" for event in events)
     assert proxy.health()["model_id"] not in answer.text
+
+
+def figures(proxy: Proxy, answer: requests.Response) -> dict[str, str]:
+    """What the log line of an answer says, once it is there."""
+    number = answer.headers["X-Request-Id"]
+    lines = until(
+        lambda: [
+            line for line in proxy.get("/v1/logs").text.splitlines() if f"id={number} " in line
+        ],
+        what="the log line",
+    )
+    return dict(re.findall(r"(\w+)=(\S+)", lines[0]))
+
+
+def test_a_prompt_counts_whole_whatever_of_it_is_cached(start: Any, tmp_path: Path) -> None:
+    """To its end an answer has the backend's own count; cut off, the keepalives have told it."""
+    tiny_models.build_slow(tmp_path / "models" / "tiny" / "slow", says="s", layers=48)
+    proxy = start(tmp_path / "models")
+    proxy.load("tiny/slow")
+    messages = [{"role": "user", "content": tiny_models.long_prompt(60)}]
+    body = {**BODY, "messages": messages, "max_tokens": 3}
+    url = "/v1/chat/completions"
+    whole = proxy.post(url, {**body, "stream": False})
+    usage = whole.json()["usage"]
+    assert usage["prompt_tokens"] > 60
+    streams = [proxy.post(url, body)]
+    streams.append(proxy.post(url, {**body, "stream_options": {"include_usage": True}}))
+    for number, answer in enumerate([whole, *streams]):
+        found = figures(proxy, answer)
+        assert int(found["tokens_in"]) == usage["prompt_tokens"]
+        assert int(found["tokens_out"]) == 3
+        assert (int(found["cached_tokens"]) > 60) == (number > 0)
+    with proxy.post(url, {**body, "max_tokens": 2000}, stream=True) as left:
+        next(line for line in left.iter_lines() if line.startswith(b"data: "))
+    found = figures(proxy, left)
+    assert found["outcome"] == "client_gone"
+    assert int(found["tokens_in"]) == usage["prompt_tokens"]
+    assert int(found["tokens_out"]) > 0
 
 
 def test_tokens_arrive_as_they_are_made(start: Any, tmp_path: Path) -> None:

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Proxy, until
-from tests.support import tiny_models
 from tests.support.pty import COMMAND, Terminal, environment, run, scripted
 
-pytestmark = pytest.mark.standin
-
 DONE = "data: [DONE]\n\n"
+
 NOTHING_LOADED = {"loaded": False, "transition": None}
-
-
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """A proxy with a model that ends its answers after five words, and one that is slow."""
-    folder = tmp_path_factory.mktemp("chat")
-    tiny_models.build(folder / "models" / "tiny" / "brief", says="word", length=5)
-    tiny_models.build_slow(folder / "models" / "tiny" / "slow")
-    proxy = Proxy(folder / "instance", folder / "models")
-    try:
-        yield proxy.start()
-    finally:
-        proxy.clean_up()
-
-
-@pytest.fixture
-def talk(terminal: Callable[..., Terminal]) -> Callable[..., Terminal]:
-    """Starts chats at a terminal."""
-    return partial(terminal, "chat")
 
 
 def delta(**fields: str) -> dict[str, Any]:
@@ -57,97 +34,10 @@ class Script:
         return self._answers.pop(0)
 
 
-# -- with the real backend
-
-ANSWER = "word0 word1 word2 word3 word4"
-
-
-@pytest.mark.backend
-def test_a_chat_loads_the_model_and_streams_its_answer(
-    env: dict[str, str], talk: Callable[..., Terminal]
-) -> None:
-    screen = talk("brief", env=env)
-    screen.expect("tiny/brief")
-    screen.expect("> ")
-    screen.type("Hello!\n")
-    screen.expect(ANSWER)
-    screen.expect("> ")
-    screen.type("/quit\n")
-    assert screen.wait() == 0
-
-
-@pytest.mark.backend
-def test_thinking_is_switched_in_the_middle_and_shown_dimmed_and_apart(
-    env: dict[str, str], talk: Callable[..., Terminal]
-) -> None:
-    screen = talk("brief", env=env)
-    screen.expect("> ")
-    screen.type("/think\n")
-    screen.expect("Thinking is on.")
-    screen.expect("> ")
-    screen.type("Hello!\n")
-    screen.expect("Hello!")
-    screen.expect("thought7")
-    raw_reasoning = screen.expect(ANSWER)
-    assert raw_reasoning.endswith("\n\n")
-    screen.expect("> ")
-    screen.type("/no_think\nAnd now?\n")
-    screen.expect("And now?")
-    assert "thought" not in screen.expect(ANSWER)
-    screen.expect("> ")
-    screen.type("\x04")  # Ctrl-D
-    assert screen.wait() == 0
-
-
-@pytest.mark.backend
-def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(
-    proxy: Proxy, env: dict[str, str], talk: Callable[..., Terminal]
-) -> None:
-    screen = talk("slow", env=env)
-    screen.expect("> ")
-    screen.type("Hello!\n")
-    screen.expect("w2 ")
-    screen.interrupt()
-    screen.expect("(stopped)")
-    screen.expect("> ")
-    until(lambda: proxy.loaded()["in_flight"] == 0, what="the end of the generation")
-    screen.interrupt()
-    assert screen.wait() == 0
-    assert "Traceback" not in screen.text
-
-
-@pytest.mark.backend
-def test_a_question_in_a_pipe_gets_the_answer_alone(env: dict[str, str]) -> None:
-    assert run("load", "brief", env=env).returncode == 0
-    done = run("chat", "-p", "review this", "--thinking", env=env, stdin="some text")
-    assert done.returncode == 0
-    assert done.stdout.strip() == ANSWER
-    assert done.stderr == ""
-
-
-@pytest.mark.backend
-def test_a_loaded_model_is_not_loaded_anew_for_a_chat(proxy: Proxy, env: dict[str, str]) -> None:
-    proxy.load("tiny/brief", enable_thinking=True)
-    before = proxy.loaded()["pid"]
-    assert run("chat", "BRIEF", "-p", "Hello!", env=env).returncode == 0
-    assert proxy.loaded()["pid"] == before
-
-
-@pytest.mark.backend
-def test_with_nothing_loaded_it_says_what_to_do(proxy: Proxy, env: dict[str, str]) -> None:
-    proxy.unload()
-    done = run("chat", "-p", "Hello!", env=env)
-    assert done.returncode == 1
-    assert "`mlxproxy load`" in done.stderr
-
-
 def test_an_unknown_model_ends_it(env: dict[str, str]) -> None:
     done = run("chat", "nobody/knows", "-p", "Hello!", env=env)
     assert done.returncode == 1
     assert "nobody/knows" in done.stderr
-
-
-# -- with a scripted server
 
 
 def test_the_conversation_is_kept_until_it_is_cleared(

@@ -20,9 +20,8 @@ from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
 from tests.support.pty import COMMAND, Terminal, environment, run, scripted
 
-pytestmark = pytest.mark.standin
-
 LONG = "lmstudio-community/Qwen3-Coder-30B-A3B-Instruct-2507-MLX-4bit"
+
 SLOW_IMPORTS = {"flask", "waitress", "requests", "rich", "prometheus_client", "psutil"}
 
 
@@ -218,58 +217,6 @@ def test_a_reader_who_stops_early_is_no_failure(env: dict[str, str]) -> None:
 # -- load, ps, status, unload
 
 
-@pytest.mark.backend
-def test_a_model_is_loaded_shown_and_unloaded(env: dict[str, str]) -> None:
-    assert run("unload", env=env).returncode == 0
-    assert run("ps", env=env).stdout == "No model is loaded.\n"
-    loaded = run("load", "alpha", "--thinking", "--ttl", "30m", env=env)
-    assert loaded.returncode == 0
-    assert loaded.stdout.startswith("Loaded tiny/alpha in ")
-    assert loaded.stdout.endswith("thinking on.\n")
-    assert loaded.stderr == ""
-    shown = {
-        line[:15].strip(): line[15:].strip() for line in run("ps", env=env).stdout.splitlines()
-    }
-    assert "tiny/alpha" in shown
-    assert shown["state"] == "ready"
-    assert shown["thinking"] == "on"
-    assert shown["in flight"] == "0"
-    assert shown["idle unload"].startswith("in ")
-    assert "weights" in shown["memory"]
-    status = run("status", env=env)
-    assert status.returncode == 0
-    assert "tiny/alpha is loaded, thinking on" in status.stdout
-    again = run("load", "TINY/alpha", "--thinking", env=env)
-    assert again.stdout == "tiny/alpha is already loaded, thinking on.\n"
-    assert "loaded" in run("ls", env=env).stdout
-    assert run("unload", env=env).stdout == "Unloaded tiny/alpha.\n"
-    assert run("unload", env=env).stdout == "No model was loaded.\n"
-    assert "no model is loaded" in run("status", env=env).stdout
-
-
-@pytest.mark.backend
-def test_a_load_at_a_terminal_has_a_bar_that_goes_away(
-    env: dict[str, str], terminal: Callable[..., Terminal]
-) -> None:
-    run("unload", env=env)
-    screen = terminal("load", "beta", env=env)
-    screen.expect("Loading tiny/beta")
-    screen.expect("starting")
-    assert screen.wait() == 0
-    assert "Loaded tiny/beta in " in screen.text
-    assert screen.text.splitlines()[-1].endswith("thinking off.")
-
-
-@pytest.mark.backend
-def test_tokens_per_second_are_shown_once_there_was_an_answer(
-    proxy: Proxy, env: dict[str, str]
-) -> None:
-    assert run("load", "alpha", "--no-thinking", env=env).returncode == 0
-    assert proxy.chat(stream=True, max_tokens=50).text.endswith("[DONE]\n\n")
-    figures = run("ps", env=env).stdout
-    assert "in the last answer" in figures
-
-
 def progress(phase: str, **more: Any) -> dict[str, Any]:
     told = {"id": "a/b", "phase": phase, "seconds": 1.0, "bytes_read": None, "last_seconds": None}
     return {"status": "loading", **told, "bytes_total": 2_000_000_000, **more}
@@ -365,15 +312,6 @@ def test_logs_are_printed_and_followed(proxy: Proxy, env: dict[str, str]) -> Non
         assert following.stderr.read() == ""
 
 
-@pytest.mark.backend
-def test_the_backends_log_is_another(proxy: Proxy, env: dict[str, str]) -> None:
-    assert run("load", "alpha", env=env).returncode == 0
-    until(
-        lambda: "Starting httpd" in run("logs", "--backend", env=env).stdout,
-        what="the backend's log",
-    )
-
-
 # -- the shell's completion
 
 
@@ -390,51 +328,6 @@ def test_the_shell_completes_commands_and_models(env: dict[str, str]) -> None:
 
 
 # -- doctor
-
-
-def findings(env: dict[str, str]) -> dict[str, dict[str, Any]]:
-    done = run("doctor", "--json", env=env, seconds=120)
-    found = {it["check"]: it for it in json.loads(done.stdout)}
-    assert done.returncode == (0 if all(it["fine"] for it in found.values()) else 1)
-    return found
-
-
-@pytest.mark.backend
-def test_the_doctor_finds_a_healthy_machine_healthy(proxy: Proxy, tmp_path: Path) -> None:
-    found = findings({**proxy.environment, "HOME": str(tmp_path)})
-    assert all(it["fine"] for it in found.values()), found
-    assert str(proxy.process.pid if proxy.process else "") in found["lock"]["sentence"]
-    checks = {"Python", "settings", "mlx-lm", "models", "disk", "lock", "orphan", "service"}
-    assert checks <= found.keys()
-
-
-@pytest.mark.backend
-def test_the_doctor_names_each_fault_and_what_mends_it(
-    start: Callable[..., Proxy], models: Path, tmp_path: Path
-) -> None:
-    killed = start(models)
-    killed.load("tiny/alpha")
-    (orphan,) = killed.children()
-    killed.stop(signal.SIGKILL)
-    (tmp_path / "broken").write_text("#!/bin/sh\necho no metal here >&2; exit 1\n")
-    (tmp_path / "broken").chmod(0o755)
-    with scripted(lambda path, body: {}) as stranger:
-        found = findings(
-            {
-                **killed.environment,
-                "HOME": str(tmp_path),
-                "MLXPROXY_MLX_SERVER_BIN": str(tmp_path / "broken"),
-                "MLXPROXY_MODELS_ROOT": str(tmp_path / "unplugged"),
-                "MLXPROXY_PROXY_PORT": stranger.rpartition(":")[2],
-            }
-        )
-    port, backend_port = stranger.rpartition(":")[2], killed.backend_port
-    wrong = {name for name, it in found.items() if not it["fine"]}
-    assert wrong == {"mlx-lm", "models", "orphan", f"port {port}", f"port {backend_port}"}
-    assert "no metal here" in found["mlx-lm"]["sentence"]
-    assert found["orphan"]["mend"] == f"kill {orphan.pid}"
-    assert str(os.getpid()) in found[f"port {port}"]["mend"]
-    orphan.kill()
 
 
 def test_the_doctor_tells_a_wrong_setting(tmp_path: Path) -> None:

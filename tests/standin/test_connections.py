@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,35 +19,21 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from waitress.channel import ClientDisconnected
 
-from mlxproxy.server import channel
 from tests.conftest import Proxy, until
 from tests.support import scripted_server
-from tests.support.wire import Alone, answers, received, shape
-
-pytestmark = [pytest.mark.standin, pytest.mark.xdist_group("connections")]
+from tests.support.raw_http import CONTINUE, answers, connect, received, request, shape
 
 PATH = "/v1/chat/completions"
+
 NOTICED = 2.0  # seconds after which the backend must work for nobody who has left
+
 LATE = 6.0  # seconds of each phase below, if nobody leaves: far more
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-def request(method: str, path: str, body: Any = None, version: str = "1.1") -> bytes:
-    """A request as it goes over the wire."""
-    sent = b"" if body is None else json.dumps(body).encode()
-    length = f"Content-Length: {len(sent)}\r\n" if sent else ""
-    return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{length}\r\n".encode() + sent
 
 
 def chat(stream: bool = False, version: str = "1.1", **fields: Any) -> bytes:
     message = {"role": "user", "content": "Hello!"}
     return request("POST", PATH, {"messages": [message], "stream": stream, **fields}, version)
-
-
-def connect(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), 10)
 
 
 @pytest.fixture(scope="module")
@@ -263,89 +248,6 @@ def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
     until(lambda: finished(program)[-1:] == ["client_gone"], what="the end at the backend")
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_no_question_gets_into_the_middle_of_an_answer(
-    alone: Callable[..., Alone],
-    monkeypatch: pytest.MonkeyPatch,
-    channel_class: type[channel.Channel],
-    version: str,
-) -> None:
-    monkeypatch.setattr(channel, "ASK_AT", tuple(step / 2000 for step in range(20_000)))
-    events = [b"data: %d\n\n" % number for number in range(3000)]
-
-    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-        time.sleep(0.05)  # asked before the head, where that can be
-        start_response("200 OK", [("Content-Type", "text/event-stream; charset=utf-8")])
-        for event in events:
-            yield event
-            if event.endswith(b"0\n\n"):
-                time.sleep(0.0005)
-
-    one = alone(application, channel_class)
-    with ThreadPoolExecutor(4) as pool:
-        for data in pool.map(lambda _: half_closed(one.port, version), range(8)):
-            assert (CONTINUE in data) is (version == "1.1")
-            (answer,) = answers(data)
-            assert answer.body.replace(channel.COMMENT, b"") == b"".join(events)
-            asked = answer.body != b"".join(events)
-            assert asked is (version == "1.1")  # HTTP/1.0 was given up before the head
-
-
-@pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
-    alone: Callable[..., Alone],
-    monkeypatch: pytest.MonkeyPatch,
-    channel_class: type[channel.Channel],
-) -> None:
-    seen: list[bytes | None] = []
-    for name in ("write_soon", "send_now"):
-        original = getattr(channel.DirectChannel, name)
-
-        def send(self: Any, data: bytes, original: Any = original) -> Any:
-            if data.startswith(b"HTTP/1.1 200") or data == b"0\r\n\r\n":
-                seen.append(self.question)
-            return original(self, data)
-
-        owner = channel.Channel if name == "write_soon" else channel.DirectChannel
-        monkeypatch.setattr(owner, name, send)
-
-    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
-        start_response("200 OK", [("Content-Type", "text/event-stream")])
-        yield b"data: 1\n\n"
-        yield b"data: 2\n\n"
-
-    assert half_closed(alone(application, channel_class).port, "1.1")
-    assert seen
-    assert set(seen) == {b""}
-
-
-def half_closed(port: int, version: str) -> bytes:
-    """All that comes for a request after which nothing more is sent."""
-    with connect(port) as connection:
-        connection.sendall(request("GET", "/", version=version))
-        connection.shutdown(socket.SHUT_WR)
-        return received(connection, 20)
-
-
-def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    answered = threading.Event()
-
-    def gone(*_: object) -> None:
-        answered.set()
-        raise ClientDisconnected
-
-    monkeypatch.setattr(channel.BadRequest, "write", gone)
-    one = alone(lambda *_: [])
-    with connect(one.port) as connection:
-        connection.sendall(b"no HTTP\r\n\r\n")
-        assert answered.wait(5)
-        assert received(connection) == b""
-    assert not [record for record in caplog.records if record.exc_info]
-
-
 # -- answers that come before the request is whole
 
 
@@ -372,78 +274,6 @@ def test_a_peer_that_sends_all_before_it_reads_learns_why_it_was_refused(
     shape(json.loads(answer.body))
 
 
-def test_what_comes_after_the_answer_is_read_for_a_while_only(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert channel.LINGER <= 5
-    assert channel.LINGER_BYTES <= 64 << 20
-    one = alone(lambda *_: [])
-    with connect(one.port) as connection:
-        connection.sendall(b"no HTTP\r\n\r\n")
-        assert received(connection).startswith(b"HTTP/1.0 400 ")
-        with pytest.raises(ConnectionError):
-            connection.sendall(b" " * 2 * channel.LINGER_BYTES)
-    monkeypatch.setattr(channel, "LINGER", 0.2)
-    with connect(one.port) as connection:
-        connection.sendall(b"no HTTP\r\n\r\n")
-        assert received(connection).startswith(b"HTTP/1.0 400 ")
-        until(lambda: not one.server._server.active_channels, 3, what="the end of the connection")
-
-
-# -- the clock
-
-
-@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
-def test_a_jump_of_the_clock_cuts_no_stream_and_closes_no_connection(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, jump: float
-) -> None:
-    """As when a laptop wakes, or its clock is set."""
-    go_on = threading.Event()
-
-    def application(_: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
-        start_response("200 OK", [])
-        for _ in range(40):
-            yield b"x" * 65536
-        assert go_on.wait(10)
-        yield b"the end"
-
-    one = alone(application)
-    now = time.time
-    with socket.socket() as slow, connect(one.port) as idle:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(("127.0.0.1", one.port))
-        slow.sendall(request("GET", "/"))
-        assert slow.recv(1)
-        monkeypatch.setattr(time, "time", lambda: now() + jump)
-        time.sleep(1.2)  # longer than any look at the connections is away
-        go_on.set()
-        assert received(slow).endswith(b"the end\r\n0\r\n\r\n")
-        idle.sendall(request("GET", "/"))
-        assert received(idle).endswith(b"the end\r\n0\r\n\r\n")
-
-
-@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
-def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_time(
-    alone: Callable[..., Alone], monkeypatch: pytest.MonkeyPatch, jump: float
-) -> None:
-    one = alone(lambda *_: [])
-    one.server._server.adj.channel_timeout = 0.4
-    with connect(one.port) as connection:
-        until(lambda: one.server._server.active_channels, what="the connection")
-        now = time.time
-        monkeypatch.setattr(time, "time", lambda: now() + jump)
-        assert received(connection, 3) == b""
-
-
-def test_the_system_asks_after_silent_clients_by_itself(alone: Callable[..., Alone]) -> None:
-    """One that was unplugged, or leaves long after the end of its sending, gives no other sign."""
-    one = alone(lambda *_: [])
-    with connect(one.port):
-        (held,) = until(lambda: list(one.server._server.active_channels.values()))
-        assert held.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert held.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 10
-
-
 # -- too little of something
 
 
@@ -464,7 +294,7 @@ def test_with_few_open_files_everybody_is_served_one_after_the_other(
             text=True,
         )
     try:
-        until(proxy._answers, 20, "the first answer")
+        until(proxy.answers, 20, "the first answer")
         assert proxy.load("tiny/alpha").ok
         scripted_server.change(program, events=5, interval=0.1)
         with contextlib.ExitStack() as held, ThreadPoolExecutor(60) as pool:
@@ -500,7 +330,7 @@ def test_a_body_that_has_no_room_is_refused_with_a_status(
             text=True,
         )
     try:
-        until(proxy._answers, 20, "the first answer")
+        until(proxy.answers, 20, "the first answer")
         for data in (b" " * 2_000_000, iter([b" " * 1_000_000] * 2)):
             answer = requests.post(proxy.url + PATH, data=data, timeout=10)
             assert answer.status_code == 507
@@ -526,10 +356,10 @@ def test_memory_comes_back_after_large_bodies(proxy: Proxy) -> None:
     message = {"role": "user", "content": "Hello!"}
     body = json.dumps({"messages": [message], "user": "x" * 30_000_000}).encode()
     assert proxy.unload().ok
-    before = resident(proxy)
+    before = proxy.resident_mib()
     for _ in range(20):  # each on another thread
         assert requests.post(proxy.url + PATH, data=body, timeout=30).status_code == 503
-    assert resident(proxy) - before < 60
+    assert proxy.resident_mib() - before < 60
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is not glibc's")

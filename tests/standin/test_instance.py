@@ -6,42 +6,27 @@ terminal that nobody reads: the proxy starts, serves and stops, and never ends w
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.lock import AlreadyRunning, PortLock
-from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
+from mlxproxy.backend.orphan import Orphans
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
-from mlxproxy.catalog import Catalog
-from mlxproxy.controller import History
-from mlxproxy.files import read_record
 from tests.conftest import Proxy, free_port, until
-from tests.support import scripted_server, tiny_models
+from tests.support import scripted_server
+from tests.support.damaged_files import DAMAGES, FILES, LOGS, damaged
 
 Start = Callable[..., Proxy]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models; only their files are looked at."""
-    root = tmp_path_factory.mktemp("models")
-    for name in ("alpha", "beta"):
-        tiny_models.build(root / "tiny" / name)
-    return root
 
 
 @pytest.fixture
@@ -70,108 +55,6 @@ def refused(proxy: Proxy, **more: str) -> str:
 
 # -- damaged files
 
-FILES = ("history.json", "backend-{}.json", "proxy-{}.json", "catalog.json")
-LOGS = ("logs/proxy.log", "logs/backend.log", "logs/proxy.log.1")
-
-WRONG_TYPES: list[Any] = [
-    {
-        "pid": pid,
-        "created": wrong,
-        "since": wrong,
-        "command": command,
-        "seconds": {"a": wrong, "b": float("nan"), "c": -1},
-        "last": {"model_id": "tiny/alpha", "ttl": wrong, "enable_thinking": wrong},
-        "fingerprint": wrong,
-        "roots": wrong,
-    }
-    for pid, wrong, command in (
-        (-1, "soon", ["x", "--port", 1]),
-        (1 << 70, [[]], "x --port 1"),
-        ("7", {"a": None}, {}),
-        (True, float("nan"), ["x", "--port"]),
-        (0, 10**400, [None, "y"]),
-    )
-]
-TEXTS = {
-    "empty": b"",
-    "binary": bytes(range(256)) * 9,
-    "deep": b"[" * 100_000,
-    "deep object": b'{"last": ' * 50_000 + b"1",
-    "a list": b"[1, 2]",
-    "a long number": b'{"pid": ' + b"9" * 6000 + b"}",
-    **{f"wrong types {number}": json.dumps(it).encode() for number, it in enumerate(WRONG_TYPES)},
-}
-
-
-def text(content: bytes) -> Callable[[Path], Any]:
-    return lambda path: path.write_bytes(content)
-
-
-def huge(path: Path) -> None:
-    path.write_bytes(b"[")
-    os.truncate(path, 1 << 40)
-
-
-def unreadable(path: Path) -> None:
-    path.write_text("{}")
-    path.chmod(0)
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "a fifo": os.mkfifo,
-    "a directory": lambda path: (path / "folder").mkdir(parents=True),
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda path: path.symlink_to(path),
-    "huge": huge,
-    "unreadable": unreadable,
-    **{name: text(content) for name, content in TEXTS.items()},
-}
-
-
-def damaged(path: Path, kind: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    DAMAGES[kind](path)
-    return path
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", DAMAGES)
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_record_is_as_good_as_none(
-    name: str, kind: str, tmp_path: Path, models: Path
-) -> None:
-    path = damaged(tmp_path / name.format(1), kind)
-    history = History(tmp_path / "history.json")
-    assert history.last() in (
-        None,
-        {"model_id": "tiny/alpha", "enable_thinking": False, "ttl": None},
-    )
-    history.unloaded()
-    lock, record = PortLock(tmp_path, range(1, 2)), ChildRecord(tmp_path, 1)
-    lock.acquire()
-    Orphans(tmp_path, range(1, 2)).reclaim()
-    record.starting(["x", "y"])
-    assert Record.read(tmp_path / "backend-1.json").command == ("x", "y")
-    record.started(["x", "y"], os.getpid())
-    record.stopped()
-    lock.release()
-    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
-    assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
-    if name in ("history.json", "catalog.json"):
-        until(lambda: read_record(path), what="the new file in the old one's place")
-
-
-def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
-    cache = tmp_path / "catalog.json"
-    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
-    until(cache.exists, what="the cache")
-    stored = json.loads(cache.read_text())
-    for entry in stored["roots"][str(models)].values():
-        entry["model"]["size_bytes"] = "many"
-    cache.write_text(json.dumps(stored))
-    models_found = Catalog([models], cache_file=cache, patience=10).models()
-    assert all(isinstance(model.size_bytes, int) for model in models_found)
-
 
 @pytest.mark.parametrize("kind", [*list(DAMAGES)[:6], "deep", "binary", "wrong types 0"])
 def test_with_all_files_damaged_the_proxy_starts_serves_and_stops(
@@ -199,7 +82,6 @@ def test_with_all_files_damaged_the_proxy_starts_serves_and_stops(
     assert "Traceback" not in proxy.said()
 
 
-@pytest.mark.standin
 @pytest.mark.parametrize(
     "kind", ["a fifo", "a device", "a link to itself", "a directory", "binary"]
 )
@@ -214,7 +96,6 @@ def test_a_users_own_file_that_cannot_be_read_is_told_in_a_sentence(
     assert str(keys) in refused(proxy, MLXPROXY_API_KEY_FILE=str(keys))
 
 
-@pytest.mark.standin
 def test_a_folder_in_place_of_the_lock_is_told_in_a_sentence(tmp_path: Path, models: Path) -> None:
     proxy = Proxy(tmp_path / "instance", models)
     lock = tmp_path / "instance" / f"backend-{proxy.backend_port}.lock"
@@ -311,28 +192,6 @@ def test_the_orphans_of_two_slots_are_found_whatever_is_left_of_them(
     ]
 
 
-def test_each_slots_orphan_is_found_by_its_record_alone(tmp_path: Path) -> None:
-    """As where the system shows no environment."""
-    command = ["sleep", "60"]
-    with subprocess.Popen(command) as one, subprocess.Popen(command) as two:
-        try:
-            for slot, process in enumerate((one, two)):
-                ChildRecord(tmp_path, 7000, slot).started(command, process.pid)
-            pids = [one.pid, two.pid]
-            found = {
-                ports: [each.pid for each in Orphans(tmp_path, ports).find()]
-                for ports in (range(7000, 7001), range(7000, 7002), range(7001, 7003))
-            }
-            assert sorted(found[range(7000, 7001)]) == sorted(pids)  # it may have had more slots
-            assert sorted(found[range(7000, 7002)]) == sorted(pids)
-            assert found[range(7001, 7003)] == [two.pid]
-            assert Orphans(tmp_path, range(7002, 7009)).find() == []
-            assert Orphans(tmp_path / "other", range(7000, 7002)).find() == []
-        finally:
-            one.kill()
-            two.kill()
-
-
 def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
     start: Start, models: Path, program: Path
 ) -> None:
@@ -354,21 +213,6 @@ def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
     assert running(program) == []
     names = sorted(path.name for path in (proxy.instance / "logs").glob("backend*.log"))
     assert names == [f"backend-{first + 1}.log", "backend.log"]
-
-
-def test_a_proxy_holds_the_ports_of_all_its_slots(tmp_path: Path) -> None:
-    holder = PortLock(tmp_path, range(7000, 7003))
-    holder.acquire()
-    for ports in (range(7002, 7003), range(6998, 7001), range(7000, 7001)):
-        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
-            PortLock(tmp_path, ports).acquire()
-    beside = PortLock(tmp_path, range(6998, 7000))  # nothing of a refused one is kept
-    beside.acquire()
-    beside.release()
-    holder.release()
-    again = PortLock(tmp_path, range(7002, 7003))
-    again.acquire()
-    again.release()
 
 
 # -- two proxies
@@ -413,6 +257,7 @@ def test_a_mark_of_another_folder_or_port_makes_no_orphan(tmp_path: Path) -> Non
 
 
 # -- a wrapper whose child goes its own way
+
 
 WRAPPER = """\
 #!{python}
@@ -494,20 +339,6 @@ def test_a_wrappers_child_that_heeds_no_sigterm_is_killed(wrapped: tuple[Proxy, 
     assert running(program) == []
 
 
-def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
-    """A process that the system does not end (it waits for a lost disk) and one that was reaped."""
-    immortal = psutil.Process()
-    begun = time.monotonic()
-
-    class Immortal(psutil.Process):
-        def kill(self) -> None:
-            pass
-
-    left = processes.kill(lambda: [Immortal(immortal.pid)], 0.3)
-    assert [process.pid for process in left] == [immortal.pid]
-    assert time.monotonic() - begun < 5
-
-
 def test_a_pid_that_was_given_anew_is_never_signalled() -> None:
     with subprocess.Popen(["sleep", "60"]) as stranger:
         try:
@@ -564,7 +395,7 @@ def test_a_terminal_that_nobody_reads_holds_nobody(models: Path, program: Path) 
     )
     os.close(terminal)
     try:
-        until(proxy._answers, 20, "the proxy's first answer")
+        until(proxy.answers, 20, "the proxy's first answer")
         assert proxy.load("tiny/alpha").ok
         for _ in range(400):
             assert proxy.chat(timeout=10).ok

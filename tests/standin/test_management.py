@@ -20,8 +20,7 @@ import requests
 from mlxproxy.catalog import LONGEST_NAME
 from tests.conftest import Proxy, until
 from tests.support import scripted_server, tiny_models
-
-pytestmark = [pytest.mark.standin, pytest.mark.xdist_group("management")]
+from tests.support.raw_http import shape
 
 ALICE, BOB, CARLA = "key-of-alice", "key-of-bob", "key-of-carla"
 LOAD, CHAT = "/v1/models/load", "/v1/chat/completions"
@@ -63,13 +62,6 @@ def load(proxy: Proxy, name: str, key: str = ALICE, **fields: Any) -> requests.R
     return ask(proxy, "POST", LOAD, key, json={"model_id": f"tiny/{name}", **fields})
 
 
-def error(answer: requests.Response) -> dict[str, Any]:
-    """The error object, after a look at its shape."""
-    found: dict[str, Any] = answer.json()["error"]
-    assert found["message"].strip().endswith((".", "?"))
-    return found
-
-
 # -- what a body may say
 
 
@@ -78,12 +70,12 @@ def test_a_name_that_is_no_path_any_more_is_an_unknown_model(proxy: Proxy, name:
     assert load(proxy, "alpha").ok
     refused = ask(proxy, "POST", LOAD, json={"model_id": name})
     assert refused.status_code == 404
-    assert error(refused)["code"] == "model_not_found"
+    assert shape(refused.json())["code"] == "model_not_found"
     answered = ask(proxy, "POST", CHAT, json={**HELLO, "model": name})
     assert answered.json()["choices"][0]["message"]["content"].startswith("alpha0")
     listed = ask(proxy, "GET", f"/v1/models/{name[:5000]}")
     assert listed.status_code == 404
-    assert error(listed)["code"] == "model_not_found"
+    assert shape(listed.json())["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("field", ["adapters", "draft_models"])
@@ -93,8 +85,8 @@ def test_a_load_names_few_adapters_of_a_paths_length(
 ) -> None:
     refused = load(proxy, "alpha", **{field: value})
     assert refused.status_code == 400
-    assert error(refused)["param"] == field
-    assert "at most" in error(refused)["message"]
+    assert shape(refused.json())["param"] == field
+    assert "at most" in shape(refused.json())["message"]
     longest = ["/" + "a" * (LONGEST_NAME - 1)] + [f"/a/{n}" for n in range(15)]
     assert load(proxy, "alpha", **{field: longest}).json()[field] == sorted(longest)
 
@@ -121,8 +113,8 @@ def test_a_text_that_cannot_be_given_back_is_refused_with_its_field(
     assert json.loads(raw)
     refused = ask(proxy, "POST", path, data=raw)
     assert refused.status_code == 400
-    assert error(refused)["code"] == "invalid_request"
-    assert error(refused)["param"] == field
+    assert shape(refused.json())["code"] == "invalid_request"
+    assert shape(refused.json())["param"] == field
 
 
 # -- who waits, and whose load is given up
@@ -194,7 +186,7 @@ def test_one_clients_loads_leave_room_for_anothers(proxy: Proxy, slow: Path) -> 
         codes = sorted(one.result().status_code for one in many)
     assert codes == [200] * 4 + [429] * 8
     refused = next(one.result() for one in many if one.result().status_code == 429)
-    assert error(refused)["code"] == "too_many_requests"
+    assert shape(refused.json())["code"] == "too_many_requests"
     assert int(refused.headers["Retry-After"]) > 0
 
 

@@ -18,8 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import Proxy
 from tests.support import scripted_server
 
-pytestmark = pytest.mark.standin
-
 DEEP = "[" * 100_000
 DONE = "data: [DONE]\n\n"
 TEXT = "one two \n\ndata: [DONE]\n\n"  # the last words are the model's own

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import requests
 from mlxproxy.backend.ports import is_free
 from tests.conftest import Proxy, until
 from tests.support import scripted_server
+from tests.support.raw_http import shape
 
-pytestmark = pytest.mark.standin
 Start = Callable[..., tuple[Proxy, Path]]
 
 
@@ -37,12 +37,6 @@ def scripted(
         return start(models, MLX_SERVER_BIN=program, **settings), program
 
     return starter
-
-
-@pytest.fixture
-def pool() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-    with concurrent.futures.ThreadPoolExecutor(64) as executor:
-        yield executor
 
 
 def streamed(proxy: Proxy, **fields: Any) -> list[str]:
@@ -61,17 +55,11 @@ def text(lines: list[str]) -> str:
 def failure(lines: list[str]) -> dict[str, Any]:
     """The error that a stream ended with; it must be the last event, without [DONE]."""
     assert "data: [DONE]" not in lines
-    error: dict[str, Any] = json.loads(lines[-1].removeprefix("data: "))["error"]
-    assert {"message", "type", "param", "code"} <= set(error)
-    return error
+    return shape(json.loads(lines[-1].removeprefix("data: ")))
 
 
 def numbered(model: str, count: int) -> str:
     return "".join(f"{model}{number} " for number in range(count))
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid)
 
 
 # -- a swap
@@ -242,15 +230,15 @@ def test_an_unload_ends_a_load_in_progress_within_a_second(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, program = scripted({"load_seconds": 60})
-    spec = pool.submit(proxy.load, "tiny/alpha")
+    load = pool.submit(proxy.load, "tiny/alpha")
     (started,) = until(lambda: scripted_server.record(program, "started"), what="the start")
     until(lambda: (proxy.health()["transition"] or {}).get("phase") == "loading", what="the load")
     at = time.monotonic()
     assert proxy.unload().json()["status"] == "unloaded"
     assert time.monotonic() - at < 1.0
-    assert gone(started["pid"])
-    assert spec.result().status_code == 409
-    assert spec.result().json()["error"]["code"] == "load_cancelled"
+    assert not psutil.pid_exists(started["pid"])
+    assert load.result().status_code == 409
+    assert load.result().json()["error"]["code"] == "load_cancelled"
 
 
 def test_a_load_tells_its_progress_as_events(scripted: Start) -> None:
@@ -311,7 +299,7 @@ def test_a_load_that_fails_says_why_and_leaves_nothing(
     assert (answer.status_code, error["code"]) == (status, code)
     assert words in error["message"]
     for entry in scripted_server.record(program, "started"):
-        assert gone(entry["pid"])
+        assert not psutil.pid_exists(entry["pid"])
     assert is_free(proxy.backend_port)
     told = proxy.loaded()
     assert told["loaded"] is False

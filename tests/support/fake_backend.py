@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlxproxy.backend.orphan import ChildRecord
+from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.controller import Controller, History, Lease, Limits
@@ -40,7 +41,7 @@ class FakeBackend:
         self.wire = MlxLmWire(counts_cached=False)
         self.hangs: str | None = None  # why, as the process says itself
         self.last_byte_at = time.monotonic()
-        self.port = 1 + slot
+        self.address = Address("127.0.0.1", 1 + slot)
         self.pid = 1
         self.running = False
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlxproxy.backend.connection import ReadTimeout
+from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
 from mlxproxy.disconnect import Disconnect
@@ -148,7 +149,7 @@ class Scene:
         self.lease.error = error
         self.lease.end()
 
-    def _connect(self, port: int, interval: float, lets_go: bool) -> Any:
+    def _connect(self, address: Address, interval: float, lets_go: bool) -> Any:
         self.opened += 1
         if isinstance(self.connection, ProxyError):
             raise self.connection

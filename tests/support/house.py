@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
+from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.plan import Scheduler
 from mlxproxy.controller.policy import Placement
@@ -55,7 +56,7 @@ class Process:
     """A process that only has a name."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.spec, self.pid, self.port = spec, 1, 1
+        self.spec, self.pid, self.address = spec, 1, Address("127.0.0.1", 1)
         self.ready = False
         self.stopping = False
 

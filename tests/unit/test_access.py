@@ -1,11 +1,12 @@
-"""Who may call: the rules for keys, Host and Origin as tables. test_network.py asks over HTTP."""
+"""Who may call: the rules for keys, Host and Origin as tables.
+
+The tests of standin/network ask over HTTP.
+"""
 
 from __future__ import annotations
 
 import hmac
-import re
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ import pytest
 from mlxproxy.blueprints.auth import Access, own_names
 from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed, ProxyError
 
-ROOT = Path(__file__).parents[2]
 OURS = Access(
     origins=frozenset({"https://chat.example", "chrome-extension://abcdef"}),
     hosts=frozenset({"llm.example"}),
@@ -328,23 +328,3 @@ def test_the_time_of_a_comparison_tells_nothing(
     monkeypatch.setattr(hmac, "compare_digest", compare)
     refusal(KEYS.check_key, f"Bearer {given}", None)
     assert compared == [key.encode() for key in KEYS.keys]
-
-
-# -- the documentation
-
-
-NAMED = r"`(test_\w+)::(test_\w+)`"
-
-
-def test_every_promise_in_security_md_names_a_test_that_exists() -> None:
-    text = (ROOT / "SECURITY.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    promises = [row for row in rows if row not in ("| Promise | Test |", "|---|---|")]
-    assert len(promises) > 20
-    for row in promises:
-        found = re.fullmatch(rf"\| (\S.*) \| ({NAMED}(?:, {NAMED})*) \|", row)
-        assert found, f"not a promise and its tests: {row}"
-        for file, name in re.findall(NAMED, found[2]):
-            (path,) = (ROOT / "tests").rglob(f"{file}.py")
-            source = path.read_text()
-            assert f"\ndef {name}(" in source, f"{file} has no {name}"

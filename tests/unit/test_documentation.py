@@ -1,7 +1,8 @@
-"""The README says all that the commands and the endpoints can do, and nothing else."""
+"""The README says all that can be done, and SECURITY.md nothing that no test holds."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -10,8 +11,10 @@ import pytest
 from mlxproxy.cli import main
 from tools import reference
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 SECTION = README.partition(reference.BEGIN)[2].partition(reference.END)[0]
+NAMED = r"`(test_\w+)::(test_\w+)`"
 
 
 def test_the_command_section_is_what_the_commands_say() -> None:
@@ -30,3 +33,17 @@ def test_every_command_and_option_says_what_it_does() -> None:
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/events", "/metrics"])
 def test_what_can_be_watched_is_in_the_readme(path: str) -> None:
     assert path in README.replace(SECTION, "")
+
+
+def test_every_promise_in_security_md_names_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    promises = [row for row in rows if row not in ("| Promise | Test |", "|---|---|")]
+    assert len(promises) > 20
+    for row in promises:
+        found = re.fullmatch(rf"\| (\S.*) \| ({NAMED}(?:, {NAMED})*) \|", row)
+        assert found, f"not a promise and its tests: {row}"
+        for file, name in re.findall(NAMED, found[2]):
+            sources = [path.read_text() for path in (ROOT / "tests").rglob(f"{file}.py")]
+            holders = [source for source in sources if f"\ndef {name}(" in source]
+            assert len(holders) == 1, f"{file}::{name} is in {len(holders)} files"

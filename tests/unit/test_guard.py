@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.engines.mlx_lm.rules import RULES, is_exclusive
 from mlxproxy.errors import InvalidRequest
-from mlxproxy.guard import check as guard
-from mlxproxy.guard.check import Kind, Limits, check, is_exclusive
+from mlxproxy.guard.check import Kind, check
+from mlxproxy.guard.shapes import Limits
 
 LIMITS = Limits(
     template_kwargs=frozenset({"enable_thinking", "reasoning_effort", "thinking_budget"}),
@@ -66,7 +67,7 @@ def nested(depth: int) -> Any:
 def checked(kind: Kind, fields: dict[str, Any], limits: Limits = LIMITS) -> dict[str, Any]:
     """The checked request with these fields and the required one."""
     required = {"messages": HELLO} if kind == "chat" else {"prompt": "Hello"}
-    return check({**required, **fields}, kind, limits)
+    return check({**required, **fields}, RULES[kind], limits)
 
 
 def said(content: Any, **more: Any) -> dict[str, Any]:
@@ -123,8 +124,8 @@ SAME: list[tuple[Kind, dict[str, Any]]] = [
 
 TRANSLATED: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
     # null asks for the default
-    ("chat", dict.fromkeys(sorted(guard.RULES["chat"].keys() - {"messages"})), {}),
-    ("text", dict.fromkeys(sorted(guard.RULES["text"].keys() - {"prompt"})), {}),
+    ("chat", dict.fromkeys(sorted(RULES["chat"].fields.keys() - {"messages"})), {}),
+    ("text", dict.fromkeys(sorted(RULES["text"].fields.keys() - {"prompt"})), {}),
     ("chat", {"stream_options": {}}, {}),
     ("chat", {"stream_options": {"include_usage": None}}, {}),
     ("chat", {"stream_options": {"include_usage": False}}, {}),
@@ -481,22 +482,22 @@ def test_what_would_hurt_is_refused_with_the_name_of_the_field(
 @pytest.mark.parametrize("body", [None, [], "chat", 5, True], ids=ascii)
 def test_a_body_that_is_no_object_is_refused(body: object) -> None:
     with pytest.raises(InvalidRequest):
-        check(body, "chat", LIMITS)
+        check(body, RULES["chat"], LIMITS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, rules in guard.RULES.items() for name in rules]
+    ("kind", "name"), [(kind, name) for kind, rules in RULES.items() for name in rules.fields]
 )
 def test_every_rule_is_needed(kind: Kind, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For each rule there is a case above that ends otherwise without it."""
-    rule = guard.RULES[kind][name]
+    rule = RULES[kind].fields[name]
     cases = [
         fields
         for other, fields, *_ in (*TRANSLATED, *REFUSED)
-        if name in fields and guard.RULES[other].get(name) is rule
+        if name in fields and RULES[other].fields.get(name) is rule
     ]
     before = [outcome(kind, fields) for fields in cases]
-    monkeypatch.delitem(guard.RULES[kind], name)
+    monkeypatch.delitem(RULES[kind].fields, name)
     after = [outcome(kind, fields) for fields in cases]
     assert before != after, f"no case shows what {name} is for"
 
@@ -521,8 +522,8 @@ def test_a_second_check_changes_only_what_was_unknown_at_the_first(
 ) -> None:
     before = copy.deepcopy(fields)
     known = checked(kind, fields)
-    assert check(known, kind, LIMITS) == known
-    assert check(checked(kind, fields, UNKNOWN), kind, LIMITS) == known
+    assert check(known, RULES[kind], LIMITS) == known
+    assert check(checked(kind, fields, UNKNOWN), RULES[kind], LIMITS) == known
     assert fields == before, "the caller's body was changed"
 
 
@@ -610,13 +611,13 @@ def test_the_effort_reaches_only_templates_that_may_be_told() -> None:
 def test_what_the_backend_answers_alone_is_known_beforehand(
     fields: dict[str, Any], alone: bool
 ) -> None:
-    assert is_exclusive(checked("chat", fields)) is alone
-    assert is_exclusive(checked("text", {})) is False
+    assert is_exclusive(checked("chat", fields), has=lambda feature: False) is alone
+    assert is_exclusive(checked("text", {}), has=lambda feature: False) is False
 
 
 def test_a_seed_of_its_own_lets_a_request_join_the_others() -> None:
     seeded = checked("chat", {"seed": 1})
-    assert is_exclusive(seeded, own_seeds=True) is False
+    assert is_exclusive(seeded, has={"sampling"}.__contains__) is False
 
 
 def test_no_refusal_repeats_what_was_said() -> None:

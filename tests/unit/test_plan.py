@@ -1048,6 +1048,7 @@ def test_the_core_has_no_thread_clock_log_socket_process_or_json(name: str) -> N
     own = {
         "mlxproxy.controller", "mlxproxy.controller.state", "mlxproxy.errors",
         "mlxproxy.backend.spec",
+        "mlxproxy.backend.protocol",
         "mlxproxy.backend.memory",  # for the sentence about what fits
     }  # fmt: skip
     library = {

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.backend.connection import ReadTimeout
 from mlxproxy.backend.process import Backend
-from mlxproxy.errors import BackendTimeout, LoadTimeout, ModelSwapped
+from mlxproxy.backend.protocol import Address
+from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.errors import BackendFailed, BackendTimeout, ModelSwapped
 from mlxproxy.relay.stall import INTERVAL_SECONDS, SILENT_FACTOR, Patience, Silence, Verdict, judge
 from tests.conftest import until
 from tests.support.fake_backend import World, model_spec
@@ -155,15 +158,17 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Backend, list
 
     def make(answer: Callable[[], int]) -> tuple[Backend, list[Any]]:
         nothing: Any = None
-        backend = Backend(model_spec("a"), nothing, lambda reason: None)
+        address = Address("127.0.0.1", 1)
+        engine = MlxLm(None, max_tokens=1)
+        backend = Backend(model_spec("a"), engine, address, nothing, lambda reason: None)
         backend.last_byte_at = 0.0
         asked: list[Any] = []
 
-        def ask(*arguments: Any) -> tuple[int, bytes]:
+        def exchange(*arguments: Any) -> tuple[int, bytes]:
             asked.append(arguments)
-            return answer(), b""
+            return answer(), b'{"choices": [{"message": {"role": "assistant"}}]}'
 
-        monkeypatch.setattr(backend, "_ask", ask)
+        monkeypatch.setattr(backend, "_exchange", exchange)
         return backend, asked
 
     return make
@@ -175,7 +180,7 @@ def test_a_probe_that_is_answered_is_a_sign_of_life(probed: Any) -> None:
     assert backend.last_byte_at > 0
 
 
-@pytest.mark.parametrize("status", [404, LoadTimeout("too late")])
+@pytest.mark.parametrize("status", [404, ReadTimeout(), BackendFailed("gone")])
 def test_a_probe_that_fails_is_none(probed: Any, status: Any) -> None:
     def answer() -> int:
         if isinstance(status, Exception):

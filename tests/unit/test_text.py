@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,18 +16,17 @@ from mlxproxy.commands import terminal
 from mlxproxy.commands.client import ClientError, Refused
 from mlxproxy.commands.service import ServiceError
 from mlxproxy.text import harmless, harmless_json
-from tests.conftest import Proxy, until
-from tests.support import scripted_server
-from tests.support.pty import Terminal, environment, run
+from tests.support.hostile_text import CLEAN, NASTY
 
 CONTROLS = [chr(it) for it in range(32) if chr(it) not in "\n\t"] + [
     chr(it) for it in range(127, 160)
 ]
+
 TURNING = list("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
 OTHERS = ["\u2028", "\u2029", "\ud800", "\udfff"]
+
 HARMFUL = [*CONTROLS, *TURNING, *OTHERS]
-NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202eevil\u2028\x85\b\x00"
-CLEAN = "]0;owned[2J31mevil"
 
 
 @pytest.mark.parametrize("character", HARMFUL, ids=ascii)
@@ -84,50 +81,3 @@ def test_no_way_of_printing_passes_it_on(tty: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("error", [ClientError, ServiceError, lambda it: Refused({"message": it})])
 def test_the_sentence_that_ends_a_command_is_harmless(error: Callable[[str], Any]) -> None:
     assert error(NASTY).format_message() == CLEAN
-
-
-@pytest.mark.standin
-def test_what_a_backend_logs_reaches_file_readers_followers_and_terminals_clean(
-    start: Callable[..., Proxy],
-    models: Path,
-    tmp_path: Path,
-    terminal: Callable[..., Terminal],
-) -> None:
-    program = scripted_server.install(tmp_path / "standin", load_failure=f"of {NASTY} and more")
-    proxy = start(models, MLX_SERVER_BIN=program)
-    with proxy.get("/v1/logs?source=backend&follow=true", stream=True) as following:
-        answer = proxy.load("tiny/alpha")
-        assert answer.status_code == 500
-        lines = following.iter_lines(chunk_size=1)
-        followed = next(line for line in lines if b"of ]0" in line).decode()
-    log = proxy.instance / "logs" / "backend.log"
-    until(lambda: CLEAN in log.read_text(), what="the line")
-    seen = {
-        "the file": log.read_text(),
-        "/v1/logs": proxy.get("/v1/logs?source=backend").text,
-        "a follower": followed,
-        "the error's log": "\n".join(answer.json()["error"]["log"]),
-    }
-    for place, text in seen.items():
-        assert CLEAN in text, place
-        assert harmless(text) == text, place
-    env = environment(tmp_path, proxy.url)
-    for command in (["logs", "--backend"], ["ps"], ["status"], ["load", "tiny/alpha"]):
-        screen = terminal(*command, env=env)
-        screen.wait()
-        assert "]0;owned" in screen.text, command
-        for sequence in ("\x1b]", "\x07", "\x1b[2J", "\x9b", "\u202e", "\x85", "\0"):
-            assert sequence not in screen.raw, (command, ascii(sequence))
-
-
-@pytest.mark.standin
-def test_an_older_log_is_read_clean_too(start: Callable[..., Proxy], tmp_path: Path) -> None:
-    log = tmp_path / "instance" / "logs" / "backend.log"
-    log.parent.mkdir(parents=True)
-    log.write_text(f"{NASTY}\n")
-    proxy = start(tmp_path, instance=tmp_path / "instance")
-    assert proxy.get("/v1/logs?source=backend").text == f"{CLEAN}\n"
-    done: subprocess.CompletedProcess[str] = run(
-        "logs", "--backend", env=environment(tmp_path, proxy.url)
-    )
-    assert done.stdout == f"{CLEAN}\n"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlxproxy.backend import connection
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
+from mlxproxy.backend.protocol import Address
 from mlxproxy.errors import BackendFailed
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -33,7 +34,7 @@ class Wire:
     def __call__(self, answer: bytes, *, stays_open: bool = False) -> BackendConnection:
         """A connection on which this answer has come."""
         self.close()
-        one = self._upstream = BackendConnection(self._listener.getsockname()[1], INTERVAL)
+        one = self._upstream = BackendConnection(Address(*self._listener.getsockname()), INTERVAL)
         self._other, _ = self._listener.accept()
         self._other.sendall(answer)
         if not stays_open:
@@ -144,7 +145,10 @@ def test_a_head_that_comes_byte_by_byte_is_searched_once(
     pattern = CountedPattern(connection._HEAD_END)
     monkeypatch.setattr(connection, "_HEAD_END", pattern)
     head = OK + b"X: y\r\n" * 2000 + b"\r\n"
-    wire(head).read_head()
+    answer = wire(head)
+    while answer.status == 0:
+        with contextlib.suppress(ReadTimeout):  # on a slow machine
+            answer.read_head()
     assert pattern.work <= 4 * len(head) + 4
 
 
@@ -294,7 +298,7 @@ def test_json_that_cannot_be_read_is_a_value_error(data: bytes) -> None:
 def test_an_aborted_request_ends_when_the_backend_has_let_go_of_it(lets_go: bool) -> None:
     """A backend that cannot tell is left at once."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        request = BackendConnection(listener.getsockname()[1], INTERVAL, lets_go=lets_go)
+        request = BackendConnection(Address(*listener.getsockname()), INTERVAL, lets_go=lets_go)
         other, _ = listener.accept()
         with other:
             request.abort()
@@ -313,7 +317,7 @@ def test_an_aborted_request_ends_when_the_backend_has_let_go_of_it(lets_go: bool
 
 def test_nobody_waits_for_a_backend_that_lives_no_more() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        request = BackendConnection(listener.getsockname()[1], INTERVAL, lets_go=True)
+        request = BackendConnection(Address(*listener.getsockname()), INTERVAL, lets_go=True)
         with listener.accept()[0]:
             request.abort(backend_lives=False)
             assert request.read() == b""

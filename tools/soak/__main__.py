@@ -1,6 +1,6 @@
 """The soak: clients do everything at once while backends die, and at the end the books balance.
 
-    python -m tools.soak.__main__ [--seconds N] [--seed N] [--clients N] [--real]
+    python -m tools.soak [--seconds N] [--seed N] [--clients N] [--real]
 
 Each phase starts a proxy, lets clients loose on it, waits for quiet and looks at what is left. The
 backend is the scripted stand-in; with ``--real`` it is `mlx_lm.server` with tiny models. The exit
@@ -36,8 +36,9 @@ import requests
 from rich.console import Console
 
 from mlxproxy.backend.ports import is_free
-from tests.conftest import SERVER_BIN, Proxy
 from tests.support import scripted_server, tiny_models
+from tests.support.proxy import Proxy
+from tests.support.server_process import SERVER_BIN
 from tools.soak.ledger import STATUS, Json, Ledger, Seen, Shape
 
 MODELS = ("alpha", "beta", "gamma")
@@ -254,7 +255,7 @@ class Clients:
             (4, self.slow_reader),
             (3, self.logprobs),
             (2, self.alone),
-            (4, self.spec),
+            (4, self.load),
             (3, self.load_watched),
             (2, self.load_left),
             (2, self.load_unwaited),

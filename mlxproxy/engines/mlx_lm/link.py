@@ -33,6 +33,10 @@ class Link:
         self._features: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
+    def fileno(self) -> int:
+        """Return the child's end, which becomes its standard input."""
+        return self.theirs.fileno()
+
     def open(self) -> None:
         """Begin to read; the child has its end by now."""
         self.theirs.close()

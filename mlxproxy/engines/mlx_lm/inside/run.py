@@ -23,6 +23,7 @@ from . import (
     detokenizer,
     gate,
     pace,
+    progress,
     prompt_cache,
     prompts,
     quiet,
@@ -32,7 +33,7 @@ from . import (
 from .gate import Unexpected
 from .report import Pulse, Reporter
 
-OPTIONS = "MLXPROXY_INSIDE"  # as in mlxproxy/backend/process.py
+OPTIONS = "MLXPROXY_INSIDE"  # as in mlxproxy/engines/mlx_lm/engine.py
 BEAT_SECONDS = 1.0
 
 
@@ -52,6 +53,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "sampling": lambda: sampling.arm(server, sample_utils, mx),
         "tool_calls": lambda: tool_calls.arm(server, watched.check_client),
         "prompts": lambda: prompts.arm(server, options.get("context")),
+        "progress": lambda: progress.arm(server),
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),
         # Its beats tell of what departures count, and are sent by the thread that watches for them.

@@ -1,4 +1,4 @@
-"""What goes over the wire, byte for byte; and the server over an application of a test's own."""
+"""HTTP as it stands on the wire: requests to be sent, and answers that were received."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import http.client
 import io
 import json
 import socket
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mlxproxy.server import channel, server
-from mlxproxy.settings import Settings
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def request(method: str, path: str, body: Any = None, version: str = "1.1") -> bytes:
+    """A request as it goes over the wire."""
+    sent = b"" if body is None else json.dumps(body).encode()
+    length = f"Content-Length: {len(sent)}\r\n" if sent else ""
+    return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{length}\r\n".encode() + sent
+
+
+def connect(port: int) -> socket.socket:
+    """Open a connection to a port of this machine."""
+    return socket.create_connection(("127.0.0.1", port), 10)
 
 
 class Answer(NamedTuple):
@@ -28,9 +37,10 @@ class Answer(NamedTuple):
 
 
 def shape(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the error object of an answer, after a look at its shape."""
     error: dict[str, Any] = answer["error"]
     assert {"message", "type", "param", "code"} <= set(error)
-    assert error["message"].strip().endswith((".", "?")), error["message"]
+    assert error["message"].strip().endswith((".", "?", ")")), error["message"]
     return error
 
 
@@ -63,31 +73,3 @@ def received(connection: socket.socket, seconds: float = 10.0) -> bytes:
         while more := connection.recv(1 << 16):
             data += more
     return data
-
-
-class Alone:
-    """The server without the rest, over an application of a test's own."""
-
-    def __init__(
-        self,
-        application: Callable[..., Any],
-        channel_class: type[channel.Channel] = channel.DirectChannel,
-    ) -> None:
-        settings = Settings(proxy_host="127.0.0.1", proxy_port=0, max_concurrent=1, max_queue=0)
-        self.server = server.Server(
-            application, settings, lambda: None, lambda: None, channel_class
-        )
-        self.port = self.server.address[1]
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._over.is_set():
-            self.server._turn(0.02)
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-        server.wasyncore.close_all(self.server._map)
-        self.server._dispatcher.shutdown(timeout=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.guard.check import Kind, Limits, check
+from mlxproxy.guard.check import Kind, Terms
 
 
 class RequestBody:
@@ -16,7 +16,7 @@ class RequestBody:
         given: the JSON, as parsed.
         kind: of which endpoint.
         known: what is loaded; None where nothing is.
-        limits_of: finds what a request may say to a model, or to any.
+        terms_of: finds what a request may say to a model, or to any.
 
     Attributes:
         fields: what is asked for, checked as far as it can be told without the model.
@@ -30,13 +30,13 @@ class RequestBody:
         given: dict[str, Any],
         kind: Kind,
         known: ModelSpec | None,
-        limits_of: Callable[[ModelSpec | None], Limits],
+        terms_of: Callable[[ModelSpec | None], Terms],
     ) -> None:
-        self.fields = check(given, kind, limits_of(known))
+        self.fields = terms_of(known).check(given, kind)
         self._given = given
         self._kind = kind
         self._known = known
-        self._limits_of = limits_of
+        self._terms_of = terms_of
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
         """Return the fields for what answers.
@@ -46,4 +46,4 @@ class RequestBody:
         """
         if spec is self._known:
             return self.fields
-        return check(self._given, self._kind, self._limits_of(spec))
+        return self._terms_of(spec).check(self._given, self._kind)

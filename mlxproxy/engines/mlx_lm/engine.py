@@ -1,0 +1,89 @@
+"""`mlx_lm.server` as an engine: see `backend/protocol.py` for what each part is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules
+from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.wire import MlxLmWire
+
+INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
+
+
+class MlxLm:
+    """The engine of text models.
+
+    Args:
+        server_bin: the setting MLX_SERVER_BIN.
+        max_tokens: of an answer whose request sets none.
+    """
+
+    name = program.NAME
+    health: Probe = readiness.HEALTH
+    trusts_output = False  # it logs what clients and models said
+    advice = diagnosis.ADVICE
+    rules = rules.RULES
+
+    def __init__(self, server_bin: Path | None, max_tokens: int) -> None:
+        self._server_bin = server_bin
+        self._max_tokens = max_tokens
+
+    def command(self, spec: ModelSpec, address: Address) -> Command:
+        """Return the command line. Clients that stream from the backend's port rely on its options.
+
+        Raises:
+            LoadFailed: the program is missing.
+        """
+        start = program.program_command(program.server_program(self._server_bin))
+        inside = program.is_inside(start)
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if inside:
+            options = {"context": spec.model.max_context_length}
+            environment[INSIDE_OPTIONS] = json.dumps(options)
+        return Command(
+            argv=(
+                *start,
+                *("--model", spec.path),
+                *("--host", address.host),
+                *("--port", str(address.port)),
+                # Its own default is 512, which ends an answer of today's models in mid-thought.
+                *("--max-tokens", str(self._longest_answer(spec))),
+                "--chat-template-args",
+                json.dumps({"enable_thinking": spec.enable_thinking}),
+            ),
+            environment=environment,
+            link=Link if inside else None,
+            remedy=(
+                "Set MLX_SERVER_BIN to a working mlx_lm.server (`pip install mlx-lm` provides one)."
+            ),
+        )
+
+    def stages(self, spec: ModelSpec) -> Sequence[Stage]:
+        """Return the steps to readiness."""
+        return readiness.stages(spec.path)
+
+    def death_in(self, output: bytes) -> str | None:
+        """Return why the generation thread has ended, if the output tells that it has."""
+        return readiness.death_in(output)
+
+    def wire(self, has: Callable[[str], bool]) -> MlxLmWire:
+        """Return how it spells requests and answers."""
+        return MlxLmWire(counts_cached=has("progress"))
+
+    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
+        """Return whether the backend answers this checked request alone."""
+        return rules.is_exclusive(request, has)
+
+    def examine(self) -> Examined:
+        """Return whether the program works on this machine."""
+        return program.examine(self._server_bin)
+
+    def _longest_answer(self, spec: ModelSpec) -> int:
+        context = spec.model.max_context_length
+        return min(self._max_tokens, context or self._max_tokens)

@@ -1,0 +1,118 @@
+"""What a request may say to `mlx_lm.server`, and what happens to it otherwise.
+
+One wrong value ends its generation thread, and with it every answer in flight; others make it load,
+fetch or compute at everyone's expense. Measured with mlx-lm 0.31.3 and 0.32.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from mlxproxy.guard import shapes
+from mlxproxy.guard.check import Kind, Rule, Rules
+from mlxproxy.guard.shapes import Limits
+
+MAX_TOP_LOGPROBS = 11  # OpenAI's is 20, and fewer may be returned
+CONTEXT_SIZE = shapes.integer(0, 1 << 20)
+
+# "kills" is the generation thread, and so every answer in flight, until the backend is restarted.
+# "compiles": a new value is compiled into a new kernel while all streams stand still (1 to 3 s on
+# a CPU), hence the rounding: there are only so many values.
+_COMMON: Final = {
+    "model": Rule(shapes.string, "the caller replaces it; here it only has to be a name"),
+    "adapters": Rule(shapes.allowed(lambda it: it.adapters), "a path that is read, and loaded"),
+    "draft_model": Rule(shapes.allowed(lambda it: it.draft_models), "evicts the loaded model"),
+    "num_draft_tokens": Rule(shapes.integer(0, 64), "each step drafts so many"),
+    "stream": Rule(shapes.boolean, "400 for null"),
+    "stream_options": Rule(shapes.stream_options, "{} ends a whole stream without [DONE]"),
+    "max_tokens": Rule(shapes.max_tokens, "2**31 holds a place for days"),
+    "max_completion_tokens": Rule(shapes.max_tokens, "wins over max_tokens"),
+    "temperature": Rule(shapes.number(0, 2, 2), "compiles"),
+    "top_p": Rule(shapes.top_p, "compiles; 0 is off, and 1e-9 leaves no token at all"),
+    "top_k": Rule(shapes.top_k, "kills from the vocabulary's size on"),
+    "min_p": Rule(shapes.number(0, 1, 3), "compiles; NaN kills"),
+    "xtc_probability": Rule(shapes.number(0, 1, 2), "compiles; an integer gives 400"),
+    "xtc_threshold": Rule(shapes.number(0, 0.5, 2), "compiles; above 0.5 kills"),
+    "repetition_penalty": Rule(shapes.number(0, 10, 2), "huge kills, tiny divides into NaN"),
+    "repetition_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
+    "presence_penalty": Rule(shapes.number(-2, 2, 3), "huge kills"),
+    "presence_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
+    "frequency_penalty": Rule(shapes.number(-2, 2, 3), "huge kills"),
+    "frequency_context_size": Rule(CONTEXT_SIZE, "2**63 kills"),
+    "logit_bias": Rule(shapes.logit_bias, "an id beyond the vocabulary writes into foreign memory"),
+    "seed": Rule(shapes.seed, "beyond 64 bits or below 0: no reply at all"),
+    "stop": Rule(shapes.stop, "5, [null], a lone surrogate kill; 100 kB stop all for a second"),
+    "top_logprobs": Rule(shapes.top_logprobs(MAX_TOP_LOGPROBS), "true kills, 12 gives 400"),
+    "n": Rule(
+        shapes.only(1, "the backend gives one answer per request; send several requests."),
+        "ignored",
+    ),
+    "response_format": Rule(shapes.response_format, "ignored"),
+    "chat_template_kwargs": Rule(shapes.chat_template_kwargs, "a chat_template runs; some kill"),
+    "enable_thinking": Rule(shapes.boolean, "becomes a template argument"),
+    "reasoning_effort": Rule(shapes.one_of(shapes.EFFORTS), "becomes a template argument"),
+}
+_CHAT: Final = {
+    **_COMMON,
+    "messages": Rule(shapes.messages, "what templates choke on; images from anywhere"),
+    "logprobs": Rule(shapes.boolean, "400 for null and numbers"),
+    "tools": Rule(shapes.tools, "an odd schema cuts the answer off when the model calls"),
+    "tool_choice": Rule(shapes.tool_choice, "ignored"),
+    "role_mapping": Rule(shapes.role_mapping, "repeated for each message"),
+}
+_TEXT: Final = {
+    **_COMMON,
+    "prompt": Rule(shapes.prompt, 'an empty one and ["a"] kill'),
+    "messages": Rule(shapes.drop, "belongs to the other endpoint: nothing has checked it"),
+    "logprobs": Rule(shapes.text_logprobs(MAX_TOP_LOGPROBS), "400 for null and numbers"),
+    "best_of": Rule(
+        shapes.only(1, "the backend gives one answer per request; leave it out."), "ignored"
+    ),
+    "echo": Rule(shapes.only(False, "the backend cannot repeat the prompt."), "ignored"),
+    "suffix": Rule(shapes.only("", "the backend only continues a text."), "ignored"),
+}
+
+
+def is_exclusive(request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
+    """Return whether the backend answers this checked request alone: it waits until all others
+    have their answers, and lets nobody else begin meanwhile.
+
+    Args:
+        has: whether a feature of `inside/` is armed.
+    """
+    alone = {"adapters", "draft_model", "seed"}
+    if has("sampling"):  # a seeded request has a generator of its own
+        alone.remove("seed")
+    return not request.keys().isdisjoint(alone) or bool(shapes.images(request.get("messages", ())))
+
+
+def _combine(request: dict[str, Any], limits: Limits) -> None:
+    """What one field says about another."""
+    if "max_completion_tokens" in request:
+        request["max_tokens"] = request.pop("max_completion_tokens")
+    if request.get("tool_choice") == "none":
+        request.pop("tools", None)
+    if request.get("temperature") == 0:  # always the likeliest token: nothing is left to chance
+        request.pop("seed", None)
+    alternatives = request.get("logprobs")
+    if isinstance(alternatives, int) and not isinstance(alternatives, bool):
+        request["logprobs"] = True
+        request["top_logprobs"] = alternatives
+    effort = request.pop("reasoning_effort", None)
+    thinking = request.pop("enable_thinking", None)
+    template: dict[str, Any] = {}
+    if effort is not None:
+        template["enable_thinking"] = effort != "none"
+        if "reasoning_effort" in limits.template_kwargs:
+            template["reasoning_effort"] = effort
+    if thinking is not None:
+        template["enable_thinking"] = thinking
+    if template:
+        request["chat_template_kwargs"] = template | request.get("chat_template_kwargs", {})
+
+
+RULES: Final[Mapping[Kind, Rules]] = {
+    "chat": Rules(_CHAT, required="messages", combine=_combine),
+    "text": Rules(_TEXT, required="prompt", combine=_combine),
+}

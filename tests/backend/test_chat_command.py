@@ -1,0 +1,100 @@
+"""`mlxproxy chat` with a real model, at a terminal and in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.conftest import Proxy, until
+from tests.support import tiny_models
+from tests.support.pty import Terminal, run
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A proxy with a model that ends its answers after five words, and one that is slow."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_models.build(folder / "models" / "tiny" / "brief", says="word", length=5)
+    tiny_models.build_slow(folder / "models" / "tiny" / "slow")
+    proxy = Proxy(folder / "instance", folder / "models")
+    try:
+        yield proxy.start()
+    finally:
+        proxy.clean_up()
+
+
+ANSWER = "word0 word1 word2 word3 word4"
+
+
+def test_a_chat_loads_the_model_and_streams_its_answer(
+    env: dict[str, str], talk: Callable[..., Terminal]
+) -> None:
+    screen = talk("brief", env=env)
+    screen.expect("tiny/brief")
+    screen.expect("> ")
+    screen.type("Hello!\n")
+    screen.expect(ANSWER)
+    screen.expect("> ")
+    screen.type("/quit\n")
+    assert screen.wait() == 0
+
+
+def test_thinking_is_switched_in_the_middle_and_shown_dimmed_and_apart(
+    env: dict[str, str], talk: Callable[..., Terminal]
+) -> None:
+    screen = talk("brief", env=env)
+    screen.expect("> ")
+    screen.type("/think\n")
+    screen.expect("Thinking is on.")
+    screen.expect("> ")
+    screen.type("Hello!\n")
+    screen.expect("Hello!")
+    screen.expect("thought7")
+    raw_reasoning = screen.expect(ANSWER)
+    assert raw_reasoning.endswith("\n\n")
+    screen.expect("> ")
+    screen.type("/no_think\nAnd now?\n")
+    screen.expect("And now?")
+    assert "thought" not in screen.expect(ANSWER)
+    screen.expect("> ")
+    screen.type("\x04")  # Ctrl-D
+    assert screen.wait() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(
+    proxy: Proxy, env: dict[str, str], talk: Callable[..., Terminal]
+) -> None:
+    screen = talk("slow", env=env)
+    screen.expect("> ")
+    screen.type("Hello!\n")
+    screen.expect("w2 ")
+    screen.interrupt()
+    screen.expect("(stopped)")
+    screen.expect("> ")
+    until(lambda: proxy.loaded()["in_flight"] == 0, what="the end of the generation")
+    screen.interrupt()
+    assert screen.wait() == 0
+    assert "Traceback" not in screen.text
+
+
+def test_a_question_in_a_pipe_gets_the_answer_alone(env: dict[str, str]) -> None:
+    assert run("load", "brief", env=env).returncode == 0
+    done = run("chat", "-p", "review this", "--thinking", env=env, stdin="some text")
+    assert done.returncode == 0
+    assert done.stdout.strip() == ANSWER
+    assert done.stderr == ""
+
+
+def test_a_loaded_model_is_not_loaded_anew_for_a_chat(proxy: Proxy, env: dict[str, str]) -> None:
+    proxy.load("tiny/brief", enable_thinking=True)
+    before = proxy.loaded()["pid"]
+    assert run("chat", "BRIEF", "-p", "Hello!", env=env).returncode == 0
+    assert proxy.loaded()["pid"] == before
+
+
+def test_with_nothing_loaded_it_says_what_to_do(proxy: Proxy, env: dict[str, str]) -> None:
+    proxy.unload()
+    done = run("chat", "-p", "Hello!", env=env)
+    assert done.returncode == 1
+    assert "`mlxproxy load`" in done.stderr

@@ -1,0 +1,84 @@
+"""Every path but /health needs one of the keys."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.conftest import Proxy
+from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe
+from tests.support.raw_http import shape
+
+NEARLY_HEALTH = [
+    "/health/",
+    "/HEALTH",
+    "/health;x",
+    "/health%2f",
+    "/health/../v1/models",
+    "/v1/models?/health",
+    "/v1/models;/health",
+    "/v1/../health/v1/models",
+]
+
+
+@pytest.mark.parametrize("key", [None, WRONG], ids=["no key", "a wrong key"])
+def test_every_path_but_health_needs_a_key(proxy: Proxy, key: str | None) -> None:
+    for method, path in [*CALLS, *(("GET", path) for path in NEARLY_HEALTH)]:
+        answer = ask(proxy, method, path, key, data="{}")
+        assert answer.status_code == 401, (method, path)
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        if method != "HEAD":
+            assert shape(answer.json())["code"] == "invalid_api_key"
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert describe(proxy)["id"] == "tiny/alpha", "the unload was refused"
+
+
+@pytest.mark.parametrize("key", [ALICE, BOB, CARLA])
+def test_every_key_opens_by_either_header(proxy: Proxy, key: str) -> None:
+    assert ask(proxy, "GET", "/v1/models", key).ok
+    assert ask(proxy, "GET", "/v1/models", None, headers={"x-api-key": key}).ok
+
+
+def test_the_openai_package_tells_a_wrong_key_as_such(proxy: Proxy) -> None:
+    client = openai.OpenAI(base_url=proxy.url + "/v1", api_key=WRONG, max_retries=0)
+    with pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+    client = openai.OpenAI(base_url=proxy.url + "/v1", api_key=ALICE, max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny/alpha", "tiny/beta"]
+
+
+@pytest.mark.parametrize("key", [None, WRONG], ids=["no key", "a wrong key"])
+def test_health_without_the_key_shows_no_paths(proxy: Proxy, models: Path, key: str | None) -> None:
+    answer = ask(proxy, "GET", "/health", key)
+    assert answer.json() == {
+        "proxy": "ok",
+        "backend": "ok",
+        "model_id": "tiny/alpha",
+        "enable_thinking": False,
+    }
+    assert ask(proxy, "GET", "/health").json()["model_id"] == str(models / "tiny" / "alpha")
+
+
+def test_a_key_given_to_make_is_in_no_environment_but_the_proxys(tmp_path: Path) -> None:
+    """make exports what stands on its command line, also under names that are not ours."""
+    root = Path(__file__).parents[3]
+    program = tmp_path / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nenv\n")
+    program.chmod(0o755)
+    for stamp in (".installed", ".dev"):
+        (tmp_path / stamp).touch()
+    done = subprocess.run(
+        ["make", "run", f"VENV={tmp_path}", f"API_KEY={ALICE}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    holding = [line.partition("=")[0] for line in done.stdout.splitlines() if ALICE in line]
+    assert holding == ["MLXPROXY_API_KEY"]

@@ -1,0 +1,119 @@
+"""The files of the instance folder, in whatever state they are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlxproxy.backend import processes
+from mlxproxy.backend.lock import AlreadyRunning, PortLock
+from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
+from mlxproxy.catalog import Catalog
+from mlxproxy.controller import History
+from mlxproxy.files import read_record
+from tests.conftest import until
+from tests.support.damaged_files import DAMAGES, FILES, damaged
+
+# -- damaged files
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_record_is_as_good_as_none(
+    name: str, kind: str, tmp_path: Path, models: Path
+) -> None:
+    path = damaged(tmp_path / name.format(1), kind)
+    history = History(tmp_path / "history.json")
+    assert history.last() in (
+        None,
+        {"model_id": "tiny/alpha", "enable_thinking": False, "ttl": None},
+    )
+    history.unloaded()
+    lock, record = PortLock(tmp_path, range(1, 2)), ChildRecord(tmp_path, 1)
+    lock.acquire()
+    Orphans(tmp_path, range(1, 2)).reclaim()
+    record.starting(["x", "y"])
+    assert Record.read(tmp_path / "backend-1.json").command == ("x", "y")
+    record.started(["x", "y"], os.getpid())
+    record.stopped()
+    lock.release()
+    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
+    assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
+    if name in ("history.json", "catalog.json"):
+        until(lambda: read_record(path), what="the new file in the old one's place")
+
+
+def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
+    cache = tmp_path / "catalog.json"
+    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
+    until(cache.exists, what="the cache")
+    stored = json.loads(cache.read_text())
+    for entry in stored["roots"][str(models)].values():
+        entry["model"]["size_bytes"] = "many"
+    cache.write_text(json.dumps(stored))
+    models_found = Catalog([models], cache_file=cache, patience=10).models()
+    assert all(isinstance(model.size_bytes, int) for model in models_found)
+
+
+# -- a wrapper whose child goes its own way
+
+
+def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
+    """A process that the system does not end (it waits for a lost disk) and one that was reaped."""
+    immortal = psutil.Process()
+    begun = time.monotonic()
+
+    class Immortal(psutil.Process):
+        def kill(self) -> None:
+            pass
+
+    left = processes.kill(lambda: [Immortal(immortal.pid)], 0.3)
+    assert [process.pid for process in left] == [immortal.pid]
+    assert time.monotonic() - begun < 5
+
+
+# -- several slots
+
+
+def test_each_slots_orphan_is_found_by_its_record_alone(tmp_path: Path) -> None:
+    """As where the system shows no environment."""
+    command = ["sleep", "60"]
+    with subprocess.Popen(command) as one, subprocess.Popen(command) as two:
+        try:
+            for slot, process in enumerate((one, two)):
+                ChildRecord(tmp_path, 7000, slot).started(command, process.pid)
+            pids = [one.pid, two.pid]
+            found = {
+                ports: [each.pid for each in Orphans(tmp_path, ports).find()]
+                for ports in (range(7000, 7001), range(7000, 7002), range(7001, 7003))
+            }
+            assert sorted(found[range(7000, 7001)]) == sorted(pids)  # it may have had more slots
+            assert sorted(found[range(7000, 7002)]) == sorted(pids)
+            assert found[range(7001, 7003)] == [two.pid]
+            assert Orphans(tmp_path, range(7002, 7009)).find() == []
+            assert Orphans(tmp_path / "other", range(7000, 7002)).find() == []
+        finally:
+            one.kill()
+            two.kill()
+
+
+def test_a_proxy_holds_the_ports_of_all_its_slots(tmp_path: Path) -> None:
+    holder = PortLock(tmp_path, range(7000, 7003))
+    holder.acquire()
+    for ports in (range(7002, 7003), range(6998, 7001), range(7000, 7001)):
+        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
+            PortLock(tmp_path, ports).acquire()
+    beside = PortLock(tmp_path, range(6998, 7000))  # nothing of a refused one is kept
+    beside.acquire()
+    beside.release()
+    holder.release()
+    again = PortLock(tmp_path, range(7002, 7003))
+    again.acquire()
+    again.release()
