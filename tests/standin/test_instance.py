@@ -192,6 +192,28 @@ def test_the_orphans_of_two_slots_are_found_whatever_is_left_of_them(
     ]
 
 
+def test_each_slots_orphan_is_found_by_its_record_alone(tmp_path: Path) -> None:
+    """As where the system shows no environment."""
+    command = ["sleep", "60"]
+    with subprocess.Popen(command) as one, subprocess.Popen(command) as two:
+        try:
+            for slot, process in enumerate((one, two)):
+                ChildRecord(tmp_path, 7000, slot).started(command, process.pid)
+            pids = [one.pid, two.pid]
+            found = {
+                ports: [each.pid for each in Orphans(tmp_path, ports).find()]
+                for ports in (range(7000, 7001), range(7000, 7002), range(7001, 7003))
+            }
+            assert sorted(found[range(7000, 7001)]) == sorted(pids)  # it may have had more slots
+            assert sorted(found[range(7000, 7002)]) == sorted(pids)
+            assert found[range(7001, 7003)] == [two.pid]
+            assert Orphans(tmp_path, range(7002, 7009)).find() == []
+            assert Orphans(tmp_path / "other", range(7000, 7002)).find() == []
+        finally:
+            one.kill()
+            two.kill()
+
+
 def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
     start: Start, models: Path, program: Path
 ) -> None:
