@@ -15,6 +15,7 @@ class ModelSpec:
     Attributes:
         ttl: seconds without a request until it is unloaded; None: the setting's.
         force: load it even if it does not fit into memory by our estimate.
+        pin: never evict it for another model.
         adapters: adapter folders that requests may name.
         draft_models: draft models that requests may name.
         files: what was on disk at its path; None: not looked at, whatever it is.
@@ -27,6 +28,7 @@ class ModelSpec:
     draft_models: frozenset[str] = frozenset()
     files: Fingerprint | None = field(default=None, compare=False, repr=False)
     force: bool = field(default=False, compare=False)
+    pin: bool = field(default=False, compare=False)
     path: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class ModelSpec:
         return {
             "enable_thinking": self.enable_thinking,
             "ttl": self.ttl,
+            "pin": self.pin,
             "adapters": sorted(self.adapters),
             "draft_models": sorted(self.draft_models),
         }

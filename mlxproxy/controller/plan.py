@@ -12,6 +12,9 @@ slot nor for memory go on side by side. What bounds the wait behind them:
   (`"wait": false`) only the last counts.
 - A load that nobody wants any more (its clients have left, or asked for another) is withdrawn, as
   long as no answer was cut and nothing was stopped for it. The old model answers on.
+- Where two models do not fit together and requests name both, they take turns. While the one that
+  is loaded is in use, requests for it are answered together, and those for the other wait until its
+  turn is over (`policy.turn_ends`). Then it is drained, whoever still asks.
 - When a load has ended, the requests that wait and that the loaded model may answer get the free
   places, once, before the next load drains it. So a request waits for the load that is under way,
   and behind its own queue, but not for all the loads behind that one; and a load waits for the
@@ -23,8 +26,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import policy
@@ -76,6 +80,8 @@ RETRY_AFTER_SECONDS = 5
 MAX_LOADS = 4  # that one client may wait for at a time
 LEAST_ROOM = 8  # requests that may wait for loads at least, and for unloads at most
 
+NAMES_KEPT = 64  # of the models that loads have named
+
 INFO, WARNING, ERROR = 20, 30, 40  # the levels of `logging`
 
 
@@ -88,6 +94,10 @@ class Scheduler:
 
     Attributes:
         budget: bytes for all models together; see :meth:`on_memory`.
+        named: the paths that loads have named, the latest with the greatest number: what answers a
+            request without a name (:meth:`main_slot`).
+        exits: when the processes of each path ended by themselves, in monotonic seconds. What has
+            ended too often stays down until a load is asked for.
     """
 
     def __init__(self, limits: Limits, slots: int = 1, unix: float = 0.0) -> None:
@@ -97,10 +107,14 @@ class Scheduler:
         self.queue: list[Request] = []
         self.failure: Failure | None = None
         self.budget = sys.maxsize
+        self.named: dict[str, int] = {}
+        self.exits: dict[str, list[float]] = {}
         self.asked = False
         self.closing = False
         self.forced = False
         self._turns = itertools.count(1)
+        self._turn_ends: float | None = None
+        self._relieved_at: float | None = None
         self._effects: list[Effect] = []
 
     # -- events: requests
@@ -170,24 +184,27 @@ class Scheduler:
         self._admit(claim, joins)
         operation = self._equal(spec, now)  # not before: what it joins may have been given up
         self.asked = True
-        for slot in self.slots:
-            slot.crashed = None
-            slot.exits.clear()
+        self.exits.clear()
         if operation is None:
             operation = self._add(Operation(spec, Cause.ASKED, now.monotonic))
         elif (loaded := self._loaded_in(spec)) is not None and operation.is_over:
-            loaded.ttl = spec.ttl
+            loaded.ttl, loaded.pinned = spec.ttl, spec.pin
         else:
             operation.cause = Cause.ASKED
-            operation.spec = spec  # equal, but for the ttl
+            operation.spec = spec  # equal, but for the ttl and the pin
+        self._name(spec)
         if not claim.waits:
             self._supersede(claim.client)
         self._claim(operation, claim)
         self._settle(now)
         return self._decided()
 
-    def on_unload(self, claim: Claim, now: Moment, only: int | None = None) -> list[Effect]:
-        """Unload what is loaded, in one slot or in all; cancel the loads before it.
+    def on_unload(self, claim: Claim, now: Moment, path: str | None = None) -> list[Effect]:
+        """Unload a model; cancel the loads of it.
+
+        Args:
+            path: the model's. None: what answers requests without a name, or is about to; with one
+                slot, whatever is loaded, and all loads.
 
         Raises:
             ShuttingDown: the proxy is about to end.
@@ -198,30 +215,63 @@ class Scheduler:
         waiting = [each for item in self.operations if item.spec is None for each in item.claims]
         self._make_room(claim, waiting, LEAST_ROOM)
         self.asked = True
-        for slot in self._about(only):
-            slot.restore = slot.crashed = None
+        if path is None and len(self.slots) > 1:
+            path = self._unnamed_path()
+        for slot in self.slots:
+            if path is None or (slot.restore is not None and slot.restore.path == path):
+                slot.restore = None
+        for kept in (self.named, self.exits):
+            for each in [each for each in kept if path in (None, each)]:
+                del kept[each]
+        loads = [item for item in self.operations if item.spec and path in (None, item.spec.path)]
         error = LoadCancelled("The load was cancelled by an unload.")
-        for item in list(self.operations):
-            if item.spec is not None and only in (None, item.slot):
-                self._reject_waiting(item.spec, error)
-                name = item.spec.model_id
-                self._cancel(
-                    item, LoadCancelled(f"The load of {name} was cancelled by an unload."), now
-                )
-        last = self.operations[-1] if self.operations else None
-        if last is not None and last.spec is None and last.only in (None, only):
-            operation = last
-            operation.cause = Cause.ASKED
-        else:
-            operation = Operation(None, Cause.ASKED, now.monotonic, only)
-            if self.operations or any(slot.is_occupied for slot in self._about(only)):
-                self._add(operation)
-            else:
-                operation.changed = False
-                operation.phase = Phase.DONE
-        self._claim(operation, claim)
+        for item in loads:
+            assert item.spec is not None
+            self._reject_waiting(item.spec, error)
+            name = item.spec.model_id
+            self._cancel(
+                item, LoadCancelled(f"The load of {name} was cancelled by an unload."), now
+            )
+        self._claim(self._unload(path, bool(loads), now), claim)
         self._settle(now)
         return self._decided()
+
+    def _unload(self, path: str | None, cancelled: bool, now: Moment) -> Operation:
+        """Return the unload of a model, the one that is under way if there is one."""
+        for item in reversed(self.operations):
+            if item.spec is None and item.path in (None, path):
+                item.cause = Cause.ASKED
+                return item
+            if path is None:
+                break
+        operation = Operation(None, Cause.ASKED, now.monotonic, path=path)
+        if path is None:
+            needed = bool(self.operations) or any(slot.is_occupied for slot in self.slots)
+        else:
+            operation.only = self._place_of(path)
+            needed = operation.only is not None
+        if needed:
+            return self._add(operation)
+        operation.changed = cancelled
+        operation.phase = Phase.DONE
+        return operation
+
+    def _place_of(self, path: str) -> int | None:
+        """Return the slot that a model has, or that a load of it is about to get."""
+        for slot in self.slots:
+            if slot.spec is not None and slot.spec.path == path:
+                return slot.id
+        coming = (item for item in self.operations if item.spec and item.spec.path == path)
+        return next((item.slot for item in coming if item.slot is not None), None)
+
+    def _unnamed_path(self) -> str | None:
+        """Return what answers requests without a name, or is about to."""
+        coming = [item.spec.path for item in self.operations if item.spec and not item.cancelled]
+        present = [slot.spec.path for slot in self.slots if slot.spec is not None]
+        if asked := [path for path in present + coming if path in self.named]:
+            return max(asked, key=self.named.__getitem__)
+        main = self.main_slot().spec
+        return main.path if main is not None else next(iter(coming), None)
 
     def on_leave(self, claim: Claim, now: Moment) -> list[Effect]:
         """The client of a claim is gone. May be called any number of times."""
@@ -258,7 +308,8 @@ class Scheduler:
         assert operation.spec
         slot.process, slot.spec = process, process.spec
         slot.operation = None
-        slot.ttl = operation.spec.ttl  # of the last load that joined
+        slot.ttl, slot.pinned = operation.spec.ttl, operation.spec.pin  # of the last that joined
+        slot.ready_at, slot.load_seconds = now.monotonic, seconds
         slot.loaded_at = now.unix
         slot.last_use = now.monotonic
         self.failure = None
@@ -306,8 +357,7 @@ class Scheduler:
         assert slot.operation is not None
         # Who still writes to a slow client has no process any more.
         slot.requests.clear()
-        slot.process = slot.spec = None
-        slot.exited = False
+        self._forget_process(slot)
         if slot.operation.slot != slot_id or slot.operation.cancelled is not None:
             self._vacate(slot, now)
         self._settle(now)
@@ -329,9 +379,9 @@ class Scheduler:
         if not slot.answers or slot.exited or spec is None:
             return []
         slot.exited = True
-        slot.exits = policy.recent_exits(slot.exits, now.monotonic)
-        looping = policy.is_crash_loop(slot.exits)
-        slot.crashed = spec if looping else None
+        exits = policy.recent_exits(self.exits.get(spec.path, ()), now.monotonic)
+        self.exits[spec.path] = exits
+        looping = policy.is_crash_loop(exits)
         slot.restore = None if looping else self._as_asked(slot)
         sentence = f"The backend with {spec.model_id} crashed: {reason}."
         if looping:
@@ -352,9 +402,35 @@ class Scheduler:
 
     # -- events: time, memory, the end
 
-    def on_memory(self, budget: int) -> None:
-        """So many bytes are there for all models together."""
+    def on_memory(self, budget: int, held: Mapping[int, int] | None = None) -> None:
+        """So many bytes are there for all models together.
+
+        Args:
+            held: bytes that the process of each slot was just seen to hold.
+        """
         self.budget = budget
+        for slot_id, memory in (held or {}).items():
+            if self.slots[slot_id].is_occupied:
+                self.slots[slot_id].memory = memory
+
+    def on_pressure(self, why: str, now: Moment) -> list[Effect]:
+        """Memory runs out: unload the longest unused idle model, if several may be loaded.
+
+        With one slot its model stays: whoever streams from the backend's own port relies on it.
+        """
+        pause = policy.RELIEF_PAUSE_SECONDS
+        early = self._relieved_at is not None and now.monotonic < self._relieved_at + pause
+        leaving = any(item.cause is Cause.PRESSURE for item in self.operations)
+        slot = policy.relief(self.slots) if len(self.slots) > 1 else None
+        if slot is not None and slot.spec is not None and not (early or leaving or self.closing):
+            self._relieved_at = now.monotonic
+            line = f"{why}: unloading {slot.spec.model_id}, which has been idle the longest"
+            self._effects.append(Log(WARNING, line))
+            slot.restore = self._as_asked(slot)
+            operation = self._add(Operation(None, Cause.PRESSURE, now.monotonic, slot.id))
+            self._begin(operation, policy.Placement(-1, (slot.id,)), now)
+            self._settle(now)
+        return self._decided()
 
     def on_tick(self, now: Moment) -> list[Effect]:
         """Time has passed: decide what was waiting for it."""
@@ -394,34 +470,38 @@ class Scheduler:
             for operation in self.operations
             if any(self._is_waited_for(slot, operation) for slot in self._victims(operation))
         ]
-        idle = (self._idle_deadline(slot) for slot in self.slots)
-        return min((*waits, *(moment for moment in idle if moment is not None)), default=None)
+        ends = (*map(self._idle_deadline, self.slots), self._turn_ends)
+        return min((*waits, *(moment for moment in ends if moment is not None)), default=None)
 
     # -- questions
 
     def snapshot(self, now: Moment) -> Snapshot:
         """Return the whole state."""
-        slots = tuple(self._slot_snapshot(slot, now.monotonic) for slot in self.slots)
-        operation = self.operations[0] if self.operations else None
+        slots = tuple(self._slot_snapshot(slot, now) for slot in self.slots)
+        operations = tuple(
+            OperationSnapshot(item.spec, item.cause, item.phase, now.monotonic - item.since)
+            for item in self.operations
+        )
         return Snapshot(
             slots,
             slots[self.main_slot().id],
-            None
-            if operation is None
-            else OperationSnapshot(
-                operation.spec, operation.cause, operation.phase, now.monotonic - operation.since
-            ),
+            operations,
             sum(slot.in_flight for slot in slots),
             len(self.queue),
             self.failure,
         )
 
     def main_slot(self) -> Slot:
-        """Return the slot that a question about "the" model is about: the last used of the ready,
-        else of those that are at work."""
-        answering = [slot for slot in self.slots if slot.answers]
-        busy = [slot for slot in self.slots if slot.state is not SlotState.EMPTY]
-        return max(answering or busy or self.slots[:1], key=lambda slot: slot.last_use)
+        """Return the slot whose model answers requests without a name: what a load has named last,
+        if it is there, else the last used; of the ready, else of those that are at work."""
+        granting = [slot for slot in self.slots if slot.may_grant]
+        answering = granting or [slot for slot in self.slots if slot.answers]
+        busy = answering or [slot for slot in self.slots if slot.state is not SlotState.EMPTY]
+        return max(busy or self.slots[:1], key=self._precedence)
+
+    def _precedence(self, slot: Slot) -> tuple[int, float]:
+        spec = slot.spec
+        return 0 if spec is None else self.named.get(spec.path, 0), slot.last_use
 
     def position(self, request: Request) -> int:
         """Return the request's number in the queue, from 1; 0 if it is not in it."""
@@ -432,7 +512,7 @@ class Scheduler:
         occupied = any(slot.is_occupied for slot in self.slots)
         return not (self.asked or self.closing or self.operations or occupied)
 
-    def _slot_snapshot(self, slot: Slot, now: float) -> SlotSnapshot:
+    def _slot_snapshot(self, slot: Slot, now: Moment) -> SlotSnapshot:
         shown = slot.answers
         deadline = self._idle_deadline(slot)
         # A process that has not answered yet, or has been stopped, is none that anybody may use.
@@ -442,12 +522,17 @@ class Scheduler:
             slot.state,
             slot.state_since,
             slot.spec if shown else None,
+            slot.spec,
             slot.loaded_at if shown else None,
+            now.unix - (now.monotonic - slot.last_use) if shown else None,
             slot.ttl if shown else None,
+            slot.pinned,
             process.pid if process else None,
             process.address.port if process else None,
+            slot.memory,
             len(slot.requests),
-            None if deadline is None else max(0.0, deadline - now),
+            len(self._waiting_for(slot)) if shown else 0,
+            None if deadline is None else max(0.0, deadline - now.monotonic),
         )
 
     # -- decisions: until nothing is left to decide
@@ -457,8 +542,9 @@ class Scheduler:
         return effects
 
     def _settle(self, now: Moment) -> None:
+        self._turn_ends = None
         while self._step(now):
-            pass
+            self._turn_ends = None
 
     def _step(self, now: Moment) -> bool:
         """Take the first of the steps that is due; return whether one was."""
@@ -473,13 +559,16 @@ class Scheduler:
         """Begin the next operation; before a load, whoever waits has a turn."""
         waiting = next((item for item in self.operations if not item.is_placed), None)
         if waiting is not None and waiting.spec is None:
-            return self._place_unload(waiting, now)
+            if self._place_unload(waiting, now):
+                return True
+            if waiting.only is None:
+                return False
         if self.queue and not self.closing:
             for slot in sorted(self.slots, key=lambda slot: -slot.last_use):
                 if slot.may_grant and self._grant(slot, now):
                     return True
         if waiting is not None:
-            return self._place_load(waiting, now)
+            return waiting.spec is not None and self._place_load(waiting, now)
         return not self.closing and self._load_for_requests(now)
 
     def _grant(self, slot: Slot, now: Moment) -> bool:
@@ -487,7 +576,7 @@ class Scheduler:
         assert slot.process is not None
         assert slot.spec is not None
         held = Counter(request.client for request in slot.requests)
-        waiting = [request for request in self.queue if self._may_use(request, slot)]
+        waiting = self._waiting_for(slot)
         before = len(slot.requests)
         while waiting and len(slot.requests) < self.limits.max_concurrent:
             request = policy.next_in_turn(waiting, held)
@@ -507,30 +596,54 @@ class Scheduler:
         return len(slot.requests) > before
 
     def _load_for_requests(self, now: Moment) -> bool:
-        """Load what the first request needs that no slot serves or will serve."""
+        """Load what the first request needs that no slot serves or will serve.
+
+        While that one waits for its turn, a later one may go before it, if nothing is evicted for
+        it and if it takes nothing of what the first one needs.
+        """
         if any(not item.is_placed for item in self.operations):
             return False
+        first: tuple[Operation, policy.Placement] | None = None
         for request in self.queue:
             if any(self._suits(request, spec) for spec in self._present_or_coming()):
                 continue
             wanted = self._wanted(request)
             if wanted is None:
-                if any(slot.state is not SlotState.EMPTY for slot in self.slots):
+                if self.operations:
                     continue  # what is on its way decides it
                 self.queue.remove(request)
-                self._reject(request, self._nothing_loaded())
+                self._reject(request, self._not_loaded(request))
                 return True
             if (error := self._misfit(wanted)) is not None:
                 self.queue.remove(request)
                 self._reject(request, error)
                 return True
             operation = Operation(wanted, Cause.REQUEST, now.monotonic)
-            if (placement := self._placement(wanted)) is not None:
-                self._add(operation)
-                self._begin(operation, placement, now)
-                return True
-            return False
+            placement = self._placement(wanted)
+            if first is not None:
+                if placement is None or placement.victims or not self._fits_beside(wanted, *first):
+                    continue
+            elif placement is None:
+                return False
+            elif (ends := self._turn_of(placement)) > now.monotonic:
+                first, self._turn_ends = (operation, placement), ends
+                continue
+            self._add(operation)
+            self._begin(operation, placement, now)
+            return True
         return False
+
+    def _turn_of(self, placement: policy.Placement) -> float:
+        """Return until when requests let the models be that would be evicted."""
+        return max((policy.turn_ends(slot) for slot in self._slots(placement.victims)), default=0.0)
+
+    def _fits_beside(self, spec: ModelSpec, first: Operation, placement: policy.Placement) -> bool:
+        """Whether a load would fit if that one had taken its place, too."""
+        taken = {placement.slot, *placement.victims}
+        rest = [slot for slot in self.slots if slot.id not in taken]
+        reserved = [*self._reserved(), first]
+        beside = policy.place(spec, rest, reserved, self.budget, self.limits.max_loaded)
+        return beside is not None and not beside.victims
 
     def _present_or_coming(self) -> list[ModelSpec]:
         """What answers requests now, or will without another operation."""
@@ -546,10 +659,9 @@ class Scheduler:
         )
         restored = (slot.restore for slot in former if slot.restore is not None)
         wanted = next((spec for spec in restored if self._suits(request, spec)), request.target)
-        crashed = [slot.crashed for slot in self.slots if slot.crashed is not None]
-        if wanted is None or len(crashed) == len(self.slots):
+        if wanted is None or policy.is_crash_loop(self.exits.get(wanted.path, ())):
             return None
-        return None if any(spec.path == wanted.path for spec in crashed) else wanted
+        return wanted
 
     def _place_load(self, operation: Operation, now: Moment) -> bool:
         """Begin a load if its slot is there; end it where that is not needed or not possible."""
@@ -557,7 +669,7 @@ class Scheduler:
         assert spec is not None
         if (slot := self._loaded_in(spec)) is not None:
             operation.changed = False  # what was between has been withdrawn
-            slot.ttl = spec.ttl
+            slot.ttl, slot.pinned = spec.ttl, spec.pin
             self._finish(operation, None, now)
         elif (equal := self._on_its_way(spec)) is not None:
             self._join(operation, equal)
@@ -571,24 +683,31 @@ class Scheduler:
         return True
 
     def _placement(self, spec: ModelSpec) -> policy.Placement | None:
-        reserved = [
-            item
-            for item in self.operations
-            if item.spec is not None and item.phase in (Phase.DRAINING, Phase.STOPPING)
-        ]
-        limits = self.limits
+        """Return where a load goes now."""
         placement = policy.place(
-            spec, self.slots, reserved, self.budget, limits.max_loaded, limits.pinned
+            spec, self.slots, self._reserved(), self.budget, self.limits.max_loaded
         )
         # What an unload gives back may do: nobody else is evicted before that is known.
         leaving = any(item.is_placed and item.spec is None for item in self.operations)
         return None if placement is not None and placement.victims and leaving else placement
 
+    def _reserved(self) -> list[Operation]:
+        """Return the loads that have their slots and have not started yet."""
+        return [
+            item
+            for item in self.operations
+            if item.spec is not None and item.phase in (Phase.DRAINING, Phase.STOPPING)
+        ]
+
     def _place_unload(self, operation: Operation, now: Moment) -> bool:
         slots = self._about(operation.only)
         if any(slot.operation is not None for slot in slots):
             return False
-        victims = tuple(slot.id for slot in slots if slot.is_occupied)
+        victims = tuple(
+            slot.id
+            for slot in slots
+            if slot.spec is not None and operation.path in (None, slot.spec.path)
+        )
         self._begin(operation, policy.Placement(-1, victims), now)
         return True
 
@@ -663,7 +782,7 @@ class Scheduler:
             if operation.cause is Cause.ASKED:
                 for slot in self._about(operation.only):
                     slot.restore = None  # it may have ended while it drained
-                self._effects.append(Forget())
+                self._effects.append(Forget(operation.path))
             self._finish(operation, None, now)
             if operation.cause is Cause.SHUTDOWN:
                 self._effects.append(Closed())
@@ -680,7 +799,9 @@ class Scheduler:
         operation.phase = Phase.STARTING
         slot.operation = operation
         slot.spec = operation.spec
-        slot.restore = None
+        for each in self.slots:
+            if each is slot or (each.restore and each.restore.path == operation.spec.path):
+                each.restore = None
         self._enter(slot, SlotState.LOADING, now)
         self._effects.append(Start(slot.id, operation.spec))
 
@@ -712,7 +833,8 @@ class Scheduler:
             return None
         if any(not item.is_placed for item in self.operations):
             return None  # which decide about it
-        return policy.idle_deadline(slot.last_use, slot.ttl, self.limits.idle_ttl)
+        default = 0.0 if slot.pinned else self.limits.idle_ttl
+        return policy.idle_deadline(slot.last_use, slot.ttl, default)
 
     # -- joining, withdrawing, cancelling
 
@@ -888,14 +1010,24 @@ class Scheduler:
         named = request.target if self.limits.swap_on_request else None
         return named is None or named.path == spec.path
 
-    def _may_use(self, request: Request, slot: Slot) -> bool:
-        """Whether a slot may answer the request: best the one whose model it names."""
-        assert slot.spec is not None
-        target = request.target
-        ready = [other.spec.path for other in self.slots if other.may_grant and other.spec]
-        if target is not None and target.path in ready:
-            return target.path == slot.spec.path
-        return self._suits(request, slot.spec)
+    def _waiting_for(self, slot: Slot) -> list[Request]:
+        """Return the requests in the queue that a slot may answer: those that name its model, and
+        if it is the main one, those that name none that is there."""
+        spec = slot.spec
+        assert spec is not None
+        if not self.queue:
+            return []
+        ready = {other.spec.path for other in self.slots if other.may_grant and other.spec}
+        is_main = slot is self.main_slot()
+        return [
+            request
+            for request in self.queue
+            if (
+                request.target.path == spec.path
+                if request.target is not None and request.target.path in ready
+                else is_main and self._suits(request, spec)
+            )
+        ]
 
     def _shed(self) -> None:
         """The queue is too long by one: the newest of whoever has the most in it has to go."""
@@ -939,16 +1071,26 @@ class Scheduler:
 
     def _misfit(self, spec: ModelSpec) -> ProxyError | None:
         """Why a load cannot fit into memory, with the numbers; None if it can."""
-        limits = self.limits
-        fit = policy.shortage(spec, self.slots, self.budget, limits.max_loaded, limits.pinned)
-        if fit is None:
+        found = policy.shortage(spec, self.slots, self.budget, self.limits.max_loaded)
+        if found is None:
             return None
-        return InsufficientMemory(
-            f'{spec.model_id} does not fit into memory. {fit.sentence()} "force": true loads it '
-            "anyway.",
-            needed_bytes=fit.needed,
-            available_bytes=fit.available,
-        )
+        fit, names = found.fit, ", ".join(each.model_id for each in found.pinned)
+        if found.is_full:
+            why = f"{spec.model_id} has no place: {names} stay loaded, because they are pinned."
+        else:
+            why = f"{spec.model_id} does not fit into memory. {fit.sentence()}"
+            why += f" Pinned and therefore not counted as available: {names}." if names else ""
+        if names:
+            why += (
+                ' Unpin one with "pin": false in POST /v1/models/load, or unload it (POST '
+                "/v1/models/unload)."
+            )
+        if not found.is_full:
+            why += ' "force": true loads it anyway.'
+        details: dict[str, Any] = {"needed_bytes": fit.needed, "available_bytes": fit.available}
+        if names:
+            details["pinned"] = [each.model_id for each in found.pinned]
+        return InsufficientMemory(why, **details)
 
     def _refuse_if_closing(self) -> None:
         if self.closing:
@@ -968,7 +1110,14 @@ class Scheduler:
             f"the swap to {operation.spec.model_id}. Try again."
         )
 
-    def _nothing_loaded(self) -> ProxyError:
+    def _not_loaded(self, request: Request) -> ProxyError:
+        if self.failure is not None and any(slot.is_occupied for slot in self.slots):
+            wanted = request.target
+            assert wanted is not None  # or the model that is there would answer it
+            return NoModelLoaded(
+                f"{wanted.model_id} is not loaded, because it has crashed too often. Load it with "
+                "POST /v1/models/load to try again."
+            )
         if self.failure is not None:
             return NoModelLoaded(
                 f"No model is loaded: {self.failure.reason} Load one with POST "
@@ -987,23 +1136,38 @@ class Scheduler:
 
     def _vacate(self, slot: Slot, now: Moment) -> None:
         """Nothing is left in the slot."""
-        slot.process = slot.spec = slot.ttl = None
         slot.requests.clear()
-        slot.exited = False
+        self._forget_process(slot)
         if slot.state is not SlotState.EMPTY:
             self._enter(slot, SlotState.EMPTY, now)
+
+    @staticmethod
+    def _forget_process(slot: Slot) -> None:
+        slot.process = slot.spec = slot.ttl = None
+        slot.pinned = slot.exited = False
+        slot.memory = 0
 
     @staticmethod
     def _as_asked(slot: Slot) -> ModelSpec:
         """Return what is loaded as it was asked for last."""
         assert slot.spec is not None
-        return replace(slot.spec, ttl=slot.ttl)
+        return replace(slot.spec, ttl=slot.ttl, pin=slot.pinned)
+
+    def _name(self, spec: ModelSpec) -> None:
+        """Note that a load has named the model."""
+        self.named.pop(spec.path, None)
+        self.named[spec.path] = next(self._turns)
+        while len(self.named) > NAMES_KEPT:
+            del self.named[next(iter(self.named))]
 
     def _about(self, only: int | None) -> list[Slot]:
         return self.slots if only is None else [self.slots[only]]
 
     def _victims(self, operation: Operation) -> list[Slot]:
-        return [self.slots[number] for number in operation.victims]
+        return self._slots(operation.victims)
+
+    def _slots(self, numbers: Sequence[int]) -> list[Slot]:
+        return [self.slots[number] for number in numbers]
 
     def _slot_of(self, request: Request) -> Slot | None:
         """Return the slot on which the request has a place."""

@@ -9,7 +9,7 @@ many requests it has; and nothing need be remembered of a client that has nothin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol, TypeVar
@@ -22,6 +22,15 @@ from mlxproxy.controller.state import Operation, Slot
 CRASH_LOOP_EXITS, CRASH_LOOP_SECONDS = 3, 300.0
 # A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
 EXCLUSIVE_PATIENCE_SECONDS = 10.0
+# A model that is in use is not swapped out for a request that names another before its turn is
+# over. A turn lasts so many times as long as the load took, so that swaps take a third of the time
+# at most, but no longer than a minute. A model is in use while it answers and for a moment (as long
+# as its load at most) in which its clients, having read one answer, ask the next.
+TURN_LOADS, LONGEST_TURN_SECONDS = 2.0, 60.0
+BETWEEN_REQUESTS_SECONDS = 1.0
+# After an unload for want of memory, so long passes before the next one: what the system says of
+# the last ten seconds has to become true first.
+RELIEF_PAUSE_SECONDS = 10.0
 
 
 class Waiting(Protocol):
@@ -132,6 +141,14 @@ def is_crash_loop(exits: Sequence[float]) -> bool:
     return len(exits) >= CRASH_LOOP_EXITS
 
 
+def turn_ends(slot: Slot) -> float:
+    """Return until when requests for other models let a slot's model be, in monotonic seconds."""
+    end = slot.ready_at + min(TURN_LOADS * slot.load_seconds, LONGEST_TURN_SECONDS)
+    if slot.requests:
+        return end
+    return min(end, slot.last_use + min(slot.load_seconds, BETWEEN_REQUESTS_SECONDS))
+
+
 # -- memory
 
 
@@ -143,19 +160,41 @@ class Placement:
     victims: tuple[int, ...]
 
 
-def shortage(
-    spec: ModelSpec, slots: Sequence[Slot], budget: int, max_loaded: int, pinned: Collection[str]
-) -> Fit | None:
-    """Return the numbers if the load cannot fit, whatever is evicted for it; None if it can.
+@dataclass(frozen=True)
+class Shortage:
+    """Why a load cannot fit, whatever is evicted for it.
 
-    A load that is forced fits into any memory.
+    Attributes:
+        fit: the numbers.
+        pinned: the models that are pinned and would have to go.
+        is_full: whether it is not memory that is missing: each place is a pinned model's.
     """
-    kept = [slot for slot in slots if slot.spec is not None and slot.spec.path in pinned]
-    available = budget - sum(slot.spec.needed_bytes for slot in kept if slot.spec is not None)
-    if len(kept) >= min(max_loaded, len(slots)):
-        return Fit(spec.needed_bytes, 0)
+
+    fit: Fit
+    pinned: tuple[ModelSpec, ...] = ()
+    is_full: bool = False
+
+
+def shortage(
+    spec: ModelSpec, slots: Sequence[Slot], budget: int, max_loaded: int
+) -> Shortage | None:
+    """Return why the load cannot fit, whatever is evicted for it; None if it can.
+
+    A load that is forced fits into any memory. A load of a pinned model takes that one's place.
+    """
+    kept = [
+        slot for slot in slots if slot.pinned and slot.spec is not None and not _same(slot, spec)
+    ]
+    pinned = tuple(slot.spec for slot in kept if slot.spec is not None)
+    available = budget - sum(slot.needed_bytes for slot in kept)
     fit = Fit(spec.needed_bytes, max(0, available))
-    return None if spec.force or fit.fits else fit
+    if len(kept) >= min(max_loaded, len(slots)):
+        return Shortage(fit, pinned, is_full=True)
+    if spec.force or fit.fits:
+        return None
+    if spec.needed_bytes > budget:
+        return Shortage(Fit(spec.needed_bytes, budget))
+    return Shortage(fit, pinned)
 
 
 def place(
@@ -164,24 +203,29 @@ def place(
     reserved: Sequence[Operation],
     budget: int,
     max_loaded: int,
-    pinned: Collection[str],
 ) -> Placement | None:
     """Return where a load goes now; None while it has to wait for what others do.
 
     Evicted are: never a pinned model, never a busy one while an idle one will do, the fewest that
     suffice, the longest unused first. What another operation empties still counts as there, since
-    that operation may be withdrawn.
+    that operation may be withdrawn. A model is loaded once: with other options, it takes its own
+    place.
 
     Args:
         reserved: the loads that have their slots and have not started yet.
         budget: bytes for all models together.
     """
+    own = [slot for slot in slots if _same(slot, spec)]
+    if not all(slot.may_grant for slot in own):
+        return None
+    if any(item.spec is not None and item.spec.path == spec.path for item in reserved):
+        return None
     free = [slot for slot in slots if not slot.is_occupied and slot.operation is None]
     candidates = sorted(
-        (slot for slot in slots if slot.may_grant and slot.spec and slot.spec.path not in pinned),
+        (slot for slot in slots if slot.may_grant and not slot.pinned and slot not in own),
         key=lambda slot: slot.last_use,
     )
-    held = {slot.id: slot.spec.needed_bytes for slot in slots if slot.spec is not None}
+    held = {slot.id: slot.needed_bytes for slot in slots if slot.is_occupied}
     promised = sum(item.spec.needed_bytes for item in reserved if item.spec is not None)
 
     def suffices(victims: Sequence[Slot]) -> bool:
@@ -191,19 +235,30 @@ def place(
 
     best = min(
         (
-            victims
+            (*own, *victims)
             for count in range(len(candidates) + 1)
             for victims in combinations(candidates, count)
-            if suffices(victims)
+            if suffices((*own, *victims))
         ),
         key=lambda victims: (sum(bool(slot.requests) for slot in victims), len(victims)),
         default=None,
     )
     if best is None and spec.force:  # all that may go goes, once nothing is on its way
         settled = all(slot.operation is None and not slot.exited for slot in slots)
-        best = tuple(candidates) if settled and not reserved else None
+        best = (*own, *candidates) if settled and not reserved else None
     if best is None or not (free or best):
         return None
-    # Of the free ones, one that has nothing to bring back.
-    target = min(free or best, key=lambda slot: (slot.restore is not None, slot.id))
+    # Its own; of the free ones, one that has nothing else to bring back.
+    target = min(own or free or best, key=lambda slot: (slot.restore not in (None, spec), slot.id))
     return Placement(target.id, tuple(slot.id for slot in best))
+
+
+def relief(slots: Sequence[Slot]) -> Slot | None:
+    """Return the model to unload where memory runs out: the longest unused of those that are idle
+    and not pinned."""
+    idle = (slot for slot in slots if slot.may_grant and not slot.requests and not slot.pinned)
+    return min(idle, key=lambda slot: slot.last_use, default=None)
+
+
+def _same(slot: Slot, spec: ModelSpec) -> bool:
+    return slot.spec is not None and slot.spec.path == spec.path

@@ -58,6 +58,7 @@ class Cause(str, Enum):
     REQUEST = "request"  # a chat needs the model
     IDLE = "idle"
     EXIT = "death"
+    PRESSURE = "pressure"  # memory runs out
     SHUTDOWN = "shutdown"
 
 
@@ -79,7 +80,6 @@ class Limits:
     Attributes:
         max_concurrent: answers in flight on each slot.
         max_loaded: models in memory at a time.
-        pinned: paths of the models that are never evicted for another.
         ended_grace: for answers that were ended to notice it; no setting.
         stop_timeout: for a process to end before it is killed.
     """
@@ -93,7 +93,6 @@ class Limits:
     ended_grace: float = 5.0
     stop_timeout: float = 10.0
     max_loaded: int = sys.maxsize
-    pinned: frozenset[str] = frozenset()
 
 
 class Process(Protocol):
@@ -213,6 +212,7 @@ class Operation:
     Attributes:
         load: what is to be loaded; None for an unload.
         only: the slot that an unload is about; None: all.
+        path: the model that an unload is about; None: whatever is loaded.
         claims: of those who asked for it and still want it.
         slot: where the load goes, once that is decided.
         victims: the slots that are emptied for it.
@@ -227,6 +227,7 @@ class Operation:
     cause: Cause
     since: float
     only: int | None = None
+    path: str | None = None
     phase: Phase = Phase.WAITING
     claims: list[Claim] = field(default_factory=list)
     slot: int | None = None
@@ -265,9 +266,11 @@ class Slot:
         operation: what is to empty or fill it; nothing is granted on it then.
         exited: whether its process has ended, or can no longer generate, and is not reaped yet.
         ttl: of the last load that was asked for, equal ones included.
+        pinned: whether it is never evicted for another; as the last load said, too.
+        memory: bytes that its process was last seen to hold.
+        ready_at: when its process had answered, in monotonic seconds.
+        load_seconds: how long that took.
         restore: what the next request brings back.
-        exits: when its processes ended by themselves, in monotonic seconds.
-        crashed: what has ended too often: it stays down until a load is asked for.
     """
 
     id: int
@@ -279,16 +282,23 @@ class Slot:
     exited: bool = False
     loaded_at: float = 0.0  # Unix seconds
     last_use: float = 0.0
+    ready_at: float = 0.0
+    load_seconds: float = 0.0
     ttl: float | None = None
+    pinned: bool = False
+    memory: int = 0
     requests: list[Request] = field(default_factory=list)
     restore: ModelSpec | None = None
-    exits: list[float] = field(default_factory=list)
-    crashed: ModelSpec | None = None
 
     @property
     def is_occupied(self) -> bool:
         """Whether it holds memory."""
         return self.spec is not None
+
+    @property
+    def needed_bytes(self) -> int:
+        """What it needs: the larger of the estimate and of what was measured."""
+        return 0 if self.spec is None else max(self.spec.needed_bytes, self.memory)
 
     @property
     def answers(self) -> bool:
@@ -323,17 +333,29 @@ class Failure:
 
 @dataclass(frozen=True)
 class SlotSnapshot:
-    """One slot. `load`, `loaded_at` and `ttl` are there while its model answers."""
+    """One slot. `spec`, `loaded_at` and `ttl` are there while its model answers.
+
+    Attributes:
+        occupant: what holds its memory, whether it answers or not.
+        last_use: Unix seconds.
+        memory: bytes that its process was last seen to hold.
+        waiting: requests in the queue that its model may answer.
+    """
 
     id: int
     state: SlotState
     state_since: float
     spec: ModelSpec | None
+    occupant: ModelSpec | None
     loaded_at: float | None
+    last_use: float | None
     ttl: float | None
+    pinned: bool
     pid: int | None
     port: int | None
+    memory: int
     in_flight: int
+    waiting: int
     idle_unload_in: float | None
 
 
@@ -353,15 +375,20 @@ class Snapshot:
 
     Attributes:
         main: the slot that the contract's single-model answers are about.
-        operation: the first that is under way.
+        operations: all that are under way, in their order.
     """
 
     slots: tuple[SlotSnapshot, ...]
     main: SlotSnapshot
-    operation: OperationSnapshot | None
+    operations: tuple[OperationSnapshot, ...]
     in_flight: int
     waiting: int
     failure: Failure | None
+
+    @property
+    def operation(self) -> OperationSnapshot | None:
+        """Return the first that is under way."""
+        return self.operations[0] if self.operations else None
 
 
 @dataclass(frozen=True)
@@ -471,7 +498,9 @@ class Remember:
 
 @dataclass(frozen=True)
 class Forget:
-    """Keep for the next start of the proxy that nothing is to be loaded."""
+    """Keep for the next start of the proxy that this model, or any (None), is not to be loaded."""
+
+    path: str | None = None
 
 
 @dataclass(frozen=True)

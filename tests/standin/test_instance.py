@@ -19,7 +19,6 @@ import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.lock import AlreadyRunning, PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
@@ -236,21 +235,6 @@ def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
     assert running(program) == []
     names = sorted(path.name for path in (proxy.instance / "logs").glob("backend*.log"))
     assert names == [f"backend-{first + 1}.log", "backend.log"]
-
-
-def test_a_proxy_holds_the_ports_of_all_its_slots(tmp_path: Path) -> None:
-    holder = PortLock(tmp_path, range(7000, 7003))
-    holder.acquire()
-    for ports in (range(7002, 7003), range(6998, 7001), range(7000, 7001)):
-        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
-            PortLock(tmp_path, ports).acquire()
-    beside = PortLock(tmp_path, range(6998, 7000))  # nothing of a refused one is kept
-    beside.acquire()
-    beside.release()
-    holder.release()
-    again = PortLock(tmp_path, range(7002, 7003))
-    again.acquire()
-    again.release()
 
 
 # -- two proxies

@@ -31,9 +31,9 @@ class FakeBackend:
     """Behaves as the world tells: loads at once, or when let; fails; dies."""
 
     def __init__(
-        self, world: World, slot: int, spec: ModelSpec, on_end: Callable[[str], None]
+        self, world: World, spec: ModelSpec, on_end: Callable[[str], None], slot: int = 0
     ) -> None:
-        self.world, self.slot, self.spec, self._on_end = world, slot, spec, on_end
+        self.world, self.spec, self._on_end, self.slot = world, spec, on_end, slot
         self.ended: str | None = None
         self.hung = False
         self.deaf = False
@@ -124,7 +124,7 @@ class World:
         folder.mkdir(exist_ok=True)
         self.controller = Controller(
             Limits(**{"ended_grace": 0.05, **limits}),
-            lambda slot, spec, on_end: FakeBackend(self, slot, spec, on_end),
+            lambda slot, spec, on_end: FakeBackend(self, spec, on_end, slot),
             [ChildRecord(folder, 1, slot) for slot in range(slots)],
             History(folder / "history.json"),
             lambda event: self.events.append(shapes.event(event)),

@@ -96,10 +96,103 @@ def _busy_ones_are_evicted_first(patch: pytest.MonkeyPatch) -> None:
 
 def _pinned_ones_are_evicted(patch: pytest.MonkeyPatch) -> None:
     """A pinned model is evicted for another."""
-    place = policy.place
-    patch.setattr(policy, "place", lambda spec, s, r, b, m, pinned: place(spec, s, r, b, m, ()))
+    _patched_place(patch, lambda slots: [_copy(slot, pinned=False) for slot in slots])
     shortage = policy.shortage
-    patch.setattr(policy, "shortage", lambda spec, s, b, m, pinned: shortage(spec, s, b, m, ()))
+    patch.setattr(
+        policy,
+        "shortage",
+        lambda spec, slots, *rest: shortage(
+            spec, [_copy(slot, pinned=False) for slot in slots], *rest
+        ),
+    )
+
+
+def _pins_of_joined_loads_are_lost(patch: pytest.MonkeyPatch) -> None:
+    """A load of what is loaded already neither pins nor unpins it."""
+    on_load = Scheduler.on_load
+
+    def loaded(self: Scheduler, claim: Any, spec: Any, now: Any) -> Any:
+        before = {slot.id: (slot.process, slot.pinned) for slot in self.slots}
+        effects = on_load(self, claim, spec, now)
+        for slot in self.slots:
+            process, pinned = before[slot.id]
+            if slot.process is process is not None:
+                slot.pinned = pinned
+        return effects
+
+    patch.setattr(Scheduler, "on_load", loaded)
+
+
+def _pins_outlive_their_model(patch: pytest.MonkeyPatch) -> None:
+    """The next model in a slot is pinned because the one before it was."""
+    forget = Scheduler._forget_process
+
+    def forgotten(slot: Slot) -> None:
+        pinned = slot.pinned
+        forget(slot)
+        slot.pinned = pinned
+
+    patch.setattr(Scheduler, "_forget_process", staticmethod(forgotten))
+
+
+def _growth_is_not_seen(patch: pytest.MonkeyPatch) -> None:
+    """What a process has grown to does not count, only what it was estimated at."""
+    patch.setattr(
+        Slot, "needed_bytes", property(lambda slot: slot.spec.needed_bytes if slot.spec else 0)
+    )
+
+
+def _one_model_in_two_places(patch: pytest.MonkeyPatch) -> None:
+    """With other options, a model is loaded beside itself."""
+    patch.setattr(policy, "_same", lambda slot, spec: False)
+
+
+def _no_turns(patch: pytest.MonkeyPatch) -> None:
+    """Each request for another model swaps at once."""
+    patch.setattr(policy, "turn_ends", lambda slot: 0.0)
+
+
+def _turns_have_no_end(patch: pytest.MonkeyPatch) -> None:
+    """A model that is in use stays for as long as it is."""
+    patch.setattr(policy, "turn_ends", lambda slot: slot.last_use + (1e9 if slot.requests else 1.0))
+
+
+def _nobody_wakes_at_the_end_of_a_turn(patch: pytest.MonkeyPatch) -> None:
+    """The end of a turn is no deadline."""
+    settle = Scheduler._settle
+
+    def settled(self: Scheduler, now: Any) -> None:
+        settle(self, now)
+        self._turn_ends = None
+
+    patch.setattr(Scheduler, "_settle", settled)
+
+
+def _anybody_answers_the_unnamed(patch: pytest.MonkeyPatch) -> None:
+    """A request without a name is answered by whatever was used last."""
+    patch.setattr(Scheduler, "_precedence", lambda self, slot: slot.last_use)
+
+
+def _an_unload_takes_all(patch: pytest.MonkeyPatch) -> None:
+    """An unload of one model unloads the others, too."""
+    place_unload = Scheduler._place_unload
+
+    def placed(self: Scheduler, operation: Operation, now: Moment) -> bool:
+        operation.only = operation.path = None
+        return place_unload(self, operation, now)
+
+    patch.setattr(Scheduler, "_place_unload", placed)
+
+
+def _relief_takes_what_is_used(patch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out, a model goes that answers."""
+    relief = policy.relief
+    patch.setattr(policy, "relief", lambda slots: relief([_without_requests(s) for s in slots]))
+
+
+def _relief_takes_them_all(patch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out, one model after the other goes without a look at what it has given."""
+    patch.setattr(policy, "RELIEF_PAUSE_SECONDS", 0.0)
 
 
 def _the_latest_used_goes(patch: pytest.MonkeyPatch) -> None:
@@ -110,7 +203,7 @@ def _the_latest_used_goes(patch: pytest.MonkeyPatch) -> None:
 def _memory_is_without_bounds(patch: pytest.MonkeyPatch) -> None:
     """Models are loaded beside each other that do not fit together."""
     place = policy.place
-    patch.setattr(policy, "place", lambda spec, s, r, b, m, p: place(spec, s, r, 1 << 60, m, p))
+    patch.setattr(policy, "place", lambda spec, s, r, b, m: place(spec, s, r, 1 << 60, m))
 
 
 def _nothing_is_too_large(patch: pytest.MonkeyPatch) -> None:
@@ -121,7 +214,7 @@ def _nothing_is_too_large(patch: pytest.MonkeyPatch) -> None:
 def _what_is_coming_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
     """A load that has its slot and has not started yet is forgotten."""
     place = policy.place
-    patch.setattr(policy, "place", lambda spec, s, r, b, m, p: place(spec, s, [], b, m, p))
+    patch.setattr(policy, "place", lambda spec, s, r, b, m: place(spec, s, [], b, m))
 
 
 def _exclusive_requests_have_company(patch: pytest.MonkeyPatch) -> None:
@@ -250,7 +343,11 @@ def _without_requests(slot: Slot) -> Slot:
 
 def _patched_place(patch: pytest.MonkeyPatch, seen: Callable[[Any], Any]) -> None:
     place = policy.place
-    patch.setattr(policy, "place", lambda spec, slots, *rest: place(spec, seen(slots), *rest))
+
+    def patched(spec: Any, slots: Any, *rest: Any) -> Any:
+        return place(spec, seen(slots), *rest)
+
+    patch.setattr(policy, "place", patched)
 
 
 FAULTS: tuple[Fault, ...] = tuple(

@@ -6,6 +6,7 @@ in its own words: it never asks the core's own rules whether they hold.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
@@ -47,6 +48,8 @@ from mlxproxy.errors import (
 from tests.support.fake_backend import model_spec
 
 DRAIN, STOP, GRACE = 120.0, 30.0, 5.0  # seconds
+LOAD = 1.0  # seconds that a load takes
+TURN, PAUSE = 2.0, 1.0  # of a model that took so long: its turn, and between two requests
 
 
 class Process:
@@ -63,17 +66,26 @@ class Watched(Scheduler):
 
     Attributes:
         ttls: of the last load that was asked for, by its operation.
+        asked_for: the paths that loads have named, the last one last.
+        began: when each slot's process had answered.
+        took: how long that had taken, as far as it counts.
+        used: when each slot was last used.
     """
 
     def __init__(self, limits: Limits, slots: int) -> None:
         super().__init__(limits, slots)
         self.ttls: dict[Operation, float | None] = {}
         self.asking: ModelSpec | None = None
+        self.asked_for: list[str] = []
+        self.began: dict[int, float] = {}
+        self.took: dict[int, float] = {}
+        self.used: dict[int, float] = {}
 
     def _claim(self, operation: Operation, claim: Claim) -> None:
         if self.asking is not None:
             self.ttls.pop(operation, None)
             self.ttls[operation] = self.asking.ttl
+            self.asked_for.append(self.asking.path)
         super()._claim(operation, claim)
 
     def _join(self, operation: Operation, equal: Operation) -> None:
@@ -85,7 +97,25 @@ class Watched(Scheduler):
     def _begin(self, operation: Operation, placement: Placement, now: Moment) -> None:
         if operation.spec is not None and not operation.spec.force:
             _check_victims(self, operation.spec, placement)
+        if operation.spec is not None and operation.cause is Cause.REQUEST:
+            for slot in (self.slots[number] for number in placement.victims):
+                unused = not slot.requests and now.monotonic >= self.used[slot.id] + PAUSE
+                over = now.monotonic >= self.began[slot.id] + TURN * self.took[slot.id]
+                assert over or unused, "a model that is in use was swapped out before its turn"
         super()._begin(operation, placement, now)
+
+    def _grant(self, slot: Slot, now: Moment) -> bool:
+        before = list(slot.requests)
+        granted = super()._grant(slot, now)
+        ready = [each for each in self.slots if each.may_grant]
+        for request in (each for each in slot.requests if each not in before):
+            paths = [each.spec.path for each in ready if each.spec]
+            assert slot.spec is not None
+            if request.target is not None and request.target.path in paths:
+                assert request.target.path == slot.spec.path, "the model it names is there"
+            elif asked := [path for path in reversed(self.asked_for) if path in paths]:
+                assert asked[0] == slot.spec.path, "not the model that a load named last"
+        return granted
 
 
 def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> None:
@@ -93,10 +123,12 @@ def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> No
 
     def may_go(slot: Slot) -> bool:
         ready = slot.state is SlotState.READY and not slot.exited and slot.operation is None
-        return ready and slot.spec is not None and slot.spec.path not in core.limits.pinned
+        return ready and slot.spec is not None and not slot.pinned
 
+    own = [slot for slot in core.slots if slot.spec and slot.spec.path == spec.path]
     chosen = [core.slots[number] for number in placement.victims]
-    assert all(may_go(slot) for slot in chosen), "what may not be evicted was chosen"
+    assert all(slot in chosen for slot in own), "one model in two places"
+    assert all(may_go(slot) or slot in own for slot in chosen), "what may not be evicted was chosen"
     coming = [
         item.spec
         for item in core.operations
@@ -104,9 +136,10 @@ def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> No
     ]
 
     def suffices(victims: Iterable[Slot]) -> bool:
-        kept = [slot.spec for slot in core.slots if slot.spec and slot not in victims] + coming
+        stay = [slot.needed_bytes for slot in core.slots if slot.spec and slot not in victims]
+        kept = [*stay, *(each.needed_bytes for each in coming)]
         room = any(not slot.spec and not slot.operation for slot in core.slots) or any(victims)
-        fits = sum(each.needed_bytes for each in kept) + spec.needed_bytes <= core.budget
+        fits = sum(kept) + spec.needed_bytes <= core.budget
         return room and fits and len(kept) < core.limits.max_loaded
 
     def cost(victims: Iterable[Slot]) -> tuple[int, int, list[float]]:
@@ -114,12 +147,12 @@ def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> No
         busy = sum(bool(slot.requests) for slot in victims)
         return busy, len(victims), sorted(slot.last_use for slot in victims)
 
-    candidates = [slot for slot in core.slots if may_go(slot)]
+    candidates = [slot for slot in core.slots if may_go(slot) and slot not in own]
     choices = [
-        choice
+        [*own, *choice]
         for size in range(len(candidates) + 1)
         for choice in combinations(candidates, size)
-        if suffices(choice)
+        if suffices([*own, *choice])
     ]
     assert choices, "something was stopped for a model that does not fit"
     assert cost(chosen) == min(map(cost, choices)), "a better choice of victims was there"
@@ -149,12 +182,15 @@ class House:
         self.effects: list[Effect] = []
         self.requests: list[Request] = []
         self.granted: dict[Request, Process] = {}
+        self.granted_on: Counter[str] = Counter()
         self.released: set[Request] = set()
         self.claims: list[Claim] = []
         self.ended: dict[Claim, ProxyError | None] = {}
-        self.used: dict[int, float] = {}
+        self.used = self.core.used
+        self.measured: dict[int, int] = {}
         self.claimed: dict[int, tuple[Operation, float]] = {}
-        self.crashes: list[float] = []
+        self.crashes: dict[str, list[float]] = {}
+        self.relieved: list[float] = []
         self.stopped_at: float | None = None
         self.forced = False
         self.closed = False
@@ -191,28 +227,57 @@ class House:
         self.do(lambda now: self.core.on_load(claim, spec, now), asked=(claim, spec))
         return claim
 
-    def unload(self, client: str = "someone", only: int | None = None) -> Claim:
-        claim = Claim(client)
+    def unload(self, client: str = "someone", name: str | None = None) -> Claim:
+        claim, path = Claim(client), None if name is None else f"/models/{name}"
+        one = len(self.core.slots) == 1
         loads = [item for item in self.core.operations if item.spec]
-        self.do(lambda now: self.core.on_unload(claim, now, only))
+        self.do(lambda now: self.core.on_unload(claim, now, path))
         self.claims.append(claim)
-        if only is None:
-            assert all(item.is_over or item.cancelled for item in loads)
+        assert claim.operation is not None
+        about = claim.operation.path
+        assert name is None or about in (None, path)
+        if name is not None or one:
+            mine = [item for item in loads if item.spec and path in (None, item.spec.path)]
+            assert all(item.is_over or item.cancelled for item in mine)
+        self.core.asked_for[:] = [each for each in self.core.asked_for if about not in (None, each)]
         return claim
 
-    def ready(self, slot: int = 0) -> None:
-        """The start in the slot succeeds."""
+    def grow(self, slot: int, bytes_held: int) -> None:
+        """The process of the slot is seen to hold so much."""
+        self.measured[slot] = bytes_held
+        self.core.on_memory(self.core.budget, {slot: bytes_held})
+        self._check()
+
+    def pressure(self) -> None:
+        """Memory runs out."""
+        before = [
+            (slot.last_use, slot.id)
+            for slot in self.core.slots
+            if slot.may_grant and not slot.requests and not slot.pinned
+        ]
+        effects = self.do(lambda now: self.core.on_pressure("memory is low", now))
+        for effect in effects:
+            if isinstance(effect, Stop):
+                assert len(self.core.slots) > 1, "the only model was unloaded"
+                assert (effect.slot == min(before)[1]) or self.core.operations, "another one went"
+                assert all(self.time - each >= 10 for each in self.relieved), "too many went"
+                self.relieved.append(self.time)
+
+    def ready(self, slot: int = 0, seconds: float = LOAD) -> None:
+        """The start in the slot succeeds, after so many seconds."""
         process = self.processes[slot]
         self.do(lambda now: self.core.on_launched(slot, process))
         for phase in (Phase.STARTING, Phase.LOADING, Phase.WARMING):
             self.do(lambda now, phase=phase: self.core.on_phase(slot, phase))
         process.ready = True
         self.cancelled.discard(slot)
-        self.used[slot] = self.time
-        self.do(lambda now: self.core.on_started(slot, process, 1.0, now))
+        self.used[slot] = self.core.began[slot] = self.time
+        self.core.took[slot] = min(seconds, 30.0)
+        self.do(lambda now: self.core.on_started(slot, process, seconds, now))
 
     def fail(self, slot: int = 0) -> None:
         """The start in the slot fails, or has been given up."""
+        self.measured.pop(slot, None)
         error = LoadFailed(f"{self.processes.pop(slot).spec.model_id} is broken")
         self.cancelled.discard(slot)
         self.do(lambda now: self.core.on_failed(slot, error, now))
@@ -221,6 +286,7 @@ class House:
         """The stop of the slot has ended."""
         assert self.processes[slot].stopping
         process = self.processes.pop(slot)
+        self.measured.pop(slot, None)
         for request in [each for each, where in self.granted.items() if where is process]:
             assert request.error is not None or not self.core._slot_of(request)
         self.do(lambda now: self.core.on_stopped(slot, now))
@@ -246,7 +312,7 @@ class House:
         told = self.exits[before:]
         assert [each.slot for each in told] == ([slot] if answering and not mourned else [])
         if told:
-            self.crashes.append(self.time)
+            self.crashes.setdefault(told[0].spec.path, []).append(self.time)
         for each in self.core.slots:
             if each.id in others:
                 assert (each.state, each.process) == others[each.id], "another slot noticed"
@@ -258,6 +324,8 @@ class House:
         assert deadline is None or deadline > self.time, "a deadline passes without a decision"
         for slot in self.core.slots:
             ttl = self.limits.idle_ttl if slot.ttl is None else slot.ttl
+            if slot.pinned and slot.ttl is None:
+                ttl = 0.0
             idle = slot.may_grant and not slot.requests and not self.core.queue and ttl
             if idle and not self.core.operations:
                 assert self.time < self.used[slot.id] + ttl + 1e-6, "an idle model stays"
@@ -291,11 +359,14 @@ class House:
             answering = [each for each in self.granted if self._has_place(each)]
             if answering:
                 self.release(answering[0])
-            elif self.core.operations and (deadline := self.core.next_deadline()) is not None:
+            elif self._is_anything_left() and (deadline := self.core.next_deadline()) is not None:
                 self.wait(deadline - self.time)
             elif not any(map(self._is_at_work, self.processes)):
                 return
         raise AssertionError("it does not come to an end")
+
+    def _is_anything_left(self) -> bool:
+        return bool(self.core.operations or self.core.queue)
 
     def nobody_waits(self) -> None:
         for request in self.requests:
@@ -362,19 +433,22 @@ class House:
             if self.limits.swap_on_request and target is not None:
                 assert process.spec.path == target.path, "answered by another model"
             self.granted[effect.request] = process
+            self.granted_on[process.spec.model_id] += 1
         elif isinstance(effect, Start):
             assert effect.slot not in self.processes, "two processes in one slot"
             operation = self.core.slots[effect.slot].operation
             if operation is not None and operation.cause is Cause.REQUEST:
-                recent = [each for each in self.crashes if self.time - each < 300]
-                if len(self.core.slots) == 1:
-                    assert len(recent) < 3, "started again and again by itself"
+                crashes = self.crashes.get(effect.spec.path, ())
+                recent = [each for each in crashes if self.time - each < 300]
+                assert len(recent) < 3, "started again and again by itself"
             self.processes[effect.slot] = Process(effect.spec)
             self.cancelled.discard(effect.slot)
             self.starts.append(effect.spec.model_id)
             if not effect.spec.force:
-                running = [process.spec for process in self.processes.values()]
-                used = sum(spec.needed_bytes for spec in running)
+                used = sum(
+                    max(process.spec.needed_bytes, self.measured.get(slot, 0))
+                    for slot, process in self.processes.items()
+                )
                 assert used <= self.core.budget, "more than the memory there is"
         elif isinstance(effect, Stop):
             process = self.processes[effect.slot]
@@ -408,6 +482,14 @@ class House:
         core, limits = self.core, self.limits
         assert len(self.processes) <= limits.max_loaded
         assert len(core.queue) <= limits.max_queue
+        paths = [process.spec.path for process in self.processes.values()]
+        assert len(paths) == len(set(paths)), "one model has two processes"
+        deadline = core.next_deadline()
+        if limits.swap_on_request and not core.operations and not core.closing:
+            for request in core.queue:
+                if request.target is not None and request.target.path not in paths:
+                    assert deadline is not None, "nothing brings the model of a request"
+                    assert deadline <= self.time + 60, "a turn has no end"
         for slot in core.slots:
             assert len(slot.requests) <= limits.max_concurrent
             if any(request.exclusive for request in slot.requests):

@@ -234,10 +234,12 @@ def test_two_clients_that_want_two_models_take_turns_without_a_swap_for_each_req
     first = it.lease("a")
     mixed = [it.lease(name) for name in "babababa"]
     first.release()
-    for lease in sorted(mixed, key=lambda lease: lease.target.model_id != "b"):  # type: ignore[union-attr]
-        assert lease.wait(5)
-        lease.release()
-    assert it.starts == ["a", "b", "a"]
+    while mixed:
+        granted = until(lambda: [lease for lease in mixed if lease.wait(0)], what="a place")
+        for lease in granted:
+            lease.release()
+            mixed.remove(lease)
+    assert it.starts in (["a", "b"], ["a", "b", "a"])  # as the first turn was long enough, or not
 
 
 def test_with_nothing_loaded_a_request_that_names_a_model_loads_it(

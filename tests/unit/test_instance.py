@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.lock import AlreadyRunning, PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
@@ -76,3 +76,21 @@ def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
     left = processes.kill(lambda: [Immortal(immortal.pid)], 0.3)
     assert [process.pid for process in left] == [immortal.pid]
     assert time.monotonic() - begun < 5
+
+
+# -- several slots
+
+
+def test_a_proxy_holds_the_ports_of_all_its_slots(tmp_path: Path) -> None:
+    holder = PortLock(tmp_path, range(7000, 7003))
+    holder.acquire()
+    for ports in (range(7002, 7003), range(6998, 7001), range(7000, 7001)):
+        with pytest.raises(AlreadyRunning, match=str(os.getpid())):
+            PortLock(tmp_path, ports).acquire()
+    beside = PortLock(tmp_path, range(6998, 7000))  # nothing of a refused one is kept
+    beside.acquire()
+    beside.release()
+    holder.release()
+    again = PortLock(tmp_path, range(7002, 7003))
+    again.acquire()
+    again.release()

@@ -13,6 +13,7 @@ import pytest
 
 from mlxproxy import controller
 from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS
+from mlxproxy.controller.policy import LONGEST_TURN_SECONDS, RELIEF_PAUSE_SECONDS
 from mlxproxy.controller.state import (
     NEXT_STATES,
     Abort,
@@ -22,6 +23,7 @@ from mlxproxy.controller.state import (
     Forget,
     Grant,
     Limits,
+    Moment,
     Phase,
     Remember,
     Request,
@@ -43,7 +45,7 @@ from mlxproxy.errors import (
     ShuttingDown,
     TooManyRequests,
 )
-from tests.support.house import DRAIN, GRACE, STOP, House
+from tests.support.house import DRAIN, GRACE, PAUSE, STOP, TURN, House
 
 
 def with_model(name: str = "a", **options: object) -> House:
@@ -289,6 +291,7 @@ def test_past_the_drain_limit_the_rest_end_with_the_reason(unload: bool) -> None
 
 def test_a_swap_whose_only_client_left_is_withdrawn_and_the_old_model_answers_on() -> None:
     house = with_model(swap_on_request=True)
+    house.wait(TURN)
     on_a, wants_b = house.request("a"), house.request("b")
     assert house.state() is SlotState.DRAINING
     house.leave(wants_b)
@@ -300,6 +303,7 @@ def test_a_swap_whose_only_client_left_is_withdrawn_and_the_old_model_answers_on
 
 def test_a_swap_goes_on_once_answers_were_cut_for_it() -> None:
     house = with_model(swap_on_request=True)
+    house.wait(TURN)
     cut, wants_b = house.request("a"), house.request("b")
     house.wait(DRAIN)
     assert cut.error is not None
@@ -329,14 +333,107 @@ def test_a_load_of_what_is_loaded_takes_back_the_load_before_it() -> None:
     assert house.starts == ["a"]
 
 
-def test_two_clients_that_want_two_models_take_turns_without_a_swap_for_each_request() -> None:
+# -- turns, where two models do not fit together
+
+
+def test_a_request_for_another_model_waits_for_the_end_of_the_turn() -> None:
     house = with_model(swap_on_request=True)
-    first = house.request("a")
-    mixed = [house.request(name) for name in "babababa"]
-    house.release(first)
+    house.request("a")
+    wants_b = house.request("b")
+    house.wait(TURN - 0.1)
+    assert house.request("a") in house.granted  # answered together with the first
+    house.wait(0.1)
+    assert house.state() is SlotState.DRAINING
+    late = house.request("a")
+    house.wait(1)
+    assert late not in house.granted
     house.finish()
-    assert all(request in house.released for request in mixed)
+    assert house.granted_on == {"a": 3, "b": 1}
+    assert wants_b in house.released
     assert house.starts == ["a", "b", "a"]
+
+
+def test_a_model_that_is_not_in_use_is_swapped_out_before_the_end_of_its_turn() -> None:
+    house = House(swap_on_request=True)
+    house.load("a")
+    house.ready(seconds=20.0)
+    house.wait(0.5)
+    house.release(house.request("a"))
+    house.request("b")
+    house.wait(0.9)
+    assert house.stops == []  # who has read one answer may ask the next
+    house.wait(0.1)
+    assert house.stops == ["a"]
+
+
+def test_a_model_that_nobody_uses_is_swapped_out_at_once() -> None:
+    house = with_model(swap_on_request=True)
+    house.wait(PAUSE)
+    house.request("b")
+    assert house.stops == ["a"]
+
+
+def test_a_turn_is_no_longer_than_a_minute_however_long_the_load_took() -> None:
+    house = House(swap_on_request=True)
+    house.load("a")
+    house.ready(seconds=500.0)
+    house.request("a")
+    house.request("b")
+    house.wait(LONGEST_TURN_SECONDS)
+    assert house.state() is SlotState.DRAINING
+
+
+def test_a_load_that_somebody_asks_for_waits_for_no_turn() -> None:
+    house = with_model(swap_on_request=True)
+    house.request("a")
+    house.load("b")
+    assert house.state() is SlotState.DRAINING
+
+
+def alternate(house: House, seconds: float) -> tuple[int, float]:
+    """Two clients ask for a and b, again and again; return the answers and the longest wait."""
+    answers, longest = 0, 0.0
+    asked = {name: (house.request(name, name), house.time) for name in "ab"}
+    end = house.time + seconds
+    while house.time < end:
+        house.settle()
+        for name, (request, since) in list(asked.items()):
+            assert request.error is None
+            if request in house.granted:
+                longest = max(longest, house.time - since)
+                house.wait(0.1)
+                house.release(request)
+                answers += 1
+                asked[name] = (house.request(name, name), house.time)
+        house.wait(0.1)
+    return answers, longest
+
+
+def test_two_clients_that_alternate_between_two_models_do_not_thrash_and_nobody_starves() -> None:
+    house = with_model(swap_on_request=True)
+    answers, longest = alternate(house, 60.0)
+    swaps = len(house.starts) - 1
+    assert answers / swaps > 5
+    assert longest < TURN + 1.0
+    assert house.granted_on["a"] / house.granted_on["b"] == pytest.approx(1, abs=0.3)
+
+
+def test_a_client_that_never_pauses_does_not_keep_another_out() -> None:
+    house = with_model(swap_on_request=True)
+    for _ in range(3):
+        busy = house.request("a", "greedy")
+        waits = house.request("b", "modest")
+        for _ in range(100):
+            if waits in house.granted:
+                break
+            house.wait(0.05)
+            overlapping = house.request("a", "greedy")
+            house.release(busy)
+            house.settle()
+            busy = overlapping
+        assert waits in house.granted
+        house.release(waits)
+        house.finish()
 
 
 def test_requests_that_wait_have_a_turn_between_two_loads() -> None:
@@ -379,6 +476,255 @@ def test_a_request_is_answered_by_the_slot_whose_model_it_names() -> None:
     house.settle()
     assert house.granted[house.request("a")].spec.model_id == "a"
     assert house.granted[house.request("b")].spec.model_id == "b"
+
+
+# -- several models
+
+
+def with_models(*names: str, **options: object) -> House:
+    """A house in which these were loaded, one after the other."""
+    house = House(slots=3, **options)  # type: ignore[arg-type]
+    for name in names:
+        house.load(name)
+        house.settle()
+        house.wait(TURN)
+    return house
+
+
+def main(house: House) -> str:
+    spec = house.core.snapshot(Moment(house.time, house.time)).main.spec
+    return spec.model_id if spec is not None else "none"
+
+
+@pytest.mark.parametrize("swap_on_request", [False, True])
+def test_a_request_without_a_name_is_answered_by_what_a_load_named_last(
+    swap_on_request: bool,
+) -> None:
+    house = with_models("a", "b", swap_on_request=swap_on_request)
+    house.release(house.request("a"))  # which is the last used now
+    assert house.granted[house.request()].spec.model_id == "b"
+    assert main(house) == "b"
+    house.load("a")
+    assert house.granted[house.request()].spec.model_id == "a"
+    assert main(house) == "a"
+
+
+def test_a_model_that_a_request_has_brought_does_not_answer_requests_without_a_name() -> None:
+    house = with_models("a", swap_on_request=True)
+    asked = house.request("b")
+    house.settle()
+    assert house.granted[asked].spec.model_id == "b"
+    assert house.granted[house.request()].spec.model_id == "a"
+    assert main(house) == "a"
+    house.unload(name="a")
+    house.finish()
+    assert house.granted[house.request()].spec.model_id == "b"
+
+
+def test_the_old_model_answers_on_while_the_new_one_loads_beside_it() -> None:
+    house = with_models("a", budget=2000)
+    house.load("b")
+    assert house.granted[house.request()].spec.model_id == "a"
+    house.settle()
+    assert house.granted[house.request()].spec.model_id == "b"
+    assert house.stops == []
+
+
+def test_a_request_waits_for_the_places_of_its_own_model() -> None:
+    house = with_models("a", "b", max_concurrent=1)
+    house.request("a")
+    waiting = house.request("a")
+    assert house.request("b") in house.granted
+    assert waiting not in house.granted
+    told = house.core.snapshot(Moment(house.time, house.time)).slots
+    assert [slot.waiting for slot in told] == [1, 0, 0]
+
+
+def test_an_unload_without_a_name_is_about_what_answers_requests_without_a_name() -> None:
+    house = with_models("a", "b")
+    house.release(house.request("a"))
+    claim = house.unload()
+    house.settle()
+    assert house.ended[claim] is None
+    assert house.loaded == ["a"]
+    assert [effect.path for effect in house.effects if isinstance(effect, Forget)] == ["/models/b"]
+
+
+def test_an_unload_without_a_name_cancels_the_load_that_was_asked_for_last() -> None:
+    house = with_models("a")
+    loading = house.load("b")
+    claim = house.unload()
+    house.settle()
+    assert isinstance(house.ended[loading], LoadCancelled)
+    assert house.ended[claim] is None
+    assert claim.operation is not None
+    assert claim.operation.changed
+    assert house.loaded == ["a"]
+
+
+def test_an_unload_of_a_model_that_is_not_loaded_says_so_and_leaves_the_others() -> None:
+    house = with_models("a", "b")
+    claim = house.unload(name="c")
+    assert claim.operation is not None
+    assert not claim.operation.changed
+    assert house.loaded == ["a", "b"]
+
+
+def test_an_unloaded_model_does_not_come_back_though_another_does() -> None:
+    house = with_models("a", "b", idle_ttl=60.0)
+    house.wait(60)
+    house.settle()
+    assert house.loaded == []
+    house.unload(name="b")
+    asked = house.request()
+    house.settle()
+    assert house.granted[asked].spec.model_id == "a"
+
+
+def test_a_load_with_other_options_takes_the_place_of_the_same_model() -> None:
+    house = with_models("a", "b")
+    house.load("a", enable_thinking=True)
+    assert house.stops == ["a"]
+    house.settle()
+    assert sorted(house.loaded) == ["a", "b"]
+
+
+def test_a_model_that_fits_beside_does_not_wait_for_the_turn_of_one_that_does_not() -> None:
+    house = House(slots=4, budget=4000, swap_on_request=True)
+    for name in "ab":
+        house.load(name)
+        house.settle()
+        house.request(name)
+    house.grow(0, 1900)
+    big, small, later = house.request("big"), house.request("c"), house.request("d")
+    assert house.starts == ["a", "b", "c"]  # c fits beside b and big, d does not
+    house.settle()
+    assert small in house.granted
+    assert house.stops == []
+    house.wait(TURN)
+    assert house.core.operations[0].spec == big.target
+    house.finish()
+    assert {big, later} <= house.released
+
+
+def test_a_model_that_crashed_too_often_is_refused_though_another_is_loaded() -> None:
+    house = with_models("a", "b", swap_on_request=True)
+    for number in range(3):
+        if number:
+            house.request("a")
+            house.finish()
+        slot = next(each.id for each in house.core.slots if each.spec and each.spec.path[-1] == "a")
+        house.die(slot)
+        house.finish()
+    refused = house.request("a")
+    assert isinstance(refused.error, NoModelLoaded)
+    assert "a is not loaded, because it has crashed too often" in refused.error.message
+    assert house.request("b") in house.granted
+
+
+# -- pins
+
+
+def test_a_pinned_model_is_never_evicted_and_who_wants_its_place_reads_how_to_unpin_it() -> None:
+    house = House(slots=2, budget=2000)
+    house.load("a", pin=True)
+    house.load("b")
+    house.settle()
+    house.wait(5)
+    house.release(house.request("b"))
+    house.load("c")
+    house.settle()
+    assert sorted(house.loaded) == ["a", "c"]  # though b was used after a
+    with pytest.raises(InsufficientMemory, match=r'Pinned.*: a.*"pin": false') as caught:
+        house.load("big")
+    assert caught.value.details["pinned"] == ["a"]
+
+
+def test_with_one_slot_a_pinned_model_keeps_its_place() -> None:
+    house = House(swap_on_request=True)
+    house.load("a", pin=True)
+    house.settle()
+    with pytest.raises(InsufficientMemory, match="b has no place: a stay"):
+        house.load("b", force=True)
+    assert isinstance(house.request("b").error, InsufficientMemory)
+    assert house.request("a") in house.granted
+    house.load("a", pin=False)
+    house.load("b")
+    house.finish()
+    assert house.loaded == ["b"]
+
+
+def test_the_last_load_says_whether_a_model_is_pinned() -> None:
+    house = House(slots=2)
+    house.load("a")
+    house.load("a", "other", pin=True)
+    house.ready()
+    assert house.core.slots[0].pinned
+    house.load("a")
+    assert not house.core.slots[0].pinned
+    house.load("a", pin=True)
+    assert house.core.slots[0].pinned
+    house.request()
+    house.load("a", pin=True, enable_thinking=True)
+    house.finish()
+    assert house.core.slots[0].pinned
+
+
+def test_a_pin_ends_with_its_model() -> None:
+    house = House()
+    house.load("a", pin=True)
+    house.settle()
+    house.unload()
+    house.gone()
+    house.load("b")
+    house.load("c")  # which b, that is still loading, does not keep out
+    house.settle()
+    assert house.loaded == ["c"]
+
+
+def test_a_pinned_model_is_idle_only_by_its_own_ttl_and_comes_back_pinned() -> None:
+    house = House(slots=2, idle_ttl=60.0, swap_on_request=True)
+    house.load("a", pin=True)
+    house.load("b", pin=True, ttl=30.0)
+    house.settle()
+    house.wait(100)
+    house.settle()
+    assert house.loaded == ["a"]
+    house.request("b")
+    house.settle()
+    assert [slot.pinned for slot in house.core.slots] == [True, True]
+
+
+# -- memory that runs out
+
+
+def test_where_memory_runs_out_the_longest_unused_idle_model_goes_one_at_a_time() -> None:
+    house = with_models("a", "b", "c", swap_on_request=True)
+    house.request("a")
+    house.pressure()
+    assert house.stops == ["b"]
+    house.pressure()  # its memory is not back yet
+    house.settle()
+    house.wait(RELIEF_PAUSE_SECONDS - 1)
+    house.pressure()  # what the system says is still of the time before
+    assert house.stops == ["b"]
+    house.wait(1)
+    house.pressure()
+    assert house.stops == ["b", "c"]
+    house.settle()
+    house.wait(RELIEF_PAUSE_SECONDS)
+    house.pressure()
+    assert house.loaded == ["a"]  # which answers
+    asked = house.request("b")
+    house.settle()
+    assert house.granted[asked].spec.model_id == "b"
+
+
+def test_with_one_slot_its_model_stays_although_memory_runs_out() -> None:
+    house = with_model()
+    house.wait(100)
+    house.pressure()
+    assert house.loaded == ["a"]
 
 
 # -- unloads
@@ -424,12 +770,12 @@ def test_what_was_unloaded_does_not_come_back() -> None:
     assert isinstance(house.request().error, NoModelLoaded)
 
 
-def test_an_unload_of_one_slot_leaves_the_other() -> None:
+def test_an_unload_of_one_model_leaves_the_other() -> None:
     house = House(slots=2)
     house.load("a")
     house.load("b")
     house.settle()
-    house.unload(only=0)
+    house.unload(name="a")
     house.settle()
     assert house.loaded == ["b"]
 
@@ -720,7 +1066,6 @@ def test_a_grant_names_the_process_that_answers() -> None:
 
 
 def test_limits_have_the_defaults_of_one_slot() -> None:
-    assert not Limits().pinned
     assert Limits().max_loaded >= 1
 
 

@@ -31,7 +31,6 @@ class Histories(RuleBasedStateMachine):
         swap=st.booleans(),
         places=st.integers(1, 3),
         idle=st.sampled_from([0.0, 60.0]),
-        pinned=st.sampled_from([frozenset(), frozenset({"/models/a"})]),
     )
     def begin(
         self,
@@ -41,7 +40,6 @@ class Histories(RuleBasedStateMachine):
         swap: bool,
         places: int,
         idle: float,
-        pinned: frozenset[str],
     ) -> None:
         self.house = House(
             slots,
@@ -51,7 +49,6 @@ class Histories(RuleBasedStateMachine):
             max_concurrent=places,
             max_queue=4,
             idle_ttl=idle,
-            pinned=pinned,
         )
 
     @rule(target=requests, name=st.none() | NAMES, client=CLIENTS, alone=st.booleans())
@@ -62,18 +59,31 @@ class Histories(RuleBasedStateMachine):
             return Request(client)
 
     @rule(target=claims, name=NAMES, client=CLIENTS, waits=st.booleans(),
-          thinking=st.booleans(), ttl=st.sampled_from([None, None, 30.0]))  # fmt: skip
-    def load(self, name: str, client: str, waits: bool, thinking: bool, ttl: float | None) -> Claim:
+          thinking=st.booleans(), ttl=st.sampled_from([None, None, 30.0]),
+          pin=st.sampled_from([False, False, True]))  # fmt: skip
+    def load(
+        self, name: str, client: str, waits: bool, thinking: bool, ttl: float | None, pin: bool
+    ) -> Claim:
+        options = {"enable_thinking": thinking, "ttl": ttl, "pin": pin}
         try:
-            return self.house.load(name, client, waits, enable_thinking=thinking, ttl=ttl)
+            return self.house.load(name, client, waits, **options)
         except REFUSALS:
             return Claim(client)
 
-    @rule(client=CLIENTS, data=st.data())
-    def unload(self, client: str, data: st.DataObject) -> None:
-        only = data.draw(st.none() | st.integers(0, len(self.house.core.slots) - 1))
+    @rule(client=CLIENTS, name=st.none() | NAMES)
+    def unload(self, client: str, name: str | None) -> None:
         with contextlib.suppress(*REFUSALS):
-            self.house.unload(client, only)
+            self.house.unload(client, name)
+
+    @rule(data=st.data(), size=st.sampled_from([500, 1500, 2500]))
+    def a_process_grows(self, data: st.DataObject, size: int) -> None:
+        alive = [slot for slot, each in self.house.processes.items() if each.ready]
+        if alive:
+            self.house.grow(data.draw(st.sampled_from(alive)), size)
+
+    @rule()
+    def memory_runs_out(self) -> None:
+        self.house.pressure()
 
     @rule(which=requests)
     def release(self, which: Request) -> None:

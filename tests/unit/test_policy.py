@@ -26,8 +26,9 @@ def ready(number: int, name: str, last_use: float = 0.0, busy: bool = False) -> 
 def placed(
     slots: Sequence[Slot], budget: int = ALL, pinned: str = "", reserved: Any = (), **options: Any
 ) -> Placement | None:
-    paths = {f"/models/{name}" for name in pinned}
-    return place(model_spec("new", **options), slots, reserved, budget, len(slots), paths)
+    for slot in slots:
+        slot.pinned = slot.spec is not None and slot.spec.model_id in pinned.split()
+    return place(model_spec("new", **options), slots, reserved, budget, len(slots))
 
 
 def test_an_empty_slot_is_used_before_anything_is_evicted() -> None:
@@ -86,17 +87,58 @@ def test_what_another_load_empties_counts_as_there_until_it_is_gone() -> None:
 
 def test_no_more_models_are_there_than_may_be() -> None:
     slots = [ready(0, "a", 20.0), ready(1, "b", 10.0), Slot(2)]
-    assert place(model_spec("new"), slots, [], ALL, 2, ()) == Placement(2, (1,))
+    assert place(model_spec("new"), slots, [], ALL, 2) == Placement(2, (1,))
 
 
 def test_a_model_that_cannot_fit_is_told_with_the_numbers() -> None:
     slots = [ready(0, "a"), Slot(1)]
-    fit = shortage(model_spec("new"), slots, 900, 2, ())
-    assert fit is not None
-    assert (fit.needed, fit.available) == (1000, 900)
-    assert shortage(model_spec("new"), slots, 1000, 2, ()) is None
-    assert shortage(model_spec("new"), slots, 1000, 2, {"/models/a"}) is not None
-    assert shortage(model_spec("new", force=True), slots, 900, 2, ()) is None
+    found = shortage(model_spec("new"), slots, 900, 2)
+    assert found is not None
+    assert (found.fit.needed, found.fit.available, found.pinned) == (1000, 900, ())
+    assert shortage(model_spec("new"), slots, 1000, 2) is None
+    assert shortage(model_spec("new", force=True), slots, 900, 2) is None
+
+
+def test_what_is_pinned_is_named_where_it_leaves_no_room() -> None:
+    slots = [ready(0, "a"), Slot(1)]
+    slots[0].pinned = True
+    assert shortage(model_spec("new"), slots, 2000, 2) is None
+    short = shortage(model_spec("new"), slots, 1999, 2)
+    assert short is not None
+    assert (short.fit.available, [each.model_id for each in short.pinned]) == (999, ["a"])
+    assert not short.is_full
+    full = shortage(model_spec("new", force=True), slots[:1], 9000, 1)
+    assert full is not None
+    assert full.is_full
+    assert shortage(model_spec("a", enable_thinking=True), slots, 1000, 1) is None  # its own place
+    too_large = shortage(model_spec("big"), slots, 1999, 2)
+    assert too_large is not None
+    assert too_large.pinned == ()  # it would not fit if they went, either
+
+
+def test_what_a_model_has_grown_to_counts() -> None:
+    slots = [ready(0, "a"), Slot(1)]
+    assert placed(slots, budget=2500) == Placement(1, ())
+    slots[0].memory = 1600
+    assert placed(slots, budget=2500) == Placement(1, (0,))
+    slots[0].memory = 10  # of what is not there yet, the estimate
+    assert placed(slots, budget=1500) == Placement(1, (0,))
+
+
+def test_a_model_with_other_options_takes_its_own_place() -> None:
+    slots = [ready(0, "a", 10.0), ready(1, "new", 20.0), Slot(2)]
+    assert placed(slots, enable_thinking=True) == Placement(1, (1,))
+    assert placed(slots, pinned="new", enable_thinking=True) == Placement(1, (1,))
+    slots[1].state = SlotState.LOADING
+    assert placed(slots, enable_thinking=True) is None
+
+
+def test_for_want_of_memory_the_longest_unused_goes_that_is_neither_pinned_nor_busy() -> None:
+    slots = [ready(0, "a", 1.0, busy=True), ready(1, "b", 3.0), ready(2, "c", 2.0), Slot(3)]
+    assert policy.relief(slots) is slots[2]
+    slots[2].pinned = True
+    assert policy.relief(slots) is slots[1]
+    assert policy.relief(slots[:1]) is None
 
 
 def test_what_is_forced_takes_all_that_may_go() -> None:
