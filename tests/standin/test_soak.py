@@ -29,7 +29,7 @@ def family(tmp_path: Path) -> Iterator[Proxy]:
     proxy.clean_up()
 
 
-def test_a_compiler_that_a_backend_starts_is_no_second_backend(family: Proxy) -> None:
+def test_the_soak_counts_a_child_of_a_backend_as_no_second_backend(family: Proxy) -> None:
     until(lambda: len(alive(family)) == 2, what="a backend with a compiler")
     (backend,) = backends(family)
     assert backend.parent() is not None

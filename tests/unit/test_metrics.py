@@ -28,7 +28,7 @@ def test_only_one_model_replacing_another_is_a_swap() -> None:
     assert told(metrics, "stopping", "loading", "ready") == 2
 
 
-def test_an_answer_that_failed_counts_as_far_as_it_came() -> None:
+def test_the_tokens_of_a_failed_answer_are_counted() -> None:
     metrics = Metrics()
     metrics.request(
         "/v1/chat/completions", 502, AnswerStats(outcome="backend_failed", tokens_out=3)
