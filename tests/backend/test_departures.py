@@ -129,11 +129,8 @@ def test_prompts_of_disconnected_clients_do_not_delay_others(busy: Proxy) -> Non
     assert process.num_threads() < 40
 
 
-def test_a_request_with_a_seed_is_answered_beside_a_stream(
-    busy: Proxy, request: pytest.FixtureRequest
-) -> None:
-    if "one at a time" in request.node.name:
-        return  # there everybody waits
+@pytest.mark.parametrize("busy", ["together"], indirect=True)  # else everybody waits
+def test_a_request_with_a_seed_is_answered_beside_a_stream(busy: Proxy) -> None:
     with busy.chat(stream=True, max_tokens=3000) as stream:
         lines = stream.iter_lines()
         next(lines)

@@ -32,7 +32,7 @@ BODY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["mlxproxy", "tests.support.buffered"])
+@pytest.fixture(scope="module", params=["mlxproxy", "tests.support.buffered_proxy"])
 def proxy(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Proxy]:

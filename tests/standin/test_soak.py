@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Proxy, until
-from tools.soak.__main__ import alive, backends
+from tools.soak.processes import alive, backends
 
 START = (
     "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
