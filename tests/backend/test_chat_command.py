@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, run
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Proxy, until
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, run, scripted
+from tests.support.waiting import until
 
 # -- load, ps, status, unload
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 
 def test_the_listing_has_every_model_sorted_with_what_openai_clients_need(

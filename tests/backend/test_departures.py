@@ -14,8 +14,9 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 REST_SECONDS = 2.0
 WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]

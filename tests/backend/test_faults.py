@@ -19,8 +19,9 @@ import pytest
 import requests
 
 from mlxproxy.backend.ports import is_free
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 class Stream(threading.Thread):

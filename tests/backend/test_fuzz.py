@@ -27,8 +27,10 @@ from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.check import Kind, check
 from mlxproxy.guard.shapes import Limits
-from tests.conftest import SERVER_BIN, free_port, until
 from tests.support import tiny_models
+from tests.support.ports import free_port
+from tests.support.server_process import SERVER_BIN
+from tests.support.waiting import until
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 MAX_TOKENS = 12  # long answers would add nothing but time

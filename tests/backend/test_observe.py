@@ -8,10 +8,11 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
 from tests.support.following import Following
 from tests.support.network import PROMPT
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 def metrics(proxy: Proxy) -> dict[str, float]:

@@ -20,8 +20,10 @@ import requests
 
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import lives
-from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
+from tests.support.ports import free_port
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 def gone(processes: list[psutil.Process]) -> bool:

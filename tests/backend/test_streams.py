@@ -19,8 +19,9 @@ import openai
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 TOKENS = 40
 TEXT = tiny_models.answer("alpha", TOKENS)

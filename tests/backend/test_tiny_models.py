@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SERVER_BIN
 from tests.support import tiny_models
-from tests.support.server_process import Server, serve, text_of
+from tests.support.server_process import SERVER_BIN, Server, serve, text_of
 
 NO_THOUGHTS = {"enable_thinking": False}
 

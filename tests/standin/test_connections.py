@@ -20,9 +20,10 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 from tests.support.raw_http import CONTINUE, answers, connect, received, request, shape
+from tests.support.waiting import until
 
 PATH = "/v1/chat/completions"
 

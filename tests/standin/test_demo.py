@@ -23,8 +23,9 @@ import pytest
 from rich.console import Console
 
 from mlxproxy.demo import provide
-from tests.conftest import free_port, until
 from tests.support.gguf_file import METADATA, gguf_bytes, tensors
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 Downloaded = Callable[[bytes], None]
 

@@ -22,9 +22,11 @@ from mlxproxy.backend import processes
 from mlxproxy.backend.ownership import Ownership
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
-from tests.conftest import Proxy, free_port, until
 from tests.support import scripted_server
 from tests.support.damaged_files import DAMAGES, FILES, LOGS, damaged
+from tests.support.ports import free_port
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 Start = Callable[..., Proxy]
 

@@ -18,9 +18,10 @@ import pytest
 import requests
 
 from mlxproxy.catalog import LONGEST_NAME
-from tests.conftest import Proxy, until
 from tests.support import scripted_server, tiny_models
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 ALICE, BOB, CARLA = "key-of-alice", "key-of-bob", "key-of-carla"
 LOAD, CHAT = "/v1/models/load", "/v1/chat/completions"

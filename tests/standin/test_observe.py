@@ -12,8 +12,9 @@ import pytest
 import requests
 
 from mlxproxy.observability.events import FOLLOWERS_OF_ONE
-from tests.conftest import Proxy, until
 from tests.support.following import Following
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 # -- events
 

@@ -15,8 +15,8 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 
 DEEP = "[" * 100_000
 DONE = "data: [DONE]\n\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import until
 from tests.support import scripted_server, tiny_models
 from tests.support.server_process import QUESTION, Server, serve, text_of
+from tests.support.waiting import until
 
 
 def test_the_stand_in_records_a_disconnect(standin: tuple[Server, Path]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy, until
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 from tools.soak.processes import alive, backends
 
 START = (

@@ -19,9 +19,10 @@ import pytest
 import requests
 
 from mlxproxy.backend.ports import is_free
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 Start = Callable[..., tuple[Proxy, Path]]
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxproxy.text import harmless
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
 from tests.support.hostile_text import CLEAN, NASTY
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, environment, run
+from tests.support.waiting import until
 
 
 def test_control_characters_in_the_backends_log_reach_no_file_client_or_terminal(

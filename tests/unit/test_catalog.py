@@ -28,8 +28,8 @@ from mlxproxy.errors import (
     ModelsRootUnavailable,
     ModelUnusable,
 )
-from tests.conftest import until
 from tests.support.model_folders import hub_model, model, write
+from tests.support.waiting import until
 
 
 @pytest.fixture

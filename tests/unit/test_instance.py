@@ -15,8 +15,8 @@ from mlxproxy.backend.ownership import Ownership, Record
 from mlxproxy.catalog import Catalog
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
-from tests.conftest import until
 from tests.support.damaged_files import DAMAGES, FILES, damaged
+from tests.support.waiting import until
 
 # -- damaged files
 

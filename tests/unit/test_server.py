@@ -19,9 +19,9 @@ import requests
 from waitress.channel import ClientDisconnected
 
 from mlxproxy.server import channel
-from tests.conftest import until
 from tests.support.bare_server import BareServer
 from tests.support.raw_http import CONTINUE, answers, connect, received, request
+from tests.support.waiting import until
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from mlxproxy.commands.client import Client
 from mlxproxy.commands.ls import ls
 from mlxproxy.demo import provide
-from tests.conftest import free_port, until
 from tests.support import model_folders, tiny_models
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @pytest.fixture

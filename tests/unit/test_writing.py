@@ -13,7 +13,7 @@ import pytest
 
 from mlxproxy.logfile import LogFile
 from mlxproxy.writing import QUEUED_CHUNKS, Writer
-from tests.conftest import until
+from tests.support.waiting import until
 
 
 def test_a_blocked_log_loses_lines_which_are_counted() -> None:

@@ -11,7 +11,6 @@ import httpx
 import pytest
 import requests
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
 from tests.support.network import (
     ALICE,
@@ -26,6 +25,7 @@ from tests.support.network import (
     exchange,
     head,
 )
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect, received, shape
 
 

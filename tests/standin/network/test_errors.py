@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import PLACE, PROMPT, ask, chat
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
 from tests.support.network import ALICE, BOB, CARLA, MAX_BODY, PLACES, QUEUE, ask, chat, describe
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 
 def outcome(proxy: Proxy, key: str, name: str, **fields: Any) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
 from tests.support.network import ALICE, HELLO, ask, describe, exchange, head, log
+from tests.support.proxy import Proxy
 from tests.support.raw_http import answers, connect, received
 
 

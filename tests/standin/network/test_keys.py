@@ -8,8 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
 
 NEARLY_HEALTH = [

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support.network import (
     ALICE,
     CALLS,
@@ -27,7 +26,9 @@ from tests.support.network import (
     lines_of,
     log,
 )
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect
+from tests.support.waiting import until
 
 
 def test_every_answer_has_a_request_id_and_keeps_a_valid_one_of_the_client(proxy: Proxy) -> None:

@@ -8,8 +8,8 @@ import json
 import openai
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import ALICE, MAX_BODY, ask, exchange, head, others_are_served
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect, received, shape
 
 

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable
 
-from tests.conftest import Proxy
 from tests.support.network import (
     HELLO,
     MAX_BODY,
@@ -18,6 +17,7 @@ from tests.support.network import (
     head,
     others_are_served,
 )
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect
 
 
