@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 
 def test_the_listing_has_every_model_sorted_with_what_openai_clients_need(
@@ -69,7 +70,7 @@ def test_a_load_of_what_is_loaded_answers_at_once_with_the_same_process(proxy: P
     assert proxy.loaded()["pid"] == pid
 
 
-def test_an_absolute_path_loads_and_the_other_models_process_is_gone(
+def test_a_load_by_absolute_path_ends_the_process_of_the_model_before(
     proxy: Proxy, models: Path
 ) -> None:
     proxy.load("tiny/alpha")
@@ -83,7 +84,7 @@ def test_an_absolute_path_loads_and_the_other_models_process_is_gone(
     assert text == tiny_models.answer("beta", 3)
 
 
-def test_thinking_is_the_backends_command_line_and_another_value_restarts_it(
+def test_thinking_is_set_on_the_backends_command_line_and_a_change_restarts_it(
     proxy: Proxy,
 ) -> None:
     proxy.load("tiny/alpha")
@@ -127,7 +128,7 @@ def test_a_chat_is_answered_by_the_loaded_model_whatever_it_names(
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_unload_says_whether_there_was_anything(proxy: Proxy) -> None:
+def test_unload_says_whether_a_model_was_loaded(proxy: Proxy) -> None:
     proxy.load("tiny/alpha")
     assert proxy.unload().json() == {"status": "unloaded"}
     assert proxy.unload().json() == {"status": "already_unloaded"}
@@ -163,7 +164,9 @@ def test_an_unknown_model_is_not_found_and_what_is_loaded_stays(proxy: Proxy) ->
 
 
 @pytest.mark.parametrize("path", ["/etc", "/", "../../etc", "tiny/../../alpha"])
-def test_a_path_elsewhere_is_not_found(proxy: Proxy, path: str, models: Path) -> None:
+def test_a_path_outside_the_models_folder_is_not_found(
+    proxy: Proxy, path: str, models: Path
+) -> None:
     assert proxy.load(path).status_code == 404
     assert proxy.load(f"{models}/{path}").status_code == 404
 
@@ -183,7 +186,7 @@ def test_a_path_elsewhere_is_not_found(proxy: Proxy, path: str, models: Path) ->
         (b"[" * 100_000, "invalid_json", None),
     ],
 )  # fmt: skip
-def test_a_bad_load_request_is_told_in_a_sentence_within_a_second(
+def test_a_bad_load_request_gets_an_error_sentence_within_a_second(
     proxy: Proxy, body: bytes, code: str, param: str | None
 ) -> None:
     answer = requests.post(proxy.url + "/v1/models/load", data=body, timeout=1)
@@ -231,7 +234,7 @@ def test_a_bad_chat_request_names_the_field_and_the_proxy_goes_on(
         ("GET", "/v1/models/no/such", 404),
     ],
 )
-def test_other_methods_and_paths_get_the_contracts_error(
+def test_unknown_methods_and_paths_get_the_contracts_error(
     proxy: Proxy, method: str, path: str, status: int
 ) -> None:
     answer = requests.request(method, proxy.url + path, timeout=5)
@@ -244,7 +247,7 @@ def test_other_methods_and_paths_get_the_contracts_error(
         )
 
 
-def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
+def test_an_answer_in_one_piece_is_what_the_backend_itself_would_have_sent(
     proxy: Proxy, models: Path
 ) -> None:
     proxy.load("tiny/alpha")
@@ -277,7 +280,7 @@ def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
         assert through == direct, fields
 
 
-def test_text_completions_go_the_same_way(proxy: Proxy) -> None:
+def test_text_completions_are_answered_like_chats(proxy: Proxy) -> None:
     proxy.load("tiny/alpha")
     body = {"prompt": "alpha0 ", "max_tokens": 3}
     whole = proxy.post("/v1/completions", body).json()
@@ -290,7 +293,7 @@ def test_text_completions_go_the_same_way(proxy: Proxy) -> None:
     assert text == whole["choices"][0]["text"]
 
 
-def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
+def test_a_client_can_continue_an_answer_that_was_cut_off(proxy: Proxy) -> None:
     """`mlx_lm.server`, started by itself, dies of it: nothing of the prompt is left to compute."""
     proxy.load("tiny/alpha")
     pid = proxy.loaded()["pid"]
@@ -308,7 +311,7 @@ def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
     assert proxy.loaded()["pid"] == pid
 
 
-def test_a_link_that_leads_to_another_model_now_answers_with_that_model(
+def test_a_chat_by_a_symbolic_link_follows_the_link_to_its_new_model(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "models"
@@ -323,7 +326,7 @@ def test_a_link_that_leads_to_another_model_now_answers_with_that_model(
         assert said == tiny_models.answer(name, 3)
 
 
-def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears(
+def test_a_missing_models_folder_is_reported_and_found_when_it_appears(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "Volumes" / "SSD"
@@ -342,7 +345,7 @@ def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears
 
 
 @pytest.mark.parametrize("defect", ["missing", "not executable", "bad shebang"])
-def test_a_broken_mlx_server_bin_is_a_sentence(
+def test_a_broken_mlx_server_bin_is_reported_in_a_sentence(
     start: Callable[..., Proxy], models: Path, tmp_path: Path, defect: str
 ) -> None:
     program = tmp_path / "mlx_lm.server"

@@ -120,7 +120,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_context_takes_as_much_as_mlx_lm_really_uses(tmp_path: Path, kind: str) -> None:
+def test_the_estimate_of_a_context_is_what_mlx_lm_allocates(tmp_path: Path, kind: str) -> None:
     mx = importlib.import_module("mlx.core")
     prompt_cache = importlib.import_module("mlx_lm.models.cache").make_prompt_cache
     module = importlib.import_module(f"mlx_lm.models.{kind}")

@@ -129,7 +129,7 @@ class Scene:
         self.controller: Any = FakeController()
         self.lease = Lease(self.controller, None, "someone", self.disconnect, exclusive=False)
         nowhere: Any = None
-        self.backend = FakeBackend(nowhere, 0, model_spec("org/name"), lambda reason: None)
+        self.backend = FakeBackend(nowhere, model_spec("org/name"), lambda reason: None)
         self.request = Request("/v1/x", FakeBody(fields, refused))
         self.relay = Relay(stall_timeout, self._connect)
 

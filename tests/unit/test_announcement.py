@@ -23,7 +23,7 @@ from tests.support.model_folders import catalog_of
         ("0.0.0.0", ("k",), False),
     ],
 )
-def test_the_start_says_who_can_reach_what(
+def test_the_startup_message_warns_of_an_open_port_without_a_key(
     host: str, keys: tuple[str, ...], told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts: Any = SimpleNamespace(catalog=catalog_of(()), roots=(), access=Access(keys=keys))

@@ -27,7 +27,7 @@ from tests.support.network import CALLS, PLACE, PROMPT
 from tests.support.raw_http import shape
 
 
-def test_all_routes_are_asked_here() -> None:
+def test_the_tests_of_keys_and_origins_call_every_route() -> None:
     """The tests below know every route there is."""
     parts: Any = SimpleNamespace(settings=Settings(instance_path=Path("/nowhere")))
     routes = {
@@ -36,7 +36,7 @@ def test_all_routes_are_asked_here() -> None:
     assert routes == {path for _, path in CALLS if path not in ("/", "/nothing")} | {"/health"}
 
 
-def test_an_unforeseen_fault_tells_its_number_and_nothing_else(
+def test_an_unforeseen_error_shows_its_request_id_and_nothing_else(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fault() -> None:
@@ -117,7 +117,7 @@ def test_a_stream_whose_head_cannot_be_sent_gives_its_place_back(
     assert scene.controller.released == 1
 
 
-def test_an_error_that_was_answered_holds_nothing_of_its_request() -> None:
+def test_an_error_that_was_answered_keeps_no_request_in_memory() -> None:
     """It may be kept by what has raised it; its frames would keep the request's body in memory."""
     error = NoModelLoaded("No model is loaded.")
 

@@ -19,8 +19,8 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.controller.plan import LEAST_ROOM
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import ProxyError, TooManyRequests
-from tests.conftest import until
 from tests.support.fake_backend import World, model_spec
+from tests.support.waiting import until
 
 NAMES = st.sampled_from(["a", "b", "broken"])
 

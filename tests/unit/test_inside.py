@@ -33,7 +33,8 @@ from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_att
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.engines.mlx_lm.program import INSIDE, program_command
-from tests.conftest import SERVER_BIN, until
+from tests.support.server_process import SERVER_BIN
+from tests.support.waiting import until
 
 PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
 

@@ -36,7 +36,7 @@ def test_a_cache_of_unknown_size_is_left_out() -> None:
     assert replace(MODEL, kv_cache=None).memory_bytes(50) == 1000
 
 
-def test_what_fits_and_what_does_not_is_told_with_the_numbers() -> None:
+def test_whether_a_model_fits_is_said_with_the_numbers() -> None:
     assert fit(MODEL, available=1500, context=50) == Fit(needed=1500, available=1500)
     assert fit(MODEL, available=1500, context=50).fits
     assert not fit(MODEL, available=1499, context=50).fits
@@ -57,7 +57,7 @@ def test_what_fits_and_what_does_not_is_told_with_the_numbers() -> None:
         (64 * GB, 10**9, 64 * GB),
     ],
 )
-def test_a_macs_share_for_models_is_metals_or_the_users_own(
+def test_a_macs_memory_for_models_is_metals_limit_or_the_users_own(
     total: int, limit_mb: int, expected: int
 ) -> None:
     assert working_set(total, limit_mb) == expected
@@ -66,12 +66,12 @@ def test_a_macs_share_for_models_is_metals_or_the_users_own(
 @pytest.mark.skipif(
     sys.platform == "darwin", reason="a Mac's share does not depend on what is free"
 )
-def test_what_the_present_model_gives_back_counts_as_free() -> None:
+def test_memory_that_the_loaded_model_gives_back_counts_as_free() -> None:
     total = psutil.virtual_memory().total
     assert 0 < available() < total
     assert available(returned=10**18) == total
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="Metal is a Mac's")
-def test_a_macs_share_is_less_than_its_memory() -> None:
+def test_a_macs_memory_for_models_is_less_than_its_memory() -> None:
     assert GB < available() <= psutil.virtual_memory().total

@@ -20,9 +20,10 @@ from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from mlxproxy.commands.client import Client
 from mlxproxy.commands.ls import ls
 from mlxproxy.demo import provide
-from tests.conftest import free_port, until
 from tests.support import model_folders, tiny_models
 from tests.support.model_folders import catalog_of
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_with_only_gguf_models_the_demo_model_stands_beside_lm_studios_folder(
     assert provided
 
 
-def test_a_library_that_takes_long_to_read_is_not_taken_for_an_empty_one(
+def test_a_slow_library_is_not_taken_for_an_empty_one(
     home: Path, provided: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = home / ".lmstudio" / "models"
@@ -110,7 +111,7 @@ def test_a_folder_of_lm_studios_on_a_disk_that_is_not_mounted_gets_no_demo_model
     assert not provided
 
 
-def test_a_folder_that_is_set_is_taken_as_it_is(
+def test_a_models_root_that_is_set_gets_no_demo_model(
     home: Path, provided: list[Path], tmp_path: Path
 ) -> None:
     found = main.with_models(given(tmp_path, MODELS_ROOT="/nowhere"))
@@ -118,7 +119,7 @@ def test_a_folder_that_is_set_is_taken_as_it_is(
     assert not provided
 
 
-def test_where_the_demo_cannot_be_had_the_proxy_starts_all_the_same(
+def test_the_proxy_starts_although_the_demo_model_cannot_be_downloaded(
     home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -165,7 +166,7 @@ def test_the_first_listing_waits_for_a_library_that_takes_longer_than_others_may
     assert [item["id"] for item in told["data"]] == ["publisher/model"]
 
 
-def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
+def test_a_library_that_has_not_been_read_yet_is_not_listed_as_empty(
     parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = slow_disk(monkeypatch)
@@ -180,7 +181,7 @@ def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
     assert listing(parts)[1]["complete"] is True
 
 
-def test_a_model_is_found_though_its_folder_is_being_read_for_the_first_time(
+def test_a_model_is_found_while_its_folder_is_read_for_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first load after a start is not told to try again."""
@@ -218,7 +219,7 @@ def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
     until(lambda: listing(parts)[1]["complete"], what="the whole listing")
 
 
-def test_ls_says_that_there_may_be_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_says_that_a_listing_may_be_incomplete(capsys: pytest.CaptureFixture[str]) -> None:
     class Answering:
         complete = False
 
