@@ -20,6 +20,7 @@ from werkzeug.exceptions import (
 )
 
 from mlxproxy import sse
+from mlxproxy.backend.protocol import Unmet
 from mlxproxy.blueprints.auth import LINKED_PATHS
 from mlxproxy.blueprints.services import services
 from mlxproxy.disconnect import Disconnect
@@ -128,6 +129,16 @@ class _Recorded:
             self._record(200, self._stats)
 
 
+def warn(warnings: Iterable[Unmet]) -> None:
+    """Tell the client, in a header, what its answer is without, and the log which fields that are.
+
+    To be called once for a request.
+    """
+    if found := tuple(warnings):
+        g.warnings = " ".join(f"{one.field}: {one.sentence}" for one in found)
+        g.who["unmet"] = ",".join(one.field for one in found)
+
+
 def install(app: Flask) -> None:
     """Adds all of this to the application."""
     inner = app.wsgi_app
@@ -184,6 +195,8 @@ def _is_followed_link(asked: Request) -> bool:
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
     headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    if (warnings := g.get("warnings")) is not None:
+        headers["X-Mlxproxy-Warning"] = warnings
     origin = environ.get("HTTP_ORIGIN")
     if origin is not None:
         headers.add("Vary", "Origin")
@@ -199,7 +212,7 @@ def _share(response: Response, origin: str) -> None:
     headers = response.headers
     headers["Access-Control-Allow-Origin"] = origin
     headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-    headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Mlxproxy-Warning, Retry-After"
     if request.method == "OPTIONS":
         headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
         headers["Access-Control-Allow-Headers"] = request.headers.get(

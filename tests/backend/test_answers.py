@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from tokenizers import pre_tokenizers
 
-from tests.conftest import Proxy
+from tests.conftest import Proxy, until
 from tests.support import tiny_models
 
 pytestmark = pytest.mark.backend
@@ -26,6 +27,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     # A model that says whole words, where a stop word is read byte by byte: they share no token.
     tiny_models.build(root / "alpha", says="alpha")
     tiny_models.build(root / "short", says="short", length=6)
+    tiny_models.build(root / "plain", says="plain", thinking=False)
     proxy = Proxy(tmp_path_factory.mktemp("answers") / "instance", root.parent)
     yield proxy.start()
     proxy.clean_up()
@@ -234,3 +236,54 @@ def test_text_completions_have_the_shape_of_text_completions(proxy: Proxy, strea
     tops = [top for part in parts for top in part["top_logprobs"]]
     assert [top[token] for top, token in zip(tops, tokens, strict=True)] == chosen
     assert all(len(top) == 2 for top in tops)
+
+
+# -- nothing is swallowed
+
+
+def warning(answer: requests.Response) -> str | None:
+    assert answer.ok, answer.text
+    return answer.headers.get("X-Mlxproxy-Warning")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_the_model_cannot_is_said_in_a_header_and_in_the_log(
+    proxy: Proxy, stream: bool
+) -> None:
+    asked: dict[str, Any] = {"tools": TOOLS, "enable_thinking": True, "stop": "x", "stream": stream}
+    assert warning(proxy.chat(**asked)) is None
+    assert proxy.load("tiny/plain").ok
+    try:
+        told = warning(proxy.chat(**asked)) or ""
+        assert told.startswith("tools: ")
+        assert "enable_thinking: " in told
+        log = proxy.instance / "logs" / "proxy.log"
+        until(lambda: "unmet=tools,enable_thinking" in log.read_text(), 5, "the log line")
+    finally:
+        proxy.load("tiny/alpha")
+
+
+def test_a_model_that_is_only_being_loaded_is_known_already(start: Any, proxy: Proxy) -> None:
+    other = start(Path(proxy.loaded()["model_id"]).parents[1])
+    told = warning(other.chat(model="tiny/plain", enable_thinking=True, stream=True))
+    assert (told or "").startswith("enable_thinking: ")
+
+
+def test_a_load_that_asks_for_thoughts_of_a_model_without_them_says_so(proxy: Proxy) -> None:
+    try:
+        told = warning(proxy.load("tiny/plain", enable_thinking=True)) or ""
+        assert told.startswith("enable_thinking: ")
+        assert warning(proxy.load("tiny/plain", enable_thinking=False)) is None
+        assert warning(proxy.load("tiny/alpha", enable_thinking=True)) is None
+    finally:
+        proxy.load("tiny/alpha")
+
+
+def test_only_the_tool_that_is_named_is_offered(proxy: Proxy) -> None:
+    tools = [*TOOLS, {"type": "function", "function": {"name": "get_time", "parameters": {}}}]
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    answers = [
+        proxy.chat(tools=offered, tool_choice=choice).json()["usage"]["prompt_tokens"]
+        for offered, choice in ((TOOLS, "auto"), (tools, named), (tools, "auto"))
+    ]
+    assert answers[0] == answers[1] < answers[2]
