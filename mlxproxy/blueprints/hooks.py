@@ -203,8 +203,19 @@ def _finish(response: Response) -> Response:
         if services().access.allows(origin, environ[HOST]):
             _share(response, origin)
     if not response.is_streamed:
+        _end_line(response)
         recorder()(response.status_code, g.get("stats"))
     return response
+
+
+def _end_line(response: Response) -> None:
+    """End JSON with a line feed, so that a terminal's prompt begins a line."""
+    parts = response.response
+    if response.mimetype != "application/json" or not isinstance(parts, list) or not parts:
+        return
+    if not parts[-1].endswith(b"\n"):
+        parts.append(b"\n")  # without a copy of a long answer
+        response.content_length = sum(map(len, parts))
 
 
 def _share(response: Response, origin: str) -> None:
