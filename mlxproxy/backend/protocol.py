@@ -6,7 +6,7 @@ mlxproxy starts, watches, asks and stops a process through what stands here, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -21,6 +21,13 @@ class Address(NamedTuple):
 
     host: str
     port: int
+
+
+class Unmet(NamedTuple):
+    """A field that is not honoured, and what that means, as a sentence in ASCII."""
+
+    field: str
+    sentence: str
 
 
 class Link(Protocol):
@@ -263,6 +270,19 @@ class Engine(Protocol):
         """Return whether a checked request must have a process to itself.
 
         Args:
+            has: whether a feature is armed in the process.
+        """
+
+    def unmet(
+        self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
+    ) -> Iterable[Unmet]:
+        """Return what of a checked request the answer does without.
+
+        Only what is certainly wrong is refused (:attr:`rules`). What is left to chance, or rests on
+        a guess from the model's files, is answered, and the client is told.
+
+        Args:
+            spec: what answers it.
             has: whether a feature is armed in the process.
         """
 

@@ -60,7 +60,7 @@ def test_tokens_per_second_are_shown_once_there_was_an_answer(
     proxy: Proxy, env: dict[str, str]
 ) -> None:
     assert run("load", "alpha", "--no-thinking", env=env).returncode == 0
-    assert proxy.chat(stream=True, max_tokens=50).text.endswith("[DONE]\n\n")
+    assert proxy.chat(stream=True, max_tokens=500).text.endswith("[DONE]\n\n")
     figures = run("ps", env=env).stdout
     assert "in the last answer" in figures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -227,9 +228,9 @@ def test_a_bad_chat_request_names_the_field_and_the_proxy_goes_on(
         ("GET", "/v1/models/load", 405),
         ("PUT", "/health", 405),
         ("OPTIONS", "/health", 405),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/nothing", 404),
-        ("POST", "/v1/chat/completions/", 404),
+        ("POST", "/v1/chat/completions/x", 404),
         ("HEAD", "/nothing", 404),
         ("GET", "/v1/models/no/such", 404),
     ],
@@ -247,7 +248,63 @@ def test_unknown_methods_and_paths_get_the_contracts_error(
         )
 
 
-def test_an_answer_in_one_piece_is_what_the_backend_itself_would_have_sent(
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions/", "/chat/completions", "/v1/completions/", "/completions"],
+)
+def test_a_base_url_without_v1_and_a_slash_at_the_end_work_as_well(proxy: Proxy, path: str) -> None:
+    proxy.load("tiny/alpha")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 3}
+    answer = proxy.post(path, body)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    listed = proxy.get("/models").json()
+    assert listed == proxy.get("/v1/models/").json()
+    assert [item["id"] for item in listed["data"]] == ["tiny/alpha", "tiny/beta"]
+    assert proxy.get("/models/tiny/alpha/").json()["id"] == "tiny/alpha"
+
+
+def test_every_answer_in_json_ends_its_line(proxy: Proxy) -> None:
+    proxy.load("tiny/alpha")
+    said = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answers = [
+        *map(proxy.get, ("/health", "/v1/models", "/v1/models/tiny/alpha", "/v1/nothing")),
+        proxy.post("/v1/chat/completions", said),
+        proxy.post("/v1/chat/completions", {**said, "logprobs": True}),
+        proxy.post("/v1/chat/completions", {}),
+        proxy.load("tiny/alpha"),
+    ]
+    for answer in answers:
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.content.endswith(b"}\n")
+        assert answer.headers["Content-Length"] == str(len(answer.content))
+        assert answer.json()
+
+
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+def test_the_address_itself_tells_what_runs_there(proxy: Proxy) -> None:
+    proxy.load("tiny/alpha")
+    page = proxy.get("/", headers={"Accept": BROWSER})
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    for said in ("mlxproxy is running", "2 models can be loaded", "tiny/alpha is loaded"):
+        assert said in page.text
+    for link in re.findall('href="(.*?)"', page.text):
+        assert proxy.get(link).ok
+    text = proxy.get("/")
+    assert text.headers["Content-Type"].startswith("text/plain")
+    assert "tiny/alpha is loaded" in text.text
+    facts = proxy.get("/", headers={"Accept": "application/json"}).json()
+    assert (facts["models"], facts["loaded"]) == (2, "tiny/alpha")
+    head = requests.head(proxy.url + "/", timeout=5)
+    assert (head.status_code, head.content) == (200, b"")
+    proxy.unload()
+    assert "no model is loaded" in proxy.get("/").text
+
+
+def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
     proxy: Proxy, models: Path
 ) -> None:
     proxy.load("tiny/alpha")

@@ -89,6 +89,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "seeded, with logprobs": {
         "seed": 5, "temperature": 1.0, "xtc_probability": 0.1, "logprobs": True,
     },
+    "with stop words": {"stop": ["never said"], "stream": True},
     "in a tool call": {"tools": WEATHER, "stream": True},
     "in a seeded tool call": {"tools": WEATHER, "seed": 5, "temperature": 1.0},
     "in the prompt": {"messages": [{"role": "user", "content": tiny_models.long_prompt(12_000)}]},

@@ -284,7 +284,8 @@ def test_a_prompt_is_counted_in_tokens(start: Callable[..., Proxy], tmp_path: Pa
     assert proxy.chat("1" * 200).ok
     refused = proxy.chat("1" * 400)
     assert refused.status_code == 400
-    assert "the model's context is 300" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "maximum context length is 300 tokens" in refused.json()["error"]["message"]
 
 
 def test_other_streams_continue_while_a_long_prompt_is_read(

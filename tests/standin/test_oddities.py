@@ -380,3 +380,12 @@ def test_token_counts_that_are_no_numbers_stay_out_of_the_metrics(
     values = [it.value for family in text_string_to_metric_families(told) for it in family.samples]
     assert values
     assert max(values) < 1e15
+
+
+@pytest.mark.parametrize("fields", MODES.values(), ids=MODES)
+def test_a_server_without_our_additions_is_not_trusted_with_stop_words(
+    proxy: Proxy, fields: dict[str, Any]
+) -> None:
+    answer = proxy.chat(stop="x", **fields)
+    assert answer.ok
+    assert answer.headers["X-Mlxproxy-Warning"].startswith("stop: ")

@@ -157,6 +157,23 @@ def test_pages_of_this_machine_and_of_allowed_origins_are_accepted(origin: str, 
 @pytest.mark.parametrize(
     "origin",
     [
+        "tauri://localhost",
+        "app://obsidian.md",
+        "capacitor://localhost",
+        "ionic://localhost",
+        "vscode-webview://0f4c7a1e-1b2c",
+        "vscode-file://vscode-app",
+    ],
+)
+def test_apps_that_are_made_of_pages_may_call(origin: str) -> None:
+    """Under a scheme that no browser opens: no page of the web has such an origin."""
+    assert refusal(OURS.check_origin, origin, "192.168.1.5:8080") is None
+    assert OURS.allows(origin, "192.168.1.5:8080")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
         "https://evil.example",
         "http://chat.example",  # the scheme is part of an origin
         "https://chat.example:8443",  # and the port
@@ -179,6 +196,18 @@ def test_pages_of_this_machine_and_of_allowed_origins_are_accepted(origin: str, 
         "http://other.local:8080",
         "http://0.0.0.0:8080",
         "ftp://localhost",
+        "file://localhost",
+        "file:///tmp/page.html",
+        "data://localhost",
+        "blob:http://localhost",
+        "moz-extension://0f4c7a1e",
+        "web+app://localhost",
+        "app://",
+        "app:",
+        "app://obsidian.md/",
+        "app://obsidian.md@evil.example",
+        "tauri://localhost https://evil.example",
+        "isolated-app://abcdefgh",  # which a browser does open
         "chrome-extension://abcdeg",
         "http://[",
         "http://[::1",

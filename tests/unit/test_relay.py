@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, SupportsIndex
 
 import pytest
@@ -19,6 +20,7 @@ from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.engines.mlx_lm.completion import Completion
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import BackendFailed, InvalidRequest, ModelSwapped, ProxyError
+from mlxproxy.relay import pump
 from mlxproxy.relay.pump import HEARTBEAT
 from mlxproxy.relay.relay import OPENING, Relay, Stream
 from mlxproxy.relay.statistics import AnswerStats
@@ -103,7 +105,45 @@ def sent(*values: Any) -> list[bytes]:
     return [*map(event_of, values), DONE]
 
 
+LONG = "the prompt has 9 tokens, and the model's context is 8"
 COUNTED = usage(prompt_tokens=7, completion_tokens=1)
+
+
+def test_the_speed_is_told_from_the_end_of_the_prompt_on() -> None:
+    """A tool call's tokens come all at once: from its first byte on, they came in no time."""
+
+    def speed(prompt_read: float | None, unmeasured: int = 0) -> object:
+        stats = AnswerStats(started=0.0, prompt_read=prompt_read, first_byte=13.999, ended=14.0)
+        stats.tokens_out, stats.tokens_unmeasured = 40, unmeasured
+        return stats.figures()["tokens_per_second"]
+
+    assert speed(10.0) == 10.0
+    assert speed(10.0, unmeasured=4) == 9.0
+    assert speed(13.999, unmeasured=40) is None
+    assert speed(None) is None
+    assert speed(14.0) is None
+
+
+@pytest.mark.parametrize("answer", [events_of, whole_of], ids=["stream", "whole"])
+def test_the_last_keepalive_before_the_first_token_ends_the_prompt(
+    answer: Callable[[Scene], tuple[object, AnswerStats]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = map(float, range(100))
+    monkeypatch.setattr(pump, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    first, *others = (event_of(value) for value in (*HELLO, COUNTED))
+    half, end = b": keepalive 1/2\n\n", b": keepalive 2/2\n\n"
+
+    def noted(*opening: bytes) -> AnswerStats:
+        return answer(Scene(FakeConnection([*opening, *others, DONE])).grant())[1]
+
+    before = next(ticks)
+    stats = noted(half, end, first)
+    assert stats.prompt_read is not None
+    assert stats.first_byte is not None
+    assert stats.first_byte > stats.prompt_read > before + 1, "not the first keepalive"
+    stats = noted(half, end + first)
+    assert stats.prompt_read is not None
+    assert stats.tokens_unmeasured == 1, "nobody knows when it was sent"
 
 
 def test_a_place_that_is_free_costs_no_comment() -> None:
@@ -190,6 +230,8 @@ def test_a_lease_that_ends_while_the_connection_is_opened_closes_it(answer: Any)
     ("status", "text", "code"),
     [
         (404, "the prompt has no tokens", "invalid_request"),
+        (404, LONG, "context_length_exceeded"),
+        (404, LONG.replace("9", "more than 9"), "context_length_exceeded"),
         (400, "max_tokens must be an int", "invalid_request"),
         (404, "/secret/path", "internal_error"),
         (404, "generation thread died", "backend_failed"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage
+from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules
+from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
 from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.engines.mlx_lm.package import Package
@@ -86,6 +86,12 @@ class MlxLm:
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
         """Return whether the backend answers this checked request alone."""
         return rules.is_exclusive(request, has)
+
+    def unmet(
+        self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
+    ) -> Iterable[Unmet]:
+        """Return what of a checked request the answer does without."""
+        return unmet.unmet(request, spec.model.capabilities, has)
 
     def examine(self) -> Examined:
         """Return whether the program works on this machine."""
