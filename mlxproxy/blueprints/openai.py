@@ -32,7 +32,7 @@ def _complete(kind: Kind) -> Response:
     given = json_body()
     parts = services()
     controller, relay, selection = parts.controller, parts.relay, parts.selection
-    body = RequestBody(given, kind, controller.current(), selection.terms)
+    body = RequestBody(given, kind, selection.expected(given.get("model")), selection.terms)
     fields = body.fields
     stats = g.stats = AnswerStats()
     exclusive = selection.engine.is_exclusive(fields, controller.has)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from mlxproxy.backend import processes
-from mlxproxy.backend.orphan import Orphans
+from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
 from tests.conftest import Proxy, free_port, until
