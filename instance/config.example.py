@@ -30,6 +30,11 @@
 # -- memory (up to 8).
 # MAX_LOADED = 1
 
+# -- Memory for all models together, such as 24GB or 60%.
+# -- Default: what Metal recommends on macOS; elsewhere what is free, but with MAX_LOADED above 1 at
+# -- most 80%.
+# MEMORY_BUDGET = "24GB"
+
 # -- Model to load at start; last: the most recently loaded one.
 # -- Default: none.
 # PRELOAD = "last"

@@ -58,9 +58,8 @@ class Selection:
         """
         if not isinstance(name, str) or not name:
             return None
-        current = self.controller.current()
-        if current is not None and name in (current.path, current.model_id):
-            return current
+        if (resident := self.resident(name)) is not None:
+            return resident
         try:
             return self.spec_for(name, fresh=False)
         except (ModelNotFound, ModelsRootUnavailable):
@@ -69,6 +68,31 @@ class Selection:
     def engine_of(self, spec: ModelSpec | None) -> Engine:
         """Return the engine of this model; None: the preferred one."""
         return self.engines[spec.model.engine] if spec else next(iter(self.engines.values()))
+
+    def resident(self, name: object) -> ModelSpec | None:
+        """Return the loaded model with that id or path."""
+        loaded = self.controller.residents()
+        return next((spec for spec in loaded if name in (spec.path, spec.model_id)), None)
+
+    def expected(self, name: object) -> ModelSpec | None:
+        """Return what will most likely answer a request with that name; None where nothing is
+        loaded.
+
+        Raises:
+            ProxyError: several models have that name, or it cannot be loaded.
+        """
+        if self.settings.model_selection == "requested":
+            return self.named_spec(name) or self.controller.current()
+        return self.resident(name) or self.controller.current()
+
+    def path_of(self, name: str) -> str:
+        """Return the path of a model that is loaded, is being loaded, or is on disk.
+
+        Raises:
+            ProxyError: no model has that name, or several have.
+        """
+        resident = self.resident(name)
+        return resident.path if resident is not None else str(self.catalog.find(name).path)
 
     def terms(self, spec: ModelSpec | None) -> Terms:
         """Return what a request to this model may say; None: to any, as far as that is known."""

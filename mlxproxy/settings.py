@@ -103,6 +103,21 @@ def _size(value: Any) -> int:
     return int(match[1]) * units[match[2]]
 
 
+def _budget(value: Any) -> int | float | None:
+    """Bytes (an int), or a share of the machine's memory (a float)."""
+    if value is None:
+        return None
+    percent = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,3})?)\s*%\s*", str(value))
+    try:
+        if percent is None:
+            return _size(value)
+        if 0 < float(percent[1]) <= 100:
+            return float(percent[1]) / 100
+    except ValueError:
+        pass
+    raise ValueError("a size such as 24GB, or a percentage of the memory such as 60%")
+
+
 def _boolean(value: Any) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True}
     words |= {"false": False, "no": False, "off": False, "0": False}
@@ -237,6 +252,13 @@ class Settings:
         "Models in memory at a time, each on a port from MLX_BACKEND_PORT up; auto: as many as fit "
         f"into memory (up to {MOST_LOADED})",
     )
+    memory_budget: int | float | None = _setting(
+        None,
+        _budget,
+        "Memory for all models together, such as 24GB or 60%",
+        shown="what Metal recommends on macOS; elsewhere what is free, but with MAX_LOADED above 1 "
+        "at most 80%",
+    )
     preload: str | None = _setting(
         None,
         _optional_text,
@@ -322,10 +344,15 @@ class Settings:
         return Instance(self.instance_path)
 
     @property
+    def slots(self) -> int:
+        """How many models may be in memory at a time."""
+        return self.max_loaded or MOST_LOADED
+
+    @property
     def backend_ports(self) -> range:
         """A port for each model that may be in memory."""
         first = self.mlx_backend_port
-        return range(first, first + (self.max_loaded or MOST_LOADED))
+        return range(first, first + self.slots)
 
     @property
     def keys(self) -> tuple[str, ...]:

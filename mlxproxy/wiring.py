@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlxproxy.backend import memory
 from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.memory import Memory
 from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.process import Backend, BackendConfig
 from mlxproxy.backend.protocol import Address, Engine
@@ -112,7 +113,9 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         max_queue=settings.max_queue,
         swap_on_request=settings.model_selection == "requested",
     )
-    controller = Controller(limits, launch, records, history, emit, memory.available)
+    controller = Controller(
+        limits, launch, records, history, emit, memory_of(settings).available, memory.shortage
+    )
     services = Services(
         settings=settings,
         roots=roots,
@@ -130,7 +133,12 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
     """The kinds of backends that there are, the preferred one first."""
-    return (MlxLm(settings.mlx_server_bin, settings.max_tokens),)
+    return (MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),)
+
+
+def memory_of(settings: Settings) -> Memory:
+    """The machine's memory, as these settings let it be used."""
+    return Memory(settings.memory_budget, settings.slots)
 
 
 def inspector_of(engines: Sequence[Engine]) -> Inspectors:

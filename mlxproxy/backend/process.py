@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import psutil
 
-from mlxproxy.backend import ports, processes
+from mlxproxy.backend import memory, ports, processes
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
 from mlxproxy.backend.output import Listener, OutputPump
 from mlxproxy.backend.processes import Mark, ask
@@ -106,6 +106,7 @@ class Backend:
         self._leader: psutil.Process | None = None  # the same, as psutil knows it
         self._output: OutputPump | None = None
         self._link: Link | None = None
+        self._oom_kills = 0  # of the system, before its start
         self._serving = False  # clients' requests may be in what it logs from now on
         self._checking = threading.Lock()
         self._probing = threading.Lock()
@@ -184,9 +185,8 @@ class Backend:
         return ask(lambda: int(psutil.Process(pid).io_counters().read_chars))
 
     def memory(self) -> int | None:
-        """Resident memory in bytes (on macOS without what Metal holds), None if it is gone."""
-        pid = self.pid
-        return ask(lambda: int(psutil.Process(pid).memory_info().rss)) if pid else None
+        """Return the bytes that it holds, None if it is gone."""
+        return memory.footprint(self.pid) if self.pid else None
 
     # -- its life
 
@@ -204,6 +204,7 @@ class Backend:
                 f"Port {self.port} on {self.address.host} is in use by {holder}, which does not "
                 "belong to this proxy. Stop it, or set MLX_BACKEND_PORT to a free port."
             )
+        self._oom_kills = memory.oom_kills()
         read_end, write_end = os.pipe()
         link = command.link(self._ends) if command.link is not None else None
         try:
@@ -358,6 +359,8 @@ class Backend:
         if self._output and not self._stopping:
             self._output.join(EXIT_REASON_SECONDS)  # its last words
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
+        if code == -signal.SIGKILL and not self._stopping and memory.ran_out(self._oom_kills):
+            how += ", most likely because memory ran out"
         self._ends(f"it {how}")
 
     def _look_for_death(self, output: bytes) -> None:

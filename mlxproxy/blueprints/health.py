@@ -37,6 +37,7 @@ def health() -> dict[str, Any]:
         "state": state["state"],
         "in_flight": state["in_flight"],
         "waiting": state["waiting"],
+        "models": state["models"],
         "transition": state["transition"],
         "last_failure": state["last_failure"],
         "models_root": [str(root) for root in parts.roots],

@@ -8,7 +8,6 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from mlxproxy import sse
-from mlxproxy.backend import memory
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, warn
@@ -54,16 +53,16 @@ def listing() -> Response:
 def _items(models: Iterable[Model]) -> list[str]:
     """Models as the listing shows them, in JSON: what their files tell, and what is so now."""
     controller = services().controller
-    state = shapes.state(controller.describe())
-    loaded = state["model_id"]
-    loading = (state["transition"] or {}).get("model_id")
-    available = memory.available(sum(controller.memory().values()))
+    snapshot = controller.describe()
+    loaded = {slot.spec.path for slot in snapshot.slots if slot.spec is not None}
+    loading = {each.spec.path for each in snapshot.operations if each.spec is not None}
+    available = controller.budget()
     items = []
     for model in models:
         path = str(model.path)
-        now = "loaded" if path == loaded else "loading" if path == loading else "not-loaded"
+        now = "loaded" if path in loaded else "loading" if path in loading else "not-loaded"
         fits = "true" if model.needed_bytes <= available else "false"
-        is_loaded = "true" if path == loaded else "false"
+        is_loaded = "true" if path in loaded else "false"
         items.append(
             f'{model.encoded[:-1]}, "loaded": {is_loaded}, "state": "{now}", "fits": {fits}}}'
         )
@@ -79,7 +78,10 @@ def loaded() -> dict[str, Any]:
     """What is loaded, since when, with which options; or why nothing is."""
     state = shapes.state(services().controller.describe())
     if state["model_id"] is None:
-        kept = ("state", "state_since", "in_flight", "waiting", "transition", "last_failure")
+        kept = (
+            *("state", "state_since", "in_flight", "waiting", "transition", "last_failure"),
+            "models",
+        )
         return {"loaded": False, **{name: state[name] for name in kept}}
     return {"loaded": True, **state}
 
@@ -120,10 +122,15 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 
 @blueprint.post("/unload")
 def unload() -> dict[str, Any]:
-    """Unloads what is loaded; cancels a load in progress."""
-    _body(required=False)
-    controller, claim = services().controller, Claim(client())
-    controller.unload(claim)
+    """Unloads a model; cancels a load of it in progress.
+
+    Without `model_id`, the one that answers requests without a name.
+    """
+    body = _body(required=False)
+    parts = services()
+    controller, claim = parts.controller, Claim(client())
+    named = body.get("model_id", body.get("model")) is not None
+    controller.unload(claim, parts.selection.path_of(_name(body)) if named else None)
     disconnect().on_leave(lambda: controller.leave(claim))
     claim.wait()
     return {"status": "unloaded" if claim.changed else "already_unloaded"}
@@ -142,14 +149,7 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
     Raises:
         ProxyError: a wrong field, an unknown or unusable model.
     """
-    name = body.get("model_id", body.get("model"))
-    if not isinstance(name, str) or not name.strip():
-        raise InvalidRequest(
-            "model_id must be a string: the id or the absolute path of a model from GET "
-            "/v1/models.",
-            param="model_id",
-        )
-    parts = services()
+    name, parts = _name(body), services()
     ttl = body.get("ttl")
     try:
         ttl = None if ttl is None else seconds(ttl)
@@ -166,6 +166,7 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
             adapters=_names(body, "adapters"),
             draft_models=_names(body, "draft_models"),
             force=_flag(body, "force", False),
+            pin=_flag(body, "pin", False),
         )
     except ProxyError as error:
         if missing and error.code == "model_not_found":
@@ -173,6 +174,18 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
                 f"The models folder {missing[0]} does not exist. Is its disk mounted?"
             ) from None
         raise
+
+
+def _name(body: dict[str, Any]) -> str:
+    """The model that the body names."""
+    name = body.get("model_id", body.get("model"))
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidRequest(
+            "model_id must be a string: the id or the absolute path of a model from GET "
+            "/v1/models.",
+            param="model_id",
+        )
+    return name
 
 
 def _flag(body: dict[str, Any], name: str, default: bool) -> bool:

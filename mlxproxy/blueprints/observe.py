@@ -144,10 +144,14 @@ def _events(parts: Services, client: Disconnect, subscription: Subscriber) -> It
             yield _event(*event)
             silent = 0.0
             continue
-        transition = shapes.state(parts.controller.describe())["transition"]
+        loads = [
+            each
+            for each in shapes.operations(parts.controller.describe())
+            if each["kind"] == "load"
+        ]
         silent += TICK
-        if transition is not None and transition["kind"] == "load":
-            yield _event("load", transition)
+        if loads:
+            yield from (_event("load", each) for each in loads)
         elif silent >= KEEPALIVE:
             yield sse.comment("keepalive")
             silent = 0.0

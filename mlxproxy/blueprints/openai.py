@@ -33,7 +33,7 @@ def _complete(kind: Kind) -> Response:
     given = json_body()
     parts = services()
     controller, relay, selection = parts.controller, parts.relay, parts.selection
-    known = controller.current()
+    known = selection.expected(given.get("model"))
     body = RequestBody(given, kind, known, selection.terms)
     fields = body.fields
     stats = g.stats = AnswerStats()

@@ -12,6 +12,7 @@ from mlxproxy.controller.state import (
     Loaded,
     OperationSnapshot,
     Progress,
+    SlotSnapshot,
     Snapshot,
 )
 
@@ -25,13 +26,14 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
         "state_since": main.state_since,
         **_names(spec),
         "enable_thinking": spec.enable_thinking if spec else None,
-        "options": {**spec.options(), "ttl": main.ttl} if spec else None,
+        "options": {**spec.options(), "ttl": main.ttl, "pin": main.pinned} if spec else None,
         "loaded_at": main.loaded_at,
         "pid": main.pid,
         "port": main.port,
         "in_flight": snapshot.in_flight,
         "waiting": snapshot.waiting,
         "idle_unload_in": None if left is None else round(left, 1),
+        "models": [_model(slot) for slot in snapshot.slots if slot.occupant is not None],
         "transition": None if operation is None else _operation(operation),
         "last_failure": None if failure is None else _failure(failure),
     }
@@ -61,6 +63,34 @@ def event(what: Event) -> tuple[str, dict[str, Any]]:
         return "loaded", {"slot": what.slot, "id": what.spec.model_id, "seconds": seconds}
     assert isinstance(what, Exited)
     return "death", {"slot": what.slot, "id": what.spec.model_id, "reason": what.reason}
+
+
+def _model(slot: SlotSnapshot) -> dict[str, Any]:
+    """Return one of the models in memory, ready or not."""
+    spec, left = slot.occupant, slot.idle_unload_in
+    assert spec is not None
+    return {
+        "slot": slot.id,
+        **_names(spec),
+        "state": slot.state.value,
+        "state_since": slot.state_since,
+        "options": {**spec.options(), "ttl": slot.ttl, "pin": slot.pinned},
+        "pinned": slot.pinned,
+        "port": slot.port,
+        "pid": slot.pid,
+        "memory_bytes": slot.memory or None,
+        "weights_bytes": spec.model.weights_bytes,
+        "loaded_at": slot.loaded_at,
+        "last_used_at": None if slot.last_use is None else round(slot.last_use, 3),
+        "in_flight": slot.in_flight,
+        "waiting": slot.waiting,
+        "idle_unload_in": None if left is None else round(left, 1),
+    }
+
+
+def operations(snapshot: Snapshot) -> list[dict[str, Any]]:
+    """Return the loads and unloads that are under way, in their order."""
+    return [_operation(operation) for operation in snapshot.operations]
 
 
 def _names(spec: ModelSpec | None) -> dict[str, str | None]:

@@ -10,10 +10,11 @@ what is told to subscribers and the log) goes through a queue.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
 from mlxproxy.backend.orphan import ChildRecord
@@ -40,7 +41,6 @@ from mlxproxy.controller.state import (
     Progress,
     Reject,
     Remember,
-    SlotState,
     Snapshot,
     Start,
     Stop,
@@ -53,10 +53,12 @@ log = logging.getLogger("mlxproxy.controller")
 
 # What a shutdown may take beyond its drain and two stops: Python's own start of a process, a kill.
 SHUTDOWN_MARGIN_SECONDS = 30.0
+WATCH_SECONDS = 2.0  # between two looks at the memory: a few system calls
 
 Launch = Callable[[int, ModelSpec, Callable[[str], None]], Process]
 Subscriber = Callable[[Event], None]
 Available = Callable[[int], int]
+Measured = tuple[int, Mapping[int, int]]
 
 
 class Controller:
@@ -71,6 +73,7 @@ class Controller:
         emit: told of every change, for events and metrics; must not block.
         available: the bytes that all models together may use, given those that the present ones
             hold; None: without bounds.
+        shortage: says why memory is running out; None while it is not.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Controller:
         history: History,
         emit: Subscriber = lambda event: None,
         available: Available | None = None,
+        shortage: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.limits = limits
         self._launch = launch
@@ -88,6 +92,7 @@ class Controller:
         self._history = history
         self._emit = emit
         self._available = available
+        self._shortage = shortage
 
         self._lock = threading.Lock()
         self._sooner = threading.Condition(self._lock)  # a deadline that the timer does not know
@@ -104,7 +109,8 @@ class Controller:
             threading.Thread(target=self._work, args=(jobs,), name=f"slot-{number}", daemon=True)
             for number, jobs in enumerate(self._jobs)
         ]
-        self.threads.append(threading.Thread(target=self._time, name="timer", daemon=True))
+        for target, name in ((self._time, "timer"), (self._watch_memory, "memory")):
+            self.threads.append(threading.Thread(target=target, name=name, daemon=True))
         for thread in self.threads:
             thread.start()
 
@@ -119,19 +125,22 @@ class Controller:
             InsufficientMemory: the model cannot fit, and is not forced to.
         """
         claim = claim or Claim()
-        budget = self._budget()
-        self._decide(lambda core, now: core.on_load(claim, spec, now), budget)
+        measured = self._measure()
+        self._decide(lambda core, now: core.on_load(claim, spec, now), measured)
         return claim
 
-    def unload(self, claim: Claim | None = None) -> Claim:
-        """Ask for the unload of what is loaded; cancel the loads that were asked for before.
+    def unload(self, claim: Claim | None = None, path: str | None = None) -> Claim:
+        """Ask for the unload of a model; cancel the loads of it that were asked for before.
+
+        Args:
+            path: the model's; None: what answers requests without a name.
 
         Raises:
             ShuttingDown: the proxy is about to end.
             TooManyRequests: too many wait for an unload.
         """
         claim = claim or Claim()
-        self._decide(lambda core, now: core.on_unload(claim, now))
+        self._decide(lambda core, now: core.on_unload(claim, now, path))
         return claim
 
     def leave(self, claim: Claim) -> None:
@@ -166,18 +175,18 @@ class Controller:
         """
         lease = Lease(self, None, client, disconnect, exclusive)
         resolved = False
-        budget: int | None = None
+        measured: Measured | None = None
 
         def enqueue(core: Scheduler, now: Moment) -> list[Effect] | None:
             if not resolved and not core.closing and core.needs_target():
                 return None
             return core.on_request(lease, now)
 
-        while not self._decide(enqueue, budget):
+        while not self._decide(enqueue, measured):
             lease.target, resolved = target(), True
-            current = self.current()
-            if current is None or lease.target not in (None, current):
-                budget = self._budget()  # a load may come of it
+            residents = self.residents()
+            if not residents or lease.target not in (None, *residents):
+                measured = self._measure()  # a load may come of it
         if isinstance(lease.error, TooManyRequests):
             raise lease.error
         disconnect.on_leave(lambda: self._left(lease))
@@ -191,7 +200,7 @@ class Controller:
         """See Lease.waiting_for."""
         seconds = int(time.monotonic() - lease.since)
         with self._lock:
-            current = self._core.operations[0] if self._core.operations else None
+            current = self._core.awaited(lease)
             place = self._core.position(lease)
         if current is not None and current.spec is not None:
             what = f"{'draining for' if current.phase is Phase.DRAINING else 'loading'} "
@@ -237,11 +246,14 @@ class Controller:
         slot = self._core.main_slot()
         return slot.spec if slot.answers else None
 
+    def residents(self) -> tuple[ModelSpec, ...]:
+        """Return what is loaded and answers; without the lock, as it is asked at each request."""
+        return tuple(slot.spec for slot in self._core.slots if slot.answers and slot.spec)
+
     def has(self, feature: str) -> bool:
-        """Return whether the loaded backend has armed a feature."""
-        slot = self._core.main_slot()
-        process = slot.process if slot.state is not SlotState.LOADING else None
-        return process is not None and process.has(feature)
+        """Return whether all backends that answer have armed a feature."""
+        answering = [slot.process for slot in self._core.slots if slot.answers and slot.process]
+        return bool(answering) and all(process.has(feature) for process in answering)
 
     def never_asked(self) -> bool:
         """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
@@ -249,7 +261,7 @@ class Controller:
             return self._core.is_untouched()
 
     def memory(self) -> dict[int, int]:
-        """Return the bytes that an end of each slot's backend would give back."""
+        """Return the bytes that each slot's process holds, and would give back."""
         return {slot: backend.memory() or 0 for slot, backend in self._processes().items()}
 
     def describe(self) -> Snapshot:
@@ -257,16 +269,25 @@ class Controller:
         with self._lock:
             return self._core.snapshot(_moment())
 
-    def _budget(self) -> int | None:
-        """Return the bytes for all models together; None where there are no bounds."""
-        return self._available(sum(self.memory().values())) if self._available is not None else None
+    def budget(self) -> int:
+        """Return the bytes for all models together."""
+        measured = self._measure()
+        return sys.maxsize if measured is None else measured[0]
+
+    def _measure(self) -> Measured | None:
+        """Return the bytes for all models together, and those that each slot's process holds; None
+        where there are no bounds."""
+        if self._available is None:
+            return None
+        held = self.memory()
+        return self._available(sum(held.values())), held
 
     # -- events in, effects out
 
     def _decide(
         self,
         event: Callable[[Scheduler, Moment], list[Effect] | None],
-        budget: int | None = None,
+        measured: Measured | None = None,
     ) -> bool:
         """Let the core decide about an event, and act; return False if the event was put off.
 
@@ -277,8 +298,8 @@ class Controller:
         try:
             with self._lock:
                 now = _moment()
-                if budget is not None:
-                    self._core.on_memory(budget)
+                if measured is not None:
+                    self._core.on_memory(*measured)
                 try:
                     effects += self._exits(now)
                     decided = event(self._core, now)
@@ -321,7 +342,7 @@ class Controller:
             elif isinstance(effect, Remember):
                 self._history.loaded(effect.spec, effect.seconds)
             elif isinstance(effect, Forget):
-                self._history.unloaded()
+                self._history.unloaded(effect.path)
             elif isinstance(effect, Closed):
                 self._close()
         self._tell()
@@ -445,13 +466,9 @@ class Controller:
         )
 
     def _processes(self) -> dict[int, Process]:
-        """Return what answers or is being stopped, by its slot."""
-        found = [(slot, slot.process) for slot in self._core.slots]
-        return {
-            slot.id: process
-            for slot, process in found
-            if process is not None and slot.state is not SlotState.LOADING
-        }
+        """Return the process of each slot that has one."""
+        found = [(slot.id, slot.process) for slot in self._core.slots]
+        return {slot: process for slot, process in found if process is not None}
 
     # -- the timer
 
@@ -470,6 +487,16 @@ class Controller:
             except Exception:
                 log.exception("a deadline failed unexpectedly")
                 time.sleep(1.0)  # it is still due: not at full speed
+
+    def _watch_memory(self) -> None:
+        while not self._closed.wait(WATCH_SECONDS):
+            if not self._processes():
+                continue
+            try:
+                why = self._shortage()
+                self._decide(lambda core, now, why=why: core.on_pressure(why, now), self._measure())  # type: ignore[misc]
+            except Exception:
+                log.exception("a look at the memory failed unexpectedly")
 
     def _close(self) -> None:
         self._closed.set()

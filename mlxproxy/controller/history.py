@@ -11,6 +11,7 @@ from mlxproxy.files import note, read_record
 from mlxproxy.settings import seconds
 
 KEPT = 200
+FLAGS = ("force", "pin")  # of a load, kept where they are set
 
 
 class History:
@@ -42,15 +43,16 @@ class History:
                 "model_id": spec.path,
                 "enable_thinking": spec.enable_thinking,
                 "ttl": spec.ttl,
-                **({"force": True} if spec.force else {}),
+                **{name: True for name in FLAGS if getattr(spec, name)},
             }
             self._store()
 
-    def unloaded(self) -> None:
-        """Somebody asked for nothing to be loaded."""
+    def unloaded(self, path: str | None = None) -> None:
+        """Somebody asked for that model, or any (None), not to be loaded."""
         with self._lock:
-            self._last = None
-            self._store()
+            if path is None or (self._last is not None and self._last["model_id"] == path):
+                self._last = None
+                self._store()
 
     def _store(self) -> None:
         note(self._path, {"seconds": self._seconds, "last": self._last})
@@ -70,7 +72,7 @@ def _last(stored: object) -> dict[str, Any] | None:
         "model_id": stored["model_id"],
         "enable_thinking": stored.get("enable_thinking") is True,
         "ttl": _duration(stored.get("ttl")),
-        **({"force": True} if stored.get("force") is True else {}),
+        **{name: True for name in FLAGS if stored.get(name) is True},
     }
 
 

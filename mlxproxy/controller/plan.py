@@ -413,11 +413,19 @@ class Scheduler:
             if self.slots[slot_id].is_occupied:
                 self.slots[slot_id].memory = memory
 
-    def on_pressure(self, why: str, now: Moment) -> list[Effect]:
-        """Memory runs out: unload the longest unused idle model, if several may be loaded.
+    def on_pressure(self, why: str | None, now: Moment) -> list[Effect]:
+        """Unload the longest unused idle model if memory runs out and several may be loaded.
 
         With one slot its model stays: whoever streams from the backend's own port relies on it.
+
+        Args:
+            why: what the system says; None while it says nothing.
         """
+        held = sum(slot.memory for slot in self.slots)
+        if why is None and held > self.budget:
+            why = f"the models hold {held / 1e9:.1f} GB, {self.budget / 1e9:.1f} GB are for them"
+        if why is None:
+            return []
         pause = policy.RELIEF_PAUSE_SECONDS
         early = self._relieved_at is not None and now.monotonic < self._relieved_at + pause
         leaving = any(item.cause is Cause.PRESSURE for item in self.operations)
@@ -506,6 +514,13 @@ class Scheduler:
     def position(self, request: Request) -> int:
         """Return the request's number in the queue, from 1; 0 if it is not in it."""
         return self.queue.index(request) + 1 if request in self.queue else 0
+
+    def awaited(self, request: Request) -> Operation | None:
+        """Return the operation that a request in the queue waits for, if it waits for one."""
+        loads = (item for item in self.operations if item.spec)
+        own = next((item for item in loads if item.spec and self._suits(request, item.spec)), None)
+        first = self.operations[0] if self.operations and len(self.slots) == 1 else None
+        return own or first
 
     def is_untouched(self) -> bool:
         """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""

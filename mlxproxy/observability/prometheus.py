@@ -86,7 +86,7 @@ class _Now(Collector):
         yield _counter("mlxproxy_deaths", "Backend crashes", counts.deaths)
         yield self._gauge(
             "mlxproxy_backend_memory_bytes",
-            "The backend's resident memory (on macOS, without Metal allocations)",
+            "Memory that the backend holds (on macOS its footprint, Metal included)",
             self._memory,
         )
 

@@ -23,7 +23,9 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
     """A load of a model that is nowhere on disk."""
     needed = 2000 if name == "big" else 1000
     path = Path("/models") / name
-    model: Any = SimpleNamespace(path=path, id=name, size_bytes=1000, needed_bytes=needed)
+    model: Any = SimpleNamespace(
+        path=path, id=name, size_bytes=1000, needed_bytes=needed, weights_bytes=900
+    )
     return ModelSpec(model, **options)
 
 
@@ -43,6 +45,7 @@ class FakeBackend:
         self.last_byte_at = time.monotonic()
         self.address = Address("127.0.0.1", 1 + slot)
         self.pid = 1
+        self.held = 0  # bytes
         self.running = False
 
     def command(self) -> list[str]:
@@ -100,7 +103,7 @@ class FakeBackend:
         return None
 
     def memory(self) -> int:
-        return 0
+        return self.held
 
 
 class World:
@@ -111,6 +114,7 @@ class World:
         folder: Path,
         available: Callable[[int], int] | None = None,
         slots: int = 1,
+        shortage: Callable[[], str | None] = lambda: None,
         **limits: Any,
     ) -> None:
         self.lock = threading.Lock()
@@ -129,6 +133,7 @@ class World:
             History(folder / "history.json"),
             lambda event: self.events.append(shapes.event(event)),
             available,
+            shortage,
         )
 
     def load(self, name: str, seconds: float = 5.0, **options: Any) -> ProxyError | None:

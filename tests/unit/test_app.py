@@ -70,6 +70,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         ),
         relay=scene.relay,
         selection=SimpleNamespace(
+            expected=lambda name: None,
             terms=lambda spec: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(
                 is_exclusive=lambda fields, has: False, unmet=lambda *_: ()

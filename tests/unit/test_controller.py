@@ -440,6 +440,59 @@ def test_each_slot_has_its_port_its_record_and_its_events(
     assert loads == {(0, "a"), (1, "b")}
 
 
+def test_a_resident_model_is_answered_by_whatever_else_is_selected(
+    world: Callable[..., World],
+) -> None:
+    it = world(slots=2)
+    it.load("a")
+    it.load("b")
+    for name, wanted in (("a", "a"), ("b", "b"), (None, "b"), ("c", "b")):
+        assert (lease := it.lease(name)).wait(0)
+        assert lease.spec.model_id == wanted
+        lease.release()
+
+
+def test_what_a_process_has_grown_to_counts_for_the_next_load(
+    world: Callable[..., World],
+) -> None:
+    it = world(slots=2, available=lambda held: 2500)
+    it.load("a")
+    it.running[0].held = 1600
+    it.load("b")
+    assert [each.spec.model_id for each in it.running] == ["b"]
+    assert it.most == 1
+
+
+def test_where_memory_runs_out_an_idle_model_is_unloaded_and_says_so(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(controller, "WATCH_SECONDS", 0.02)
+    told: list[str] = []
+    it = world(slots=2, available=lambda held: 10_000, shortage=lambda: told[-1] if told else None)
+    it.load("a")
+    it.load("b")
+    on_a = it.lease("a")
+    told.append("only 0.1 GB of memory are left")
+    until(lambda: [each.spec.model_id for each in it.running] == ["a"], what="the unload")
+    assert on_a.error is None
+    assert "only 0.1 GB of memory are left: unloading b" in caplog.text
+    told.clear()
+    assert (lease := it.lease("b")).wait(0)  # with MODEL_SELECTION=loaded, a answers
+    lease.release()
+
+
+def test_models_that_outgrow_their_budget_are_fewer(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "WATCH_SECONDS", 0.02)
+    it = world(slots=2, available=lambda held: 3000)
+    it.load("a")
+    it.load("b")
+    it.running[1].held = 2900
+    it.running[0].held = 900
+    until(lambda: [each.spec.model_id for each in it.running] == ["b"], what="the unload")
+
+
 # -- idle
 
 

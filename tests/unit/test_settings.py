@@ -70,6 +70,9 @@ def test_models_root_takes_one_or_several_folders(
         ("MAX_CONCURRENT", "0", "a whole number from 1"),
         ("MAX_LOADED", "0", "a whole number from 1 to 8, or auto"),
         ("MAX_LOADED", "many", "a whole number from 1 to 8, or auto"),
+        ("MEMORY_BUDGET", "0%", "a size such as 24GB, or a percentage"),
+        ("MEMORY_BUDGET", "101%", "a size such as 24GB, or a percentage"),
+        ("MEMORY_BUDGET", "much", "a size such as 24GB, or a percentage"),
         ("ENABLE_THINKING", "maybe", "true or false"),
         ("MODEL_SELECTION", "any", "loaded or requested"),
         ("LOG_LEVEL", "LOUD", "DEBUG or INFO"),
@@ -214,3 +217,15 @@ def test_the_ports_of_several_backends_are_real_ones_and_not_the_proxys(
 ) -> None:
     with pytest.raises(SettingError, match=told):
         load(tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("24GB", 24 << 30), ("1000", 1000), ("60%", 0.6), (" 12.5 % ", 0.125)]
+)
+def test_a_memory_budget_is_bytes_or_a_share(
+    tmp_path: Path, text: str, budget: int | float
+) -> None:
+    found = load(tmp_path, MEMORY_BUDGET=text).memory_budget
+    assert found == budget
+    assert type(found) is type(budget)
+    assert load(tmp_path).memory_budget is None

@@ -159,7 +159,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Backend, list
     def make(answer: Callable[[], int]) -> tuple[Backend, list[Any]]:
         nothing: Any = None
         address = Address("127.0.0.1", 1)
-        engine = MlxLm(None, max_tokens=1)
+        engine = MlxLm(None, max_tokens=1, cache_bytes=lambda needed: 1)
         backend = Backend(model_spec("a"), engine, address, nothing, lambda reason: None)
         backend.last_byte_at = 0.0
         asked: list[Any] = []

@@ -24,6 +24,7 @@ class MlxLm:
     Args:
         server_bin: the setting MLX_SERVER_BIN.
         max_tokens: of an answer whose request sets none.
+        cache_bytes: says how many bytes the prompt cache of a model may hold that takes so many.
     """
 
     name = program.NAME
@@ -32,9 +33,12 @@ class MlxLm:
     advice = diagnosis.ADVICE
     rules = rules.RULES
 
-    def __init__(self, server_bin: Path | None, max_tokens: int) -> None:
+    def __init__(
+        self, server_bin: Path | None, max_tokens: int, cache_bytes: Callable[[int], int]
+    ) -> None:
         self._server_bin = server_bin
         self._max_tokens = max_tokens
+        self._cache_bytes = cache_bytes
 
     @property
     def inspector(self) -> Inspector:
@@ -61,6 +65,8 @@ class MlxLm:
                 *("--port", str(address.port)),
                 # Its own default is 512, which ends an answer of today's models in mid-thought.
                 *("--max-tokens", str(self._longest_answer(spec))),
+                # Without it, ten prompts of whatever length are kept (mlx-lm issue 1390).
+                *("--prompt-cache-bytes", str(self._cache_bytes(spec.needed_bytes))),
                 "--chat-template-args",
                 json.dumps({"enable_thinking": spec.enable_thinking}),
             ),
