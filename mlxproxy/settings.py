@@ -328,6 +328,13 @@ class Settings:
         return range(first, first + (self.max_loaded or MOST_LOADED))
 
     @property
+    def local_url(self) -> str:
+        """The proxy's URL for this machine."""
+        everywhere = ("0.0.0.0", "::", "127.0.0.1", "::1")
+        host = "localhost" if self.proxy_host in everywhere else self.proxy_host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.proxy_port}"
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """All accepted API keys, those of the file included.
 

@@ -33,6 +33,16 @@ class PortLock:
         self._holders = {port: files.proxy(port) for port in ports}
         self._locks = {port: FileLock(files.lock(port)) for port in ports}
 
+    def require_alone(self) -> None:
+        """Return if no other proxy is known to have one of the ports; take nothing.
+
+        Raises:
+            AlreadyRunning: another proxy has one of them.
+        """
+        holder = self.holder()
+        if holder is not None:
+            raise _taken(next(iter(self._locks)), holder.pid)
+
     def acquire(self) -> None:
         """Take all the ports for this process.
 
