@@ -6,6 +6,7 @@ A command imports what it needs when it runs, so that `mlxproxy --version` answe
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from mlxproxy import __version__
-from mlxproxy.text import harmless
+from mlxproxy.text import harmless, wrapped
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
@@ -24,6 +25,12 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError:
+            raise
+        except click.ClickException as error:
+            start = "Error: "  # which click puts before it
+            message = wrapped(start + error.message, sys.stderr).removeprefix(start)
+            raise click.ClickException(message) from None
         except KeyboardInterrupt:
             if sys.stderr.isatty():
                 click.echo(err=True)  # the line that has the ^C
@@ -43,11 +50,18 @@ class SettingsCommand(click.Command):
         *own, help_ = super().get_params(ctx)
         flags = [
             SettingOption(
-                ["--" + name.lower().replace("_", "-"), name.lower()], help=f"{meaning}. [{shown}]"
+                ["--" + name.lower().replace("_", "-"), name.lower()],
+                metavar=settings.metavar(name),
+                help=f"{meaning}. [default: {_spaced(shown)}]",
             )
             for name, shown, meaning in settings.describe()
         ]
         return [*own, *flags, help_]
+
+
+def _spaced(names: str) -> str:
+    """Return a list with a space after each comma, where a line of help may end."""
+    return re.sub(",(?! )", ", ", names)
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:
@@ -147,7 +161,9 @@ def ps(client: Any, as_json: bool) -> None:
 @click.argument("model", shell_complete=_models)
 @_thinking
 @click.option(
-    "--ttl", metavar="30m", help="Unload after this much idle time (90, 30m, 2h); 0: never."
+    "--ttl",
+    metavar="DURATION",
+    help="Unload after this much idle time (90, 30m, 2h); 0: never.",
 )
 @click.option("--force", is_flag=True, help="Load even if it is not expected to fit in memory.")
 @_json
@@ -228,7 +244,7 @@ def status(ctx: click.Context, client: Any, as_json: bool) -> None:
     \b
     0  the server is running, with or without a model
     1  the server cannot be reached
-    3  a models folder is missing, or the backend or its last load failed
+    3  a models folder is missing, the backend crashed, or a load failed
     """
     from mlxproxy.commands import status
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from typing import TextIO
+from typing import IO
 
 # What a terminal would obey (C0 and C1 but for the line's end and the tab), what turns the
 # direction of the text around it (Unicode's embeddings, overrides and isolates), what other
@@ -33,7 +33,7 @@ def without_paths(text: str) -> str:
     return _PATH.sub("…", text)
 
 
-def wrapped(text: str, stream: TextIO) -> str:
+def wrapped(text: str, stream: IO[str]) -> str:
     """Return the text in lines that fit the stream's terminal; unchanged if it has none.
 
     Lines end between words: a path or a command that is cut in two cannot be copied.

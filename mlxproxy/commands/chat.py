@@ -40,7 +40,7 @@ def chat(client: Client, model: str | None, prompt: str | None, thinking: bool |
     if not question and not sys.stdin.isatty():
         raise click.UsageError("The input is empty: there is no prompt to answer.")
     if model is not None and not _is_loaded(client, model):
-        load.bring(client, model, enable_thinking=thinking)
+        load.load_with_progress(client, model, enable_thinking=thinking)
     conversation = Conversation(client, thinking)
     if question:
         conversation.ask(question)

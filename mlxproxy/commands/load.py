@@ -1,4 +1,4 @@
-"""`mlxproxy load` and `unload`, with what is known of their progress."""
+"""`mlxproxy load` and `unload`, with their progress as far as it is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlxproxy.commands.terminal import duration, size, switch
 
 
 def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
-    """Loads a model and tells of it.
+    """Load a model and say so.
 
     Args:
         options: `enable_thinking`, `ttl`, `force`; None: the server's setting.
@@ -26,7 +26,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
         ClientError: it was not loaded.
     """
     started = time.monotonic()
-    loaded = bring(client, model, **options)
+    loaded = load_with_progress(client, model, **options)
     if as_json:
         terminal.print_json(loaded)
         return
@@ -35,11 +35,11 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
         said = f"Loaded {loaded['id']} in {duration(time.monotonic() - started)}, {thinking}."
     else:
         said = f"{loaded['id']} is already loaded, {thinking}."
-    terminal.output().print(said, soft_wrap=True)
+    terminal.say(terminal.output(), said)
 
 
-def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
-    """Loads a model behind a progress bar; returns the server's last word.
+def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, Any]:
+    """Load a model behind a progress bar; return the server's last event.
 
     Raises:
         ClientError: it was not loaded.
@@ -67,7 +67,7 @@ def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
 
 
 def unload(client: Client, as_json: bool) -> None:
-    """Unloads what is loaded.
+    """Unload the loaded model.
 
     Raises:
         ClientError: no server, or it is about to stop.
@@ -84,11 +84,11 @@ def unload(client: Client, as_json: bool) -> None:
         terminal.output().print("No model was loaded.")
     else:
         what = before.get("id") or (before.get("transition") or {}).get("id") or "the model"
-        terminal.output().print(f"Unloaded {what}.", soft_wrap=True)
+        terminal.say(terminal.output(), f"Unloaded {what}.")
 
 
 class _Bar:
-    """What the server tells of a load: a share only where it counts bytes, else just the time."""
+    """The progress of a load: a share only if the server counts bytes, else the time alone."""
 
     def __init__(self, console: Console) -> None:
         self._shown = console.is_terminal
@@ -110,7 +110,7 @@ class _Bar:
         self._live.stop()
 
     def update(self, told: dict[str, Any]) -> None:
-        """Shows a progress event."""
+        """Show a progress event."""
         self._heading.plain = f"Loading {told['id']} ({size(told['bytes_total'])})"
         facts = [f"{told['seconds']:.0f} s"]
         read, total = told["bytes_read"], told["bytes_total"]

@@ -24,14 +24,13 @@ def test_a_model_is_loaded_shown_and_unloaded(env: dict[str, str]) -> None:
     assert loaded.stdout.startswith("Loaded tiny/alpha in ")
     assert loaded.stdout.endswith("thinking on.\n")
     assert loaded.stderr == ""
-    shown = {
-        line[:15].strip(): line[15:].strip() for line in run("ps", env=env).stdout.splitlines()
-    }
-    assert "tiny/alpha" in shown
-    assert shown["state"] == "ready"
+    name, *figures = run("ps", env=env).stdout.splitlines()
+    shown = {line[:13].strip(): line[13:].strip() for line in figures}
+    assert name == "tiny/alpha"
+    assert shown["state"].startswith("loaded ")
     assert shown["thinking"] == "on"
-    assert shown["in flight"] == "0"
-    assert shown["idle unload"].startswith("in ")
+    assert shown["requests"] == "0 in flight, 0 waiting"
+    assert shown["idle TTL"].startswith("unloads in ")
     assert "weights" in shown["memory"]
     status = run("status", env=env)
     assert status.returncode == 0
