@@ -9,12 +9,15 @@ import functools
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxproxy import __version__
 from mlxproxy.text import harmless, wrapped
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
@@ -39,6 +42,17 @@ class Commands(click.Group):
 
 class SettingOption(click.Option):
     """A setting's flag."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete one of few values, or a path."""
+        from click.shell_completion import CompletionItem
+
+        kind = self.metavar or ""
+        if kind.startswith("PATH"):
+            return [CompletionItem(incomplete, type="file")]
+        if "|" not in kind:
+            return []
+        return [CompletionItem(word) for word in kind.split("|") if word.startswith(incomplete)]
 
 
 class SettingsCommand(click.Command):
@@ -109,10 +123,7 @@ def main() -> None:
     `mlxproxy serve` starts the server. Most other commands talk to a running server: the one on
     this machine, unless --host or MLXPROXY_URL names another.
 
-    Shell completion: add this line to ~/.zshrc (for bash: bash_source, in ~/.bashrc).
-
-    \b
-    eval "$(_MLXPROXY_COMPLETE=zsh_source mlxproxy)"
+    `mlxproxy completion` makes the shell complete commands and the names of models.
     """
 
 
@@ -262,6 +273,28 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from mlxproxy.commands import doctor
 
     ctx.exit(doctor.doctor(as_json))
+
+
+@main.command()
+@click.argument("shell", required=False, type=click.Choice(["zsh", "bash", "fish"]))
+def completion(shell: str | None) -> None:
+    """Print the line that turns on completion in your shell.
+
+    Add the line to your shell's start-up file. With SHELL, the script that this line loads is
+    printed.
+    """
+    from mlxproxy.commands import completion
+
+    completion.completion(shell)
+
+
+@main.command(hidden=True)
+@click.argument("words", nargs=-1)
+def complete(words: tuple[str, ...]) -> None:
+    """Print what the last of WORDS may become, for the scripts of `mlxproxy completion`."""
+    from mlxproxy.commands import completion
+
+    completion.complete(main, words)
 
 
 @main.group()

@@ -73,7 +73,7 @@ def test_help_names_every_command_whole(tmp_path: Path) -> None:
     for name in "serve ls ps load unload chat logs status doctor service".split():
         assert f"\n  {name} " in said
     assert "...\n" not in said.partition("Commands:")[2]
-    assert "_MLXPROXY_COMPLETE=zsh_source" in said
+    assert "`mlxproxy completion`" in said
 
 
 @pytest.mark.parametrize(
@@ -354,21 +354,6 @@ def test_logs_are_printed_and_followed(proxy: Proxy, env: dict[str, str]) -> Non
         following.send_signal(signal.SIGINT)
         assert following.wait(10) == 130
         assert following.stderr.read() == ""
-
-
-# -- the shell's completion
-
-
-def test_the_shell_completes_commands_and_models(env: dict[str, str]) -> None:
-    asked = {**env, "_MLXPROXY_COMPLETE": "bash_complete"}
-    commands = run(env={**asked, "COMP_WORDS": "mlxproxy st", "COMP_CWORD": "1"})
-    assert "status" in commands.stdout
-    models = run(env={**asked, "COMP_WORDS": "mlxproxy load tiny/a", "COMP_CWORD": "2"})
-    assert models.stdout.split() == ["plain,tiny/alpha"]
-    nobody = {**asked, "MLXPROXY_URL": f"localhost:{free_port()}"}
-    nothing = run(env={**nobody, "COMP_WORDS": "mlxproxy load t", "COMP_CWORD": "2"})
-    assert nothing.stdout.split() == []
-    assert nothing.stderr == ""
 
 
 # -- doctor
