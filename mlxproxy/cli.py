@@ -207,21 +207,28 @@ def unload(client: Any, as_json: bool) -> None:
 @click.option(
     "-p", "--prompt", metavar="TEXT", help="Answer this prompt and exit; piped input is appended."
 )
+@click.option("-s", "--system", metavar="TEXT", help="Instructions for the model.")
 @_thinking
 @_server
-def chat(client: Any, model: str | None, prompt: str | None, thinking: bool | None) -> None:
+def chat(
+    client: Any,
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    thinking: bool | None,
+) -> None:
     """Chat with a model in the terminal.
 
-    If MODEL is given, it is loaded first. In the chat, /think and /no_think turn thinking on and
-    off, /clear clears the conversation, and /quit leaves. Ctrl-C stops an answer.
+    If MODEL is given, it is loaded first. If no model is loaded, the only one is, or you are asked
+    which. In the chat, /help lists what you can do; Ctrl-C stops an answer.
 
     \b
-    mlxproxy chat alpha
+    mlxproxy chat
     git diff | mlxproxy chat -p "review this"
     """
     from mlxproxy.commands import chat
 
-    chat.chat(client, model, prompt, thinking)
+    chat.chat(client, model, prompt, thinking, system)
 
 
 @main.command()

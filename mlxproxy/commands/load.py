@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,8 +17,8 @@ from mlxproxy.commands.client import Client, ClientError, Refused
 from mlxproxy.commands.terminal import duration, size, switch
 
 
-def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
-    """Load a model and say so.
+def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str, Any]:
+    """Load a model and say so; return the server's last event.
 
     Args:
         options: `enable_thinking`, `ttl`, `force`; None: the server's setting.
@@ -29,13 +30,24 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
     loaded = load_with_progress(client, model, **options)
     if as_json:
         terminal.print_json(loaded)
-        return
+        return loaded
     thinking = f"thinking {switch(loaded['enable_thinking'])}"
+    if loaded["enable_thinking"] and not can_think(client, loaded["id"]):
+        thinking = "but it has no thinking mode"
     if loaded.get("changed"):
         said = f"Loaded {loaded['id']} in {duration(time.monotonic() - started)}, {thinking}."
     else:
         said = f"{loaded['id']} is already loaded, {thinking}."
     terminal.say(terminal.output(), said)
+    return loaded
+
+
+def can_think(client: Client, id_: str) -> bool:
+    """Return whether the model has a thinking mode; True if that is not known."""
+    try:
+        return bool(client.get(f"/v1/models/{quote(id_)}")["capabilities"]["thinking"])
+    except (ClientError, KeyError):
+        return True
 
 
 def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, Any]:

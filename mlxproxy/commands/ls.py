@@ -34,7 +34,7 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     usable = [model for model in models if model["loadable"]]
     others = [model for model in models if not model["loadable"]]
     if usable:
-        terminal.table(console, HEAD, [_row(model) for model in usable], NUMBERS)
+        terminal.table(console, HEAD, [row(model) for model in usable], NUMBERS)
     _say_folders(client, nothing=not usable and complete)
     if others:
         console.print("\nCannot be loaded:", style="bold")
@@ -57,7 +57,8 @@ def completions(host: str | None, key: str | None, begun: str) -> list[str]:
     return [name for name in names if name.casefold().startswith(begun.casefold())]
 
 
-def _row(model: dict[str, Any]) -> Row:
+def row(model: dict[str, Any]) -> Row:
+    """Return the table's line about a model."""
     cells = (
         terminal.size(model["size_bytes"]),
         _quantization(model["quantization"]),
