@@ -52,7 +52,8 @@ class SettingOption(click.Option):
             return [CompletionItem(incomplete, type="file")]
         if "|" not in kind:
             return []
-        return [CompletionItem(word) for word in kind.split("|") if word.startswith(incomplete)]
+        words = set(kind.split("|")) - {"INTEGER"}
+        return [CompletionItem(word) for word in sorted(words) if word.startswith(incomplete)]
 
 
 class SettingsCommand(click.Command):

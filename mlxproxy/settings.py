@@ -78,10 +78,15 @@ def _whole(low: int, high: int, allowed: str) -> Parser[int]:
     return parse
 
 
-def _whole_or_auto(low: int, high: int, allowed: str) -> Callable[[Any], int]:
+def _whole_or_auto(low: int, high: int, allowed: str) -> Parser[int]:
     """A whole number, or 0 for `auto`."""
     whole = _whole(low, high, allowed)
-    return lambda value: 0 if str(value).strip().lower() == "auto" else whole(value)
+
+    @_shown_as("INTEGER|auto")
+    def parse(value: Any) -> int:
+        return 0 if str(value).strip().lower() == "auto" else whole(value)
+
+    return parse
 
 
 _LONGEST_DURATION = 50  # characters
