@@ -33,16 +33,23 @@ def without_paths(text: str) -> str:
     return _PATH.sub("…", text)
 
 
-def wrapped(text: str, stream: IO[str]) -> str:
+def wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
     """Return the text in lines that fit the stream's terminal; unchanged if it has none.
 
     Lines end between words: a path or a command that is cut in two cannot be copied.
+
+    Args:
+        indent: spaces before each line but the first of its paragraph.
     """
     if not stream.isatty():
         return text
     return "\n".join(
         textwrap.fill(
-            line, width(), break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+            line,
+            width(),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
         for line in text.split("\n")
     )

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import free_port, until
+from tests.support.ports import free_port
 from tests.support.pty import COMMAND, Terminal, environment, run, scripted
+from tests.support.waiting import until
 
 IDS = ["one/Alpha-4bit", "two/Alpha-4bit", "HuggingFaceTB/SmolLM2-135M-Instruct"]
 SHELLS = {

@@ -14,7 +14,7 @@ import pytest
 
 from mlxproxy.server import server
 from mlxproxy.settings import Settings
-from tests.conftest import free_port
+from tests.support.ports import free_port
 from tests.support.pty import Terminal, environment, run
 
 
