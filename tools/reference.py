@@ -48,6 +48,8 @@ def contexts(context: click.Context) -> Iterator[click.Context]:
         for name in context.command.list_commands(context):
             child = context.command.get_command(context, name)
             assert child is not None
+            if child.hidden:
+                continue
             with click.Context(child, info_name=name, parent=context) as inner:
                 yield from contexts(inner)
 

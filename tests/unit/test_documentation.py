@@ -30,6 +30,36 @@ def test_every_command_and_option_has_a_help_text() -> None:
                 assert option.help, f"{it.command_path} {option.opts[0]} has no help"
 
 
+def test_all_help_fits_80_columns_and_cuts_no_word() -> None:
+    with click.Context(main, info_name="mlxproxy", max_content_width=80) as context:
+        for each in reference.contexts(context):
+            each.terminal_width = 80
+            shown = each.command.get_help(each)
+            assert max(map(len, shown.splitlines())) <= 80, shown
+            helps = [each.command.help, *(option.help for option in reference.options(each))]
+            words = {word for text in helps for word in (text or "").split()} - {"\b"}
+            assert words <= set(shown.split()), words - set(shown.split())
+
+
+def test_each_setting_says_what_kind_of_value_it_takes() -> None:
+    flags = {
+        flag.opts[0]: flag.metavar
+        for flag in main.commands["serve"].get_params(click.Context(main.commands["serve"]))
+        if isinstance(flag, click.Option)
+    }
+    kinds = {
+        "--proxy-port": "PORT",
+        "--max-queue": "INTEGER",
+        "--enable-thinking": "true|false",
+        "--model-selection": "loaded|requested",
+        "--idle-ttl": "DURATION",
+        "--max-body": "SIZE",
+        "--api-key-file": "PATH",
+        "--proxy-host": "ADDRESS",
+    }
+    assert kinds.items() <= flags.items()
+
+
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/events", "/metrics"])
 def test_the_readme_names_logs_events_and_metrics(path: str) -> None:
     assert path in README.replace(SECTION, "")
