@@ -25,7 +25,7 @@ from mlxproxy.commands.client import ClientError, connect
 from mlxproxy.settings import SettingError, Settings
 from mlxproxy.wiring import engines_of, inspector_of
 
-PYTHONS = ((3, 10), (3, 13))
+OLDEST_PYTHON = (3, 10)
 ROOM = 500_000_000  # bytes: logs, the demo model
 SCAN = 30.0  # seconds for a models folder
 
@@ -89,17 +89,17 @@ def examine() -> Iterator[Finding]:
 def _python() -> Finding:
     version = platform.python_version()
     sentence = f"{version} ({sys.executable})"
-    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+    if sys.version_info < OLDEST_PYTHON:
         return Finding(
             "Python",
-            f"{sentence}, but 3.10 to 3.13 is needed",
-            "brew install python@3.12 && make clean install",
+            f"{sentence}, but 3.10 or later is needed",
+            "brew install python && make clean install",
         )
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Finding(
             "Python",
             f"{sentence} is built for Intel, but MLX needs Apple silicon",
-            "/opt/homebrew/bin/brew install python@3.12 && make clean install",
+            "/opt/homebrew/bin/brew install python && make clean install",
         )
     return Finding("Python", sentence)
 
