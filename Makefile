@@ -80,6 +80,6 @@ $(VENV)/.bench: $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml $(IN_VENV)
-	@echo "Installing mlxproxy, mlx-lm and what the tests need into $(VENV): about 550 MB, only once"
+	@echo "Installing mlxproxy, mlx-lm and what the tests need into $(VENV): about 500 MB, only once"
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed

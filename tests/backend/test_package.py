@@ -14,9 +14,8 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.conftest import Proxy, until
-
-pytestmark = pytest.mark.backend
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 # What an sdist is made from; the rest of a checkout may hold environments of gigabytes.
@@ -67,7 +66,7 @@ def proxy(installed: Path, tmp_path: Path, models: Path) -> Iterator[Proxy]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-    until(proxy._answers, 20, "the proxy's first answer")
+    until(proxy.answers, 20, "the proxy's first answer")
     yield proxy
     proxy.clean_up()
 

@@ -30,6 +30,7 @@ TEXTS = {
 }
 NOT_YET_WRITTEN = {DOCS / "architecture.md"}
 ENDPOINTS = TEXTS["docs/endpoints.md"]
+NAMED = r"`(test_\w+)::(test_\w+)`"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -156,6 +157,19 @@ def test_every_address_shown_is_one_that_is_answered(name: str) -> None:
                 assert urlsplit(word).path in routes()
             elif word.startswith("{"):
                 json.loads(word)
+
+
+def test_every_promise_in_security_md_names_tests_that_exist() -> None:
+    rows = [line for line in TEXTS["SECURITY.md"].splitlines() if line.startswith("|")]
+    promises = [row for row in rows if row not in ("| Promise | Test |", "|---|---|")]
+    assert len(promises) > 20
+    for row in promises:
+        found = re.fullmatch(rf"\| (\S.*) \| ({NAMED}(?:, {NAMED})*) \|", row)
+        assert found, f"not a promise and its tests: {row}"
+        for file, name in re.findall(NAMED, found[2]):
+            sources = [path.read_text() for path in (ROOT / "tests").rglob(f"{file}.py")]
+            holders = [source for source in sources if f"\ndef {name}(" in source]
+            assert len(holders) == 1, f"{file}::{name} is in {len(holders)} files"
 
 
 # -- readable
