@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from mlxproxy.dialects import conversation, fields
 from mlxproxy.dialects.anthropic_answer import AnthropicAnswer
-from mlxproxy.dialects.form import Json, MakeId, Translated, random_id
+from mlxproxy.dialects.form import COUNTED, Json, MakeId, Translated, random_id
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.shapes import EFFORTS
 
@@ -37,7 +37,7 @@ def translate(body: Mapping[str, Any], make_id: MakeId = random_id) -> Translate
     """
     body = fields.body_of(body)
     stream = fields.flag(body, "stream", False)
-    chat = fields.kept(body, _NAMES)
+    chat = {**fields.kept(body, _NAMES), **COUNTED}
     if chat.get("max_tokens") == 0:  # the prompt is to be read, and kept; one token is the least
         chat["max_tokens"] = 1
     if stops := chat.pop("stop", None):

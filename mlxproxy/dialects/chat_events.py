@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
 
 from mlxproxy.dialects import errors
 from mlxproxy.dialects.form import (
@@ -44,45 +44,53 @@ _UNKNOWN = (
 _WRONG_SHAPE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 
-def translated(
-    stream: Generator[bytes, None, None], answer: Answer
-) -> Generator[bytes, None, None]:
-    """Return a relayed stream in the words of another dialect.
+class Relayed(Protocol):
+    """A stream of whole events and comments. An error is its last event."""
 
-    Closing it closes the relayed stream.
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None:
+        """End the answer, however far it is."""
+
+
+class TranslatedStream:
+    """A relayed stream in the words of another dialect.
 
     Args:
-        stream: whole events and comments, an empty item where nothing is to be sent; an error is
-            the last event.
-        answer: the encoder.
-
-    Raises:
-        ProxyError: what the relayed stream raises before its first item.
+        stream: the relayed one; closing this one closes it.
+        answer: encodes it.
     """
+
+    def __init__(self, stream: Relayed, answer: Answer) -> None:
+        self._stream = stream
+        self._body = _translated(stream, answer)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._body
+
+    def close(self) -> None:
+        """End the answer, however far it is, begun or not."""
+        self._body.close()
+        self._stream.close()
+
+
+def _translated(stream: Relayed, answer: Answer) -> Generator[bytes, None, None]:
     read, feed = ChatEvents().read, answer.feed
-    try:
-        begun = False
-        for data in stream:
-            if not data:
-                yield b""
-                continue
-            sent = b"" if begun else answer.begin()
-            begun = True
-            try:
-                deltas = read(data)
-            except BackendFailed as error:
-                yield sent + feed(Failed(error))
-                return
-            for delta in deltas:
-                sent += feed(delta)
-                if isinstance(delta, Failed):
-                    yield sent
-                    return
-            if sent:
+    sent = answer.begin()
+    for data in stream:
+        try:
+            deltas = read(data)
+        except BackendFailed as error:
+            deltas = [Failed(error)]
+        for delta in deltas:
+            sent += feed(delta)
+            if isinstance(delta, Failed):
                 yield sent
-        yield (b"" if begun else answer.begin()) + answer.finish()
-    finally:
-        stream.close()
+                return
+        if sent:
+            yield sent
+        sent = b""
+    yield sent + answer.finish()
 
 
 def deltas_of(completion: Mapping[str, Any]) -> list[Delta]:
@@ -98,6 +106,16 @@ def deltas_of(completion: Mapping[str, Any]) -> list[Delta]:
     except _WRONG_SHAPE:
         raise BackendFailed(_UNKNOWN) from None
     return deltas
+
+
+def reasoning_tokens(deltas: Sequence[Delta]) -> int:
+    """Return about how many tokens of a whole answer were reasoning, which the backend does not
+    tell: as large a part as of the characters."""
+    reasoning = sum(len(delta.text) for delta in deltas if isinstance(delta, Reasoning))
+    rest = sum(len(delta.text) for delta in deltas if isinstance(delta, Text))
+    rest += sum(len(delta.arguments) for delta in deltas if isinstance(delta, Call))
+    tokens = sum(delta.completion for delta in deltas if isinstance(delta, Usage))
+    return round(tokens * reasoning / ((reasoning + rest) or 1))
 
 
 class ChatEvents:

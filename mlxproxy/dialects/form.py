@@ -136,6 +136,8 @@ class Translated(NamedTuple):
     """Which of the backend's endpoints it is for."""
 
 
+COUNTED: Final[Mapping[str, Any]] = {"stream_options": {"include_usage": True}}
+"""What each chat request asks for: the count of tokens at the end."""
 NOTHING: Final[Mapping[str, Any]] = {
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}],
     "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},

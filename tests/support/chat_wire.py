@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from mlxproxy import sse
-from mlxproxy.dialects.chat_events import translated
+from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import Answer, MakeId
 
 HEAD = {
@@ -78,15 +78,14 @@ def whole(finish: str = "stop", **message: Any) -> dict[str, Any]:
 
 
 def relayed(*items: bytes) -> Generator[bytes, None, None]:
-    """A relayed stream: the status, what carries the head, then the events."""
-    yield b""
+    """A relayed stream: what carries the head, then the events."""
     yield sse.comment()
     yield from items
 
 
 def sent(answer: Answer, *items: bytes) -> bytes:
     """The stream that a client gets of the backend's."""
-    return b"".join(translated(relayed(*items), answer))
+    return b"".join(TranslatedStream(relayed(*items), answer))
 
 
 def in_pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:

@@ -74,3 +74,93 @@ def anthropic_message(data: bytes) -> Json:
             raise AssertionError(f"unknown event {kind}")
     assert stopped, "dropped connection"
     return message
+
+
+def response(data: bytes) -> Json:
+    """The response of a stream, if Codex and OpenAI's SDK would take it.
+
+    Events are numbered without a gap; an item is announced before anything of it comes, is the same
+    at its end and in the whole response, and one is open at a time; the response has one id, and
+    one end.
+    """
+    ids: set[str] = set()
+    items: list[Json] = []
+    item: Json | None = None
+    parts: list[str] = []
+    whole: Json = {}
+    for number, event in enumerate(events(data)):
+        kind = event["type"]
+        assert event["sequence_number"] == number
+        assert not whole, "an event after the end"
+        assert (number == 0) == (kind == "response.created")
+        if "response" in event:
+            ids.add(event["response"]["id"])
+            assert len(ids) == 1, "Lifecycle response identity changed."
+            _complete(event["response"])
+            if kind in ("response.completed", "response.incomplete", "response.failed"):
+                whole = event["response"]
+                assert kind == f"response.{whole['status']}"
+            continue
+        assert event["output_index"] == len(items)
+        if kind == "response.output_item.added":
+            assert item is None, "an item is still open"
+            item, parts = event["item"], []
+            assert item["id"] not in {done["id"] for done in items}
+            continue
+        assert item is not None, f"{kind} without active item"
+        if kind == "response.output_item.done":
+            done = event["item"]
+            same = ("type", "id", "call_id", "name", "namespace")
+            assert [done.get(key) for key in same] == [item.get(key) for key in same]
+            assert "".join(parts) == _said(done)
+            items.append(done)
+            item = None
+            continue
+        assert event["item_id"] == item["id"]
+        if kind.endswith("part.added"):
+            index = event.get("content_index", event.get("summary_index"))
+            held = item["content" if item["type"] == "message" else "summary"]
+            assert index == len(held)
+            held.append(event["part"])
+        elif kind.endswith(".delta"):
+            assert kind in _RESPONSE_DELTAS[item["type"]]
+            if item["type"] in ("message", "reasoning"):
+                held = item["content" if item["type"] == "message" else "summary"]
+                assert held[event.get("content_index", event.get("summary_index"))]
+            assert isinstance(event["delta"], str)
+            parts.append(event["delta"])
+        else:
+            assert kind.endswith(".done"), f"unknown event {kind}"
+            text = event.get("text", event.get("arguments", event.get("input")))
+            assert "".join(parts) == (event["part"]["text"] if "part" in event else text)
+    assert whole, "stream closed before response.completed"
+    if whole["status"] != "failed":
+        assert item is None, "Cannot complete response with unfinished output items."
+        assert whole["output"] == items
+    return whole
+
+
+_RESPONSE_DELTAS = {
+    "message": {"response.output_text.delta"},
+    "reasoning": {"response.reasoning_summary_text.delta"},
+    "function_call": {"response.function_call_arguments.delta"},
+    "custom_tool_call": {"response.custom_tool_call_input.delta"},
+}
+
+
+def _complete(whole: Json) -> None:
+    """The fields that the types of the SDK require."""
+    required = "id created_at model object output parallel_tool_calls tool_choice tools"
+    assert not set(required.split()) - whole.keys()
+    if whole["usage"] is not None:
+        assert type(whole["usage"]["input_tokens_details"]["cached_tokens"]) is int
+        assert type(whole["usage"]["output_tokens_details"]["reasoning_tokens"]) is int
+
+
+def _said(item: Json) -> str:
+    if item["type"] == "message":
+        return "".join(part["text"] for part in item["content"])
+    if item["type"] == "reasoning":
+        return "".join(part["text"] for part in item["summary"])
+    said: str = item["input" if item["type"] == "custom_tool_call" else "arguments"]
+    return said

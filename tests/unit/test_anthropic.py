@@ -64,6 +64,7 @@ def test_the_plainest_request_is_a_chat() -> None:
         "top_p": 0.9,
         "top_k": 40,
         "stop": ["END"],
+        "stream_options": {"include_usage": True},
         "messages": [USER],
     }
 
@@ -466,9 +467,9 @@ def test_no_client_waits_for_a_call_that_was_lost(reason: str, expected: str) ->
 
 def test_the_model_that_answers_gives_its_name() -> None:
     encoder = answer()
-    stream = wire.relayed(wire.text("Hi"), wire.end())
+    stream = wire.TranslatedStream(wire.relayed(wire.text("Hi"), wire.end()), encoder)
     encoder.model = "nc/beta"
-    assert anthropic_message(b"".join(wire.translated(stream, encoder)))["model"] == "nc/beta"
+    assert anthropic_message(b"".join(stream))["model"] == "nc/beta"
 
 
 def test_while_nothing_comes_there_are_comments_alone() -> None:
