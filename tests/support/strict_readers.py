@@ -164,3 +164,32 @@ def _said(item: Json) -> str:
         return "".join(part["text"] for part in item["summary"])
     said: str = item["input" if item["type"] == "custom_tool_call" else "arguments"]
     return said
+
+
+def ollama_answer(data: bytes) -> Json:
+    """The message of a stream, if Zed, VS Code, Home Assistant and Ollama's own package take it.
+
+    Every line is JSON with a text for a content and objects for arguments; the last one, and no
+    other, is done, and tells durations that can be divided by.
+    """
+    assert data.endswith(b"\n")
+    message: Json = {"content": "", "thinking": "", "tool_calls": []}
+    lines = [json.loads(line) for line in data.decode().split("\n")[:-1]]
+    for line in lines:
+        assert line["model"]
+        assert line["created_at"].endswith("Z")
+        assert line["done"] is (line is lines[-1])
+        said = line["message"]
+        assert said["role"] == "assistant"
+        assert isinstance(said["content"], str)
+        message["content"] += said["content"]
+        message["thinking"] += said.get("thinking", "")
+        for call in said.get("tool_calls", ()):
+            assert isinstance(call["function"]["arguments"], dict)
+            assert call["function"]["index"] == len(message["tool_calls"])
+            message["tool_calls"].append(call)
+    for name in ("total", "load", "prompt_eval", "eval"):
+        duration = lines[-1][f"{name}_duration"]
+        assert type(duration) is int
+        assert duration > 0
+    return {**lines[-1], "message": message}
