@@ -35,7 +35,7 @@ _decode = json.JSONDecoder().raw_decode
 _arguments = json.JSONDecoder(parse_constant=_no_constant).decode  # clients refuse NaN
 
 _PROMPT = re.compile(r": keepalive (\d{1,18})/(\d{1,18})")
-_LOADING = re.compile(r": loading (.+) \d+s")
+_LOADING = re.compile(r": loading (.+) \d+s(?: (\d{1,3})%)?")
 _UNKNOWN = (
     "The backend sent an answer in an unknown format. Try again; if the same request fails again, "
     "see the backend's log."
@@ -207,7 +207,7 @@ def _comment(line: str) -> Delta:
     if found := _PROMPT.fullmatch(line):
         return Progress(int(found[1]), int(found[2]))
     if found := _LOADING.fullmatch(line):
-        return Loading(found[1])
+        return Loading(found[1], None if found[2] is None else int(found[2]) / 100)
     return Waiting(line[1:].strip())
 
 

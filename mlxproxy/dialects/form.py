@@ -80,6 +80,8 @@ class Loading(NamedTuple):
     """A model is being loaded for this request."""
 
     model: str
+    fraction: float | None = None
+    """How much of it has been loaded, where that is known."""
 
 
 class Waiting(NamedTuple):

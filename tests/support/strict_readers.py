@@ -193,3 +193,49 @@ def ollama_answer(data: bytes) -> Json:
         assert type(duration) is int
         assert duration > 0
     return {**lines[-1], "message": message}
+
+
+_V1_PHASES = ("chat", "model_load", "prompt_processing", "answer")
+
+
+def lmstudio_result(data: bytes) -> Json:
+    """The result of a v1 stream whose events come in the documented order: what is started is ended
+    before the next thing starts, a load before the prompt, the prompt before the answer."""
+    output: list[Json] = []
+    open_kind: str | None = None
+    phase = 0
+    result: Json = {}
+    for number, event in enumerate(events(data)):
+        kind, _, step = event["type"].partition(".")
+        assert not result, "an event after the end"
+        assert (number == 0) == (event["type"] == "chat.start")
+        if kind in ("chat", "error"):
+            if step == "end":
+                assert open_kind in (None, "model_load", "prompt_processing")
+                result = event["result"]
+            continue
+        now = _V1_PHASES.index(kind) if kind in _V1_PHASES else 3
+        assert now >= phase, f"{kind} after {_V1_PHASES[phase]}"
+        phase = now
+        if step == "start":
+            assert open_kind is None, f"{open_kind} is still open"
+            open_kind = kind
+            if now == 3:
+                output.append({"type": kind, "content": ""})
+        elif kind == "tool_call":
+            assert open_kind is None
+            output.append(
+                {"type": "invalid_tool_call", **{k: event[k] for k in ("reason", "metadata")}}
+            )
+        else:
+            assert open_kind == kind, f"{kind}.{step} of what is not open"
+            if step == "delta":
+                output[-1]["content"] += event["content"]
+            elif step == "progress":
+                assert 0 <= event["progress"] <= 1
+            else:
+                assert step == "end"
+                open_kind = None
+    assert result, "no chat.end"
+    assert result["output"] == output
+    return result
