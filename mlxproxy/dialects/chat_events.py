@@ -179,7 +179,8 @@ class ChatEvents:
                 deltas.append(whole)
                 return
             self._call, self._pieces = piece, []
-        self._pieces.append(_string(arguments))
+        if self._call is not None:
+            self._pieces.append(_string(arguments))
 
     def _end_call(self, deltas: list[Delta]) -> None:
         """No more can come of the call that comes in pieces. What is not whole is left out: no

@@ -451,6 +451,17 @@ def test_white_space_between_thoughts_and_a_call_is_no_block_of_text() -> None:
     assert kinds == ["thinking", "tool_use"]
 
 
+def test_white_space_before_a_call_does_not_come_after_it() -> None:
+    data = wire.sent(
+        answer(),
+        wire.text("\n\n"),
+        wire.calls(wire.call("ls", {})),
+        wire.text("Done."),
+        wire.end("tool_calls"),
+    )
+    assert anthropic_message(data)["content"][1] == {"type": "text", "text": "Done."}
+
+
 def test_white_space_before_text_stays_with_the_text() -> None:
     data = wire.sent(answer(), wire.text("\n"), wire.text("\n"), wire.text("Hi"), wire.end())
     assert anthropic_message(data)["content"] == [{"type": "text", "text": "\n\nHi"}]

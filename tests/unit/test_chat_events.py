@@ -91,6 +91,11 @@ def test_a_call_in_pieces_is_one_call_when_the_next_thing_comes() -> None:
     ]
 
 
+def test_a_call_whose_name_comes_alone_waits_for_its_arguments() -> None:
+    deltas = read(piece(0, "", "ls"), piece(0, '{"a": 1}'), wire.text("Done."))
+    assert deltas == [Call("call_0", "ls", '{"a": 1}', {"a": 1}), Text("Done.")]
+
+
 @pytest.mark.parametrize("broken", ["{cut", "[1]", '"x"', '{"a": NaN}'])
 def test_a_call_that_no_client_could_run_is_none(broken: str) -> None:
     assert read(wire.calls(wire.call("ls", broken)), wire.chunk("tool_calls")) == [

@@ -139,6 +139,7 @@ def test_what_an_assistant_does_in_a_row_is_one_message() -> None:
         said("assistant", "a and b."),
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "dropped"}]},
         said("user", "Thanks."),
+        said("assistant", "Bye."),
     ]
     assert chat(items, tools=[LS])["messages"] == [
         {"role": "user", "content": "Look."},
@@ -155,6 +156,7 @@ def test_what_an_assistant_does_in_a_row_is_one_message() -> None:
         {"role": "tool", "tool_call_id": "call_2", "content": "b"},
         {"role": "assistant", "content": "a and b.", "reasoning_content": "So."},
         {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Bye."},
     ]
 
 
@@ -436,6 +438,11 @@ def test_two_calls_in_one_event_are_two_items() -> None:
     assert len({item["call_id"] for item in whole["output"]}) == 2
 
 
+def test_no_more_tokens_are_thoughts_than_there_are_tokens() -> None:
+    data = wire.sent(answer(), *[wire.reasoning("Hm.")] * 3, wire.end(completion=2))
+    assert response(data)["usage"]["output_tokens_details"] == {"reasoning_tokens": 2}
+
+
 def test_an_answer_cut_short_is_incomplete_with_the_reason() -> None:
     whole = response(wire.sent(answer(), wire.text("Hel"), wire.end("length")))
     assert whole["status"] == "incomplete"
@@ -578,6 +585,14 @@ def test_what_is_not_to_be_stored_is_not() -> None:
     with pytest.raises(ResponseNotFound) as refusal:
         store.response(identity)
     assert refusal.value.status == 404
+
+
+def test_a_wrong_item_is_named_as_the_client_counts_it() -> None:
+    store = ResponsesStore()
+    first = answered(store, "One?", "One.")
+    with pytest.raises(InvalidRequest) as refusal:
+        translated([said("robot", "x")], store, previous_response_id=first)
+    assert refusal.value.param == "input[0].role"
 
 
 def test_an_unknown_previous_response_has_openais_code() -> None:
