@@ -352,6 +352,13 @@ def test_v0_streams_chunks_and_what_it_took_in_the_last() -> None:
     assert all("usage" not in chunk for chunk in chunks(wire.sent(v0(), wire.end())))
 
 
+def test_v0_calls_the_model_by_the_name_of_the_one_that_answers() -> None:
+    encoder = v0()
+    encoder.on_text("a")
+    encoder.model = "nc/beta"
+    assert chunks(encoder.on_text("b") + encoder.finish())[0]["model"] == "nc/beta"
+
+
 def test_v0_continues_a_text() -> None:
     choice = {"index": 0, "finish_reason": None, "text": "upon"}
     chunk = wire.sse.event({**wire.HEAD, "object": "text_completion", "choices": [choice]})
