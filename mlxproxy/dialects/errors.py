@@ -151,17 +151,28 @@ def lmstudio_event(error: ProxyError) -> bytes:
 
 # -- an error out of its body
 
-_TOO_LONG = re.compile(r"has (?:more than )?(\d+) tokens, and the model's context is (\d+)")
-_TOO_MANY = re.compile(r"(\d+) characters cannot fit into the model's context of (\d+) tokens")
+# The backend's sentence, the guard's, and the one for both that OpenAI's clients know.
+_TOO_LONG = (
+    re.compile(
+        r"has (?:more than )?(?P<size>\d+) (?P<unit>tokens), and .* context is (?P<most>\d+)"
+    ),
+    re.compile(r"(?P<size>\d+) (?P<unit>characters) cannot fit into .* context of (?P<most>\d+)"),
+    re.compile(
+        r"maximum context length is (?P<most>\d+) tokens, but the prompt has (?:more than )?"
+        r"(?P<size>\d+) (?P<unit>tokens|characters)"
+    ),
+)
 CHARACTERS_PER_TOKEN = 4  # as a rule
 
 
 def too_long(error: ProxyError) -> tuple[int, int] | None:
     """Return the tokens of a prompt that does not fit, and the tokens that would."""
-    if found := _TOO_LONG.search(error.message):
-        return int(found[1]), int(found[2])
-    if found := _TOO_MANY.search(error.message):
-        return int(found[1]) // CHARACTERS_PER_TOKEN, int(found[2])
+    for sentence in _TOO_LONG:
+        if found := sentence.search(error.message):
+            size = int(found["size"])
+            if found["unit"] == "characters":
+                size //= CHARACTERS_PER_TOKEN
+            return size, int(found["most"])
     return None
 
 

@@ -292,12 +292,19 @@ def test_clients_do_not_try_again_what_cannot_succeed() -> None:
     assert "x-should-retry" not in errors.rendered(TooManyRequests("Wait."), "openai", "r").headers
 
 
-@pytest.mark.parametrize("words", ["has 5000 tokens", "has more than 5000 tokens"])
-def test_a_prompt_that_does_not_fit_makes_claude_code_shorten_the_conversation(words: str) -> None:
-    error = InvalidRequest(f"The prompt {words}, and the model's context is 4096. Send less.")
-    message = errors.anthropic(error)["error"]["message"]
-    assert message == "prompt is too long: 5000 tokens > 4096 maximum"
-    assert errors.responses(error)["code"] == "context_length_exceeded"
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The prompt has 5000 tokens, and the model's context is 4096. Send less.",
+        "The prompt has more than 5000 tokens, and the model's context is 4096. Send less.",
+        "This model's maximum context length is 4096 tokens, but the prompt has 5000 tokens.",
+        "This model's maximum context length is 4096 tokens, but the prompt has 20000 characters.",
+    ],
+)
+def test_a_prompt_that_does_not_fit_makes_agents_shorten_the_conversation(message: str) -> None:
+    told = errors.anthropic(InvalidRequest(message))["error"]["message"]
+    assert told == "prompt is too long: 5000 tokens > 4096 maximum"
+    assert errors.responses(InvalidRequest(message))["code"] == "context_length_exceeded"
 
 
 def test_the_guards_own_estimate_makes_it_shorten_the_conversation_too() -> None:
