@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlxproxy.dialects import anthropic_request
 from mlxproxy.dialects.anthropic_answer import AnthropicAnswer
 from mlxproxy.dialects.form import NOTHING, Translated, in_their_words
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import BackendFailed, InvalidRequest, NoModelLoaded
 from mlxproxy.guard import check
 from mlxproxy.guard.shapes import Limits
@@ -31,7 +32,7 @@ def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
     """The chat request, which the guard takes as it is."""
     request = translated(*messages, **fields).chat
     assert request is not None
-    check.check(request, "chat", LIMITS)
+    check.check(request, RULES["chat"], LIMITS)
     return request
 
 
@@ -313,7 +314,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields: dict[str, Any], param: str
 def test_the_guards_refusal_has_the_clients_name_of_the_field() -> None:
     made = translated(stop_sequences=["x" * 5000])
     with pytest.raises(InvalidRequest) as refusal:
-        check.check(made.chat, "chat", LIMITS)
+        check.check(made.chat, RULES["chat"], LIMITS)
     error = in_their_words(refusal.value, made.names)
     assert error.param == "stop_sequences"
     assert error.message.startswith("stop_sequences must be at most 64 strings")

@@ -25,6 +25,7 @@ from mlxproxy.dialects.form import (
     client_id,
     in_their_words,
 )
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import (
     BackendFailed,
     InsufficientMemory,
@@ -311,7 +312,7 @@ def test_the_guards_own_estimate_makes_it_shorten_the_conversation_too() -> None
     body = {"messages": [{"role": "user", "content": "x" * 2000}]}
     limits = Limits(template_kwargs=frozenset(), max_context=100)
     with pytest.raises(InvalidRequest) as refusal:
-        check.check(body, "chat", limits)
+        check.check(body, RULES["chat"], limits)
     message = errors.anthropic(refusal.value)["error"]["message"]
     assert message == "prompt is too long: 503 tokens > 100 maximum"  # with its keys
 

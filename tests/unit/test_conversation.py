@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxproxy.dialects import conversation
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.guard import check
 from mlxproxy.guard.shapes import Limits
 from tests.support import chat_wire as wire
@@ -24,7 +25,7 @@ REMINDER = "<system-reminder>\nLate.\n</system-reminder>"
 def checked(*messages: Any) -> list[dict[str, Any]]:
     """What the backend gets of the messages of a chat request."""
     body = {"messages": conversation.repaired(list(messages))}
-    request = check.check(body, "chat", Limits(template_kwargs=frozenset()))
+    request = check.check(body, RULES["chat"], Limits(template_kwargs=frozenset()))
     return conversation.settled(request["messages"])
 
 

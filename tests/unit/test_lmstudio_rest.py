@@ -17,6 +17,7 @@ from mlxproxy.dialects import conversation, lmstudio_models, lmstudio_request
 from mlxproxy.dialects.form import NOTHING, Timing, Translated, in_their_words
 from mlxproxy.dialects.lmstudio_answer import LMStudioAnswer, LMStudioV0Answer
 from mlxproxy.dialects.responses_store import PreviousResponseNotFound, ResponsesStore
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import InvalidRequest, NoModelLoaded
 from mlxproxy.guard import check
 from mlxproxy.guard.shapes import Limits
@@ -37,7 +38,7 @@ def translated(
 def chat(given: Any = "Hello", kept: ResponsesStore | None = None, **fields: Any) -> Any:
     """The chat request, which the guard takes as it is."""
     request = translated(given, kept, **fields).chat
-    check.check(request, "chat", LIMITS)
+    check.check(request, RULES["chat"], LIMITS)
     return request
 
 
@@ -122,7 +123,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields: dict[str, Any], param: str
 def test_the_guards_refusal_has_the_clients_name_of_the_field() -> None:
     made = translated(max_output_tokens=0)
     with pytest.raises(InvalidRequest) as refusal:
-        check.check(made.chat, "chat", LIMITS)
+        check.check(made.chat, RULES["chat"], LIMITS)
     assert in_their_words(refusal.value, made.names).param == "max_output_tokens"
 
 
@@ -300,7 +301,7 @@ def test_v0_is_openais_request_with_a_time_to_live() -> None:
     assert made.chat is not None
     assert "ttl" not in made.chat
     assert lmstudio_request.ttl(body) == 60
-    checked = check.check(made.chat, "chat", LIMITS)
+    checked = check.check(made.chat, RULES["chat"], LIMITS)
     settled = conversation.settled(checked["messages"])
     assert [message["role"] for message in settled] == ["user", "assistant", "user"]
     with pytest.raises(InvalidRequest):

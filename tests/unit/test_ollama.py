@@ -18,6 +18,7 @@ from mlxproxy.catalog.model import Model
 from mlxproxy.dialects import ollama_models, ollama_request
 from mlxproxy.dialects.form import NOTHING, Timing, Translated, in_their_words
 from mlxproxy.dialects.ollama_answer import OllamaAnswer
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import InvalidRequest, NoModelLoaded
 from mlxproxy.guard import check
 from mlxproxy.guard.shapes import Limits
@@ -41,7 +42,7 @@ def generated(**fields: Any) -> Translated:
 def chat(*messages: Any, **fields: Any) -> Any:
     """The chat request, which the guard takes as it is."""
     request = translated(*(messages or [USER]), **fields).chat
-    check.check(request, "chat", LIMITS)
+    check.check(request, RULES["chat"], LIMITS)
     return request
 
 
@@ -251,7 +252,7 @@ def test_a_wrong_field_is_refused_by_its_name(fields: dict[str, Any], param: str
 def test_the_guards_refusal_has_the_clients_name_of_the_field() -> None:
     made = translated(USER, options={"temperature": 5})
     with pytest.raises(InvalidRequest) as refusal:
-        check.check(made.chat, "chat", LIMITS)
+        check.check(made.chat, RULES["chat"], LIMITS)
     error = in_their_words(refusal.value, made.names)
     assert error.message == "options.temperature must be a number from 0 to 2."
 
@@ -274,7 +275,7 @@ def test_a_raw_prompt_is_continued_as_it_is() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    check.check(made.chat, "text", LIMITS)
+    check.check(made.chat, RULES["text"], LIMITS)
 
 
 @pytest.mark.parametrize("name", ["suffix", "template", "context"])

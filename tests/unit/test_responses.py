@@ -19,6 +19,7 @@ from mlxproxy.dialects.responses_store import (
     ResponseNotFound,
     ResponsesStore,
 )
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import BackendFailed, InvalidRequest, ShuttingDown, TooManyRequests
 from mlxproxy.guard import check
 from mlxproxy.guard.shapes import Limits
@@ -54,7 +55,7 @@ def translated(
 def chat(given: Any = "Hello", kept: ResponsesStore | None = None, **fields: Any) -> Any:
     """The chat request, which the guard takes as it is."""
     request = translated(given, kept, **fields).chat
-    check.check(request, "chat", LIMITS)
+    check.check(request, RULES["chat"], LIMITS)
     return request
 
 
@@ -349,7 +350,7 @@ def test_a_text_file_is_read() -> None:
 def test_the_guards_refusal_has_the_clients_name_of_the_field() -> None:
     made = translated(max_output_tokens="many")
     with pytest.raises(InvalidRequest) as refusal:
-        check.check(made.chat, "chat", LIMITS)
+        check.check(made.chat, RULES["chat"], LIMITS)
     error = in_their_words(refusal.value, made.names)
     assert error.param == "max_output_tokens"
     assert error.message.startswith("max_output_tokens must be")
