@@ -1,9 +1,9 @@
 """One connection to the backend: a request out, an answer read as its bytes arrive.
 
-`mlx_lm.server` speaks HTTP/1.0 with one request per connection: the head, then bytes until it
-closes. Reading that from the socket itself costs one `recv` per event and delivers each event when
-it comes; `requests` and `urllib3` add 45 µs to each (see `make bench`), or wait to fill a buffer.
-A body that the head frames in another way (a length, chunks) ends where its frame does.
+There is one request per connection: the head, then the body until its frame (a length, chunks) or
+the connection ends. A backend may speak HTTP/1.0 or 1.1. Reading from the socket itself costs one
+`recv` per event and delivers each event when it comes; `requests` and `urllib3` add 45 µs to each
+(see `make bench`), or wait to fill a buffer.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class BackendConnection:
         self._lets_go = lets_go
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._host = address.host
+        self._host = f"{address.host}:{address.port}"
         self._socket = _connect(address, connect_seconds or CONNECT_SECONDS)
         # Timeouts of the kernel's: Python's own cost a poll() before every recv().
         whole = int(interval)
@@ -172,7 +172,7 @@ class BackendConnection:
         if body is not None:
             about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             method = "POST"
-        head = f"{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n{about}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{about}\r\n"
         self._unsent = memoryview(head.encode("ascii") + (body or b""))
 
     def read_head(self) -> None:

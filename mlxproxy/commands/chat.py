@@ -100,14 +100,15 @@ class Conversation:
 
 
 def _first(events: Iterator[Event]) -> Event | None:
-    """The first event that is no comment: those tell what the server waits for."""
+    """The first event that is no comment: those tell what the server waits for, or how far it has
+    come in the prompt (a word and two numbers)."""
     with terminal.spinner(terminal.messages(), "waiting") as show:
         for event in events:
             if event.kind != "comment":
                 return event
             if event.data:
                 reading = r"reading the prompt: \1 of \2 tokens"
-                show(re.sub(r"^keepalive (\d+)/(\d+)$", reading, event.data))
+                show(re.sub(r"^\w+ (\d+)/(\d+)$", reading, event.data))
     return None
 
 
