@@ -23,6 +23,10 @@ DEATH: Final = b"FATAL core stopped: "
 
 
 def _health(status: int, _: bytes) -> Fault | None:
+    return Fault("its core has stopped", is_final=True) if status == 500 else _ready(status, _)
+
+
+def _ready(status: int, _: bytes) -> Fault | None:
     return None if status == 200 else Fault("it is not ready")
 
 
