@@ -145,7 +145,7 @@ def _first(events: Iterator[Event]) -> Event | None:
                 return event
             if event.data:
                 reading = r"reading the prompt: \1 of \2 tokens"
-                show(re.sub(r"^keepalive (\d+)/(\d+)$", reading, event.data))
+                show(re.sub(r"^\w+ (\d+)/(\d+)$", reading, event.data))
     return None
 
 

@@ -34,7 +34,7 @@ def _no_constant(name: str) -> NoReturn:
 _decode = json.JSONDecoder().raw_decode
 _arguments = json.JSONDecoder(parse_constant=_no_constant).decode  # clients refuse NaN
 
-_PROMPT = re.compile(r": keepalive (\d{1,18})/(\d{1,18})")
+_PROMPT = re.compile(r": [a-z]+ (\d{1,18})/(\d{1,18})")  # how much has been read, of how much
 _LOADING = re.compile(r": loading (.+) \d+s(?: (\d{1,3})%)?")
 _UNKNOWN = (
     "The backend sent an answer in an unknown format. Try again; if the same request fails again, "

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxproxy.catalog.capabilities import Capabilities
-from mlxproxy.catalog.model import Model
+from mlxproxy.catalog.model import Capabilities, Model
 from mlxproxy.dialects import conversation, lmstudio_models, lmstudio_request
 from mlxproxy.dialects.form import NOTHING, Timing, Translated, in_their_words
 from mlxproxy.dialects.lmstudio_answer import LMStudioAnswer, LMStudioV0Answer
