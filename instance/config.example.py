@@ -22,8 +22,8 @@
 # -- Default thinking mode, for loads that do not set enable_thinking.
 # ENABLE_THINKING = False
 
-# -- loaded: the loaded model answers every request, whatever model it names; requested: a request
-# -- that names another known model swaps to it.
+# -- requested: a request that names a model on disk gets that model, any other the loaded one;
+# -- loaded: the loaded model answers every request, whatever model it names.
 # MODEL_SELECTION = "loaded"
 
 # -- Models in memory at a time, each on a port from MLX_BACKEND_PORT up; auto: as many as fit into
@@ -34,6 +34,22 @@
 # -- Default: what Metal recommends on macOS; elsewhere what is free, but with MAX_LOADED above 1 at
 # -- most 80%.
 # MEMORY_BUDGET = "24GB"
+
+# -- Options for a model, by its id or a pattern: of a load (enable_thinking, ttl, pin, context,
+# -- draft_model, adapter, kv_bits, prompt_cache_bytes, decode_concurrency), and of requests that
+# -- do not say (temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+# -- frequency_penalty, max_tokens, reasoning_effort, system). See docs/settings.md.
+# MODELS = {"*/Qwen3-*": {"ttl": "30m", "temperature": 0.6}}
+
+# -- Names of your own for a model with options, listed as models.
+# PROFILES = {"coder": {"model": "Qwen3-Coder-30B-A3B", "temperature": 0.2, "system": "Be brief."}}
+
+# -- Other names, or patterns of them, for a model, a profile, or "loaded".
+# ALIASES = {"gpt-*": "loaded", "claude-*": "coder"}
+
+# -- Sampling of requests that set none: model: as the model's generation_config.json says; greedy:
+# -- always the likeliest token.
+# SAMPLING_DEFAULTS = "model"
 
 # -- Model to load at start; last: the most recently loaded one.
 # -- Default: none.

@@ -66,7 +66,10 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
         logs.to_followers(proxy_log, services.bus)
         try:
             _announce(services)
-            services.selection.preload(lambda: services.bus.closed)
+            selection = services.selection
+            for name in selection.missing_profiles():
+                log.warning("PROFILES[%r]: its model is not on disk (yet)", name)
+            selection.preload(lambda: services.bus.closed)
             server.run()
         finally:
             proxy_log.close()

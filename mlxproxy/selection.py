@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -13,13 +14,16 @@ from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.catalog import Catalog, Model
 from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, History
+from mlxproxy.controller.state import Fallback
 from mlxproxy.errors import ModelNotFound, ModelsRootUnavailable, ProxyError
 from mlxproxy.guard.check import Terms
 from mlxproxy.guard.shapes import Limits
+from mlxproxy.preferences import LOADED, Options, Preferences, Profile
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.selection")
 
+SUGGESTIONS = 3  # models that an error names
 PRELOAD_RETRY_SECONDS = 2.0  # between looks for a model whose disk is not there yet
 
 
@@ -32,23 +36,36 @@ class Selection:
     catalog: Catalog
     controller: Controller
     history: History
+    preferences: Preferences
 
     def spec_for(self, name: str, fresh: bool = True, **options: Any) -> ModelSpec:
         """Return what a load of that name asks for, with the settings' defaults.
 
         Args:
-            name: an id, a path, or the unambiguous end of an id.
+            name: an id, a path, the unambiguous end of an id, or a profile.
             fresh: look at the disk, so that a model that has changed there is loaded again. A chat
                 that names a known model does without, because that would cost each chat too much.
 
         Raises:
             ProxyError: no model has that name, several have, or it cannot be loaded.
         """
-        model = self.catalog.find(name, fresh=fresh)
+        profile = self.preferences.profiles.get(name)
+        model = self.catalog.find(profile.model if profile else name, fresh=fresh)
         model.require_loadable()
+        chosen = self.preferences.of(model.id)
+        if profile is not None:
+            chosen = profile.options.over(chosen)
+        return self._spec(model, chosen, fresh, **options)
+
+    def _spec(self, model: Model, set_options: Options, fresh: bool, **given: Any) -> ModelSpec:
+        """Return a load: the settings' defaults, then what is set for the model, then `given`."""
+        options = {"enable_thinking": self.settings.enable_thinking, **set_options.load, **given}
+        tuning = set_options.tuned()
+        if tuning.draft_model is not None:
+            draft = self.catalog.find(tuning.draft_model, fresh=False)
+            tuning = replace(tuning, draft_model=str(draft.path))
         files = files_of(model) if fresh else None
-        spec = ModelSpec(model, enable_thinking=self.settings.enable_thinking, files=files)
-        return replace(spec, **options)
+        return ModelSpec(model, tuning=tuning, files=files, **options)
 
     def named_spec(self, name: object) -> ModelSpec | None:
         """Return the model that a request names, None if its name is not that of a model.
@@ -63,7 +80,66 @@ class Selection:
         try:
             return self.spec_for(name, fresh=False)
         except (ModelNotFound, ModelsRootUnavailable):
+            meant = self.preferences.meaning(name)
+        return None if meant in (None, LOADED) else self.named_spec(meant)
+
+    def profile(self, name: object) -> Profile | None:
+        """Return the profile that a request names, by an alias or not."""
+        if not isinstance(name, str):
             return None
+        profiles = self.preferences.profiles
+        return profiles.get(name) or profiles.get(self.preferences.meaning(name) or "")
+
+    def profiles(self) -> list[tuple[Profile, Model]]:
+        """Return the profiles whose models are on disk, with these."""
+        found = []
+        for profile in self.preferences.profiles.values():
+            with contextlib.suppress(ProxyError):
+                found.append((profile, self.catalog.find(profile.model, fresh=False)))
+        return found
+
+    def missing_profiles(self) -> list[str]:
+        """Return the names of the profiles whose models are not on disk."""
+        return sorted(
+            self.preferences.profiles.keys() - {profile.name for profile, _ in self.profiles()}
+        )
+
+    def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
+        """Return what is set for a model: options of its load, and defaults of its requests."""
+        options = self.preferences.of(model.id)
+        if profile is not None:
+            options = profile.options.over(options)
+        sampling = model.sampling if self.settings.sampling_defaults == "model" else {}
+        return {
+            "load": {"enable_thinking": self.settings.enable_thinking, **options.load}
+            | dict(options.tuning),
+            "requests": {**sampling, **options.request},
+        }
+
+    def fallback(self) -> Fallback:
+        """Return what to load for a request that names no model while nothing is loaded.
+
+        That is the model that was loaded last, else the only one on disk; nothing where somebody
+        has asked for an unload since, or where there are several and none was ever loaded.
+        """
+        if self.settings.model_selection != "requested":
+            return Fallback()
+        last = self.history.last()
+        loadable = [model for model in self.catalog.models() if model.loadable]
+        try:
+            if last is not None:
+                options = dict(last)
+                return Fallback(self.spec_for(options.pop("model_id"), **options))
+            if len(loadable) == 1 and self.history.is_empty:
+                return Fallback(self.spec_for(str(loadable[0].path)))
+        except ProxyError:
+            pass  # it has gone, or cannot be loaded any more
+        names = [model.id for model in loadable[:SUGGESTIONS]]
+        if not names:
+            return Fallback()
+        more = ", …" if len(loadable) > len(names) else ""
+        shown = ", ".join(names) + more
+        return Fallback(advice=f"Name a model ({shown}), or run `mlxproxy load {names[0]}`.")
 
     def engine_of(self, spec: ModelSpec | None) -> Engine:
         """Return the engine of this model; None: the preferred one."""
@@ -94,9 +170,24 @@ class Selection:
         resident = self.resident(name)
         return resident.path if resident is not None else str(self.catalog.find(name).path)
 
-    def terms(self, spec: ModelSpec | None) -> Terms:
-        """Return what a request to this model may say; None: to any, as far as that is known."""
-        return Terms(self.engine_of(spec).rules, self._limits(spec))
+    def terms(self, spec: ModelSpec | None, profile: Profile | None = None) -> Terms:
+        """Return what a request to this model may say; None: to any, as far as that is known.
+
+        Args:
+            profile: what the request names it by.
+        """
+        return Terms(self.engine_of(spec).rules, self._limits(spec), self._defaults(spec, profile))
+
+    def terms_for(self, profile: Profile | None) -> Callable[[ModelSpec | None], Terms]:
+        """Return :meth:`terms` of requests that name a profile."""
+        return lambda spec: self.terms(spec, profile)
+
+    def _defaults(self, spec: ModelSpec | None, profile: Profile | None) -> Mapping[str, Any]:
+        """Return what a request is given: of the model itself, then of the person's settings."""
+        if spec is None:
+            return {}
+        requests: dict[str, Any] = self.in_force(spec.model, profile)["requests"]
+        return requests
 
     def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)
@@ -107,7 +198,7 @@ class Selection:
             adapters=spec.adapters,
             draft_models=spec.draft_models,
             vocab_size=spec.model.vocab_size or 0,
-            max_context=spec.model.max_context_length,
+            max_context=spec.max_context,
             images=spec.model.capabilities.vision,
         )
 

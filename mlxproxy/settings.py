@@ -22,6 +22,7 @@ from mlxproxy.instance import Instance
 
 T = TypeVar("T")
 MOST_LOADED = 8  # models; each has a port, and the choice of whom to evict looks at every group
+Table = tuple[tuple[str, Mapping[str, Any]], ...]  # a name or a pattern, and its options
 ENV_PREFIX = "MLXPROXY_"
 CLIENT_VARIABLES = {"MLXPROXY_URL"}  # read by the commands that talk to a server, not by the server
 
@@ -124,7 +125,12 @@ def seconds(value: Any, low: float = 0.0) -> float:
 
 
 @_shown_as("SIZE")
-def _size(value: Any) -> int:
+def byte_size(value: Any) -> int:
+    """Return bytes from a number or from a text such as ``512K``, ``32M``, ``24GB``.
+
+    Raises:
+        ValueError: it is none, with what is allowed.
+    """
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", str(value).upper())
     if isinstance(value, bool) or not match or not int(match[1]):
@@ -140,7 +146,7 @@ def _budget(value: Any) -> int | float | None:
     percent = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,3})?)\s*%\s*", str(value))
     try:
         if percent is None:
-            return _size(value)
+            return byte_size(value)
         if 0 < float(percent[1]) <= 100:
             return float(percent[1]) / 100
     except ValueError:
@@ -236,6 +242,30 @@ def _texts(value: Any) -> tuple[str, ...]:
     return items
 
 
+@_shown_as("TABLE")
+def _table(value: Any) -> Table:
+    allowed = 'a dictionary of dictionaries, such as {"qwen3*": {"temperature": 0.6}}'
+    if not isinstance(value, Mapping):
+        raise ValueError(allowed)
+    for name, options in value.items():
+        if not _is_name(name) or not isinstance(options, Mapping):
+            raise ValueError(allowed)
+    return tuple((name, dict(options)) for name, options in value.items())
+
+
+@_shown_as("TABLE")
+def _names(value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping) or not all(
+        _is_name(text) for pair in value.items() for text in pair
+    ):
+        raise ValueError('a dictionary of names, such as {"gpt-*": "loaded"}')
+    return tuple(value.items())
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
 def _default_instance() -> Path:
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "setup.cfg").is_file() and (checkout / "instance").is_dir():
@@ -279,10 +309,10 @@ class Settings:
         False, _boolean, "Default thinking mode, for loads that do not set enable_thinking"
     )
     model_selection: str = _setting(
-        "loaded",
-        _choice("loaded", "requested"),
-        "loaded: the loaded model answers every request, whatever model it names; requested: a "
-        "request that names another known model swaps to it",
+        "requested",
+        _choice("requested", "loaded"),
+        "requested: a request that names a model on disk gets that model, any other name the "
+        "loaded one; loaded: the loaded model answers every request, whatever model it names",
     )
     max_loaded: int = _setting(
         1,
@@ -296,6 +326,34 @@ class Settings:
         "Memory for all models together, such as 24GB or 60%",
         shown="what Metal recommends on macOS; elsewhere what is free, but with MAX_LOADED above 1 "
         "at most 80%",
+    )
+    models: Table = _setting(
+        (),
+        _table,
+        "Options for a model, by its id or a pattern (in config.py only): see docs/settings.md",
+        shown="none",
+        only_in_config=True,
+    )
+    profiles: Table = _setting(
+        (),
+        _table,
+        "Names of your own for a model with options (in config.py only): see docs/settings.md",
+        shown="none",
+        only_in_config=True,
+    )
+    aliases: tuple[tuple[str, str], ...] = _setting(
+        (),
+        _names,
+        "Other names for a model, a profile or whatever is loaded (in config.py only): see "
+        "docs/settings.md",
+        shown="none",
+        only_in_config=True,
+    )
+    sampling_defaults: str = _setting(
+        "model",
+        _choice("model", "greedy"),
+        "Sampling of requests that set none: model: as the model's generation_config.json says; "
+        "greedy: always the likeliest token",
     )
     preload: str | None = _setting(
         None,
@@ -341,7 +399,7 @@ class Settings:
         "context)",
     )
     max_body: int = _setting(
-        32 << 20, _size, "Largest request body in bytes, or with a unit (K, M, G)", shown="32M"
+        32 << 20, byte_size, "Largest request body in bytes, or with a unit (K, M, G)", shown="32M"
     )
     api_key: tuple[str, ...] = _setting(
         (), _texts, "One or more API keys; every path except /health requires one", shown="none"

@@ -26,6 +26,7 @@ from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
+from mlxproxy.preferences import Preferences
 from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
 from mlxproxy.settings import Settings
@@ -65,6 +66,8 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         SettingError: the key file is not as it should be.
     """
     instance = settings.instance
+    engines = engines or engines_of(settings)
+    preferences = Preferences(settings, engines[0].rules)
     access = Access(
         keys=settings.keys,
         origins=frozenset(it.lower().rstrip("/") for it in settings.allowed_origins),
@@ -90,7 +93,6 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         for log_file, record in zip(log_files, records, strict=True)
     ]
 
-    engines = engines or engines_of(settings)
     by_name = {engine.name: engine for engine in engines}
     roots = settings.models_root or (models_folder(),)
     catalog = catalog_of(settings, roots, engines)
@@ -121,7 +123,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         roots=roots,
         catalog=catalog,
         controller=controller,
-        selection=Selection(settings, by_name, catalog, controller, history),
+        selection=Selection(settings, by_name, catalog, controller, history, preferences),
         relay=Relay(settings.stall_timeout),
         access=access,
         bus=bus,

@@ -9,6 +9,27 @@ from mlxproxy.catalog.scanning import Fingerprint
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """Options of a backend process that are set for a model; None: the engine's own.
+
+    Attributes:
+        context: tokens of prompt and answer together, at most.
+        draft_model: path of a small model that guesses ahead.
+        adapter: path of an adapter that is fused in.
+        kv_bits: bits of a quantized key-value cache.
+        prompt_cache_bytes: memory for the prompts of earlier requests.
+        decode_concurrency: answers that are generated together.
+    """
+
+    context: int | None = None
+    draft_model: str | None = None
+    adapter: str | None = None
+    kv_bits: int | None = None
+    prompt_cache_bytes: int | None = None
+    decode_concurrency: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A model and the options it is loaded with; equal loads are the same process.
 
@@ -26,6 +47,7 @@ class ModelSpec:
     ttl: float | None = field(default=None, compare=False)
     adapters: frozenset[str] = frozenset()
     draft_models: frozenset[str] = frozenset()
+    tuning: Tuning = Tuning()
     files: Fingerprint | None = field(default=None, compare=False, repr=False)
     force: bool = field(default=False, compare=False)
     pin: bool = field(default=False, compare=False)
@@ -42,6 +64,12 @@ class ModelSpec:
     def needed_bytes(self) -> int:
         """Return the memory it takes: an estimate."""
         return self.model.needed_bytes
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens of prompt and answer together, as far as there is a limit."""
+        limits = (self.model.max_context_length, self.tuning.context)
+        return min((limit for limit in limits if limit), default=None)
 
     def is_met_by(self, loaded: ModelSpec) -> bool:
         """Whether a process that was started for `loaded` is what this load asks for."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -22,6 +24,7 @@ from mlxproxy.errors import (
     ProxyError,
 )
 from mlxproxy.guard import check
+from mlxproxy.preferences import Profile
 from mlxproxy.settings import seconds
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
@@ -46,6 +49,8 @@ def listing() -> Response:
     if not complete and not models:
         catalog.require_disk()
     items = _items([model for model in models if everything or model.loadable])
+    profiles = services().selection.profiles()
+    items += [_profile_item(profile, model) for profile, model in profiles]
     told = "true" if complete else "false"
     return _json(f'{{"object": "list", "complete": {told}, "data": [{", ".join(items)}]}}')
 
@@ -67,6 +72,11 @@ def _items(models: Iterable[Model]) -> list[str]:
             f'{model.encoded[:-1]}, "loaded": {is_loaded}, "state": "{now}", "fits": {fits}}}'
         )
     return items
+
+
+def _profile_item(profile: Profile, model: Model) -> str:
+    (item,) = _items([replace(model, id=profile.name)])
+    return f'{item[:-1]}, "profile_of": {json.dumps(model.id)}}}'
 
 
 def _json(text: str) -> Response:
@@ -91,7 +101,12 @@ def one(name: str) -> Response:
     """One model, by the same names as a load takes."""
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
-    return _json(_items([services().catalog.find(name)])[0])
+    selection = services().selection
+    profile = selection.profile(name)
+    model = services().catalog.find(profile.model if profile else name)
+    item = _profile_item(profile, model) if profile else _items([model])[0]
+    settings = json.dumps(selection.in_force(model, profile))
+    return _json(f'{item[:-1]}, "settings": {settings}}}')
 
 
 @blueprint.post("/load")

@@ -33,14 +33,19 @@ def _complete(kind: Kind) -> Response:
     parts = services()
     controller, relay, selection = parts.controller, parts.relay, parts.selection
     known = selection.expected(given.get("model"))
-    body = RequestBody(given, kind, known, selection.terms)
+    profile = selection.profile(given.get("model"))
+    body = RequestBody(given, kind, known, selection.terms_for(profile))
     fields = body.fields
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(fields, controller.has)
     lease = controller.lease(
-        client(), disconnect(), lambda: selection.named_spec(fields.get("model")), exclusive
+        client(),
+        disconnect(),
+        lambda: selection.named_spec(fields.get("model")),
+        exclusive,
+        selection.fallback,
     )
-    request = Request(PATHS[kind], body)
+    request = Request(PATHS[kind], body, profile.name if profile else None)
     if fields.get("stream") is True:
         response = streamed(relay.stream(lease, request, stats), stats)
     else:

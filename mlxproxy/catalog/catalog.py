@@ -32,7 +32,7 @@ log = logging.getLogger("mlxproxy.catalog")
 PATIENCE = 1.0  # seconds that a caller waits for a disk
 FIRST_PATIENCE = 5.0  # the same for a listing, where nothing has been read yet
 _GLANCE = 0.1  # the same, where the answer is needed more than its truth
-_FORMAT = 4  # of the cache file
+_FORMAT = 5  # of the cache file
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
 # Linux's PATH_MAX: a longer name is none of ours. Putting a text into normal form takes the square

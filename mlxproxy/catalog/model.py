@@ -79,6 +79,7 @@ class Model:
         kv_cache: what the context takes in memory.
         max_context_length: in tokens.
         vocab_size: token ids that exist.
+        sampling: fields of a request that has none of its own; empty: greedy.
         stale: its disk has not answered; this is what was known before.
         missing_root: the models folder it stands in, if that is not there now.
     """
@@ -101,6 +102,7 @@ class Model:
     max_context_length: int | None = None
     vocab_size: int | None = None
     capabilities: Capabilities = field(default_factory=Capabilities)
+    sampling: dict[str, float] = field(default_factory=dict)
     stale: bool = False
     missing_root: Path | None = None
 
@@ -146,6 +148,7 @@ class Model:
             "max_context_length": self.max_context_length,
             "vocab_size": self.vocab_size,
             "capabilities": self.capabilities.to_dict(),
+            "sampling": self.sampling,
             "stale": self.stale,
             "memory_bytes": self.needed_bytes,
         }

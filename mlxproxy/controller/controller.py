@@ -29,6 +29,7 @@ from mlxproxy.controller.state import (
     Effect,
     Emit,
     Event,
+    Fallback,
     Finish,
     Forget,
     Grant,
@@ -160,6 +161,7 @@ class Controller:
         disconnect: Disconnect,
         target: Callable[[], ModelSpec | None] = lambda: None,
         exclusive: bool = False,
+        fallback: Callable[[], Fallback] = Fallback,
     ) -> Lease:
         """Return a place for one request: granted at once if the model is there and a place free.
 
@@ -169,6 +171,8 @@ class Controller:
             target: finds the load for the model that the request names (None: whatever is
                 loaded). Called without the lock, and only where it matters.
             exclusive: whether the request must have the backend to itself.
+            fallback: finds what to load for a request that names no model while nothing is
+                loaded. Called without the lock, and only then.
 
         Raises:
             ShuttingDown, TooManyRequests.
@@ -185,6 +189,8 @@ class Controller:
         while not self._decide(enqueue, measured):
             lease.target, resolved = target(), True
             residents = self.residents()
+            if lease.target is None and not residents:
+                lease.fallback, lease.advice = fallback()
             if not residents or lease.target not in (None, *residents):
                 measured = self._measure()  # a load may come of it
         if isinstance(lease.error, TooManyRequests):

@@ -32,6 +32,11 @@ class History:
         """The model path and options that `PRELOAD=last` brings back."""
         return self._last
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no load has ever ended well."""
+        return not self._seconds and self._last is None
+
     def loaded(self, spec: ModelSpec, seconds: float) -> None:
         """The load succeeded after so many seconds."""
         with self._lock:

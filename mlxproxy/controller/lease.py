@@ -66,7 +66,7 @@ class Lease(state.Request):
         disconnect: Disconnect,
         exclusive: bool,
     ) -> None:
-        super().__init__(client, target, exclusive)
+        super().__init__(client, target, exclusive=exclusive)
         self.disconnect = disconnect
         self.granted = 0.0
         self.backend: state.Process | None = None

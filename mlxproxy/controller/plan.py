@@ -77,6 +77,10 @@ from mlxproxy.errors import (
 )
 
 RETRY_AFTER_SECONDS = 5
+NOTHING_LOADED_ADVICE = (
+    "Load one with POST /v1/models/load (GET /v1/models lists them), or name one of them as the "
+    "model."
+)
 MAX_LOADS = 4  # that one client may wait for at a time
 LEAST_ROOM = 8  # requests that may wait for loads at least, and for unloads at most
 
@@ -674,6 +678,7 @@ class Scheduler:
         )
         restored = (slot.restore for slot in former if slot.restore is not None)
         wanted = next((spec for spec in restored if self._suits(request, spec)), request.target)
+        wanted = wanted or request.fallback
         if wanted is None or policy.is_crash_loop(self.exits.get(wanted.path, ())):
             return None
         return wanted
@@ -1133,15 +1138,9 @@ class Scheduler:
                 f"{wanted.model_id} is not loaded, because it has crashed too often. Load it with "
                 "POST /v1/models/load to try again."
             )
-        if self.failure is not None:
-            return NoModelLoaded(
-                f"No model is loaded: {self.failure.reason} Load one with POST "
-                "/v1/models/load (GET /v1/models lists them)."
-            )
-        return NoModelLoaded(
-            "No model is loaded. Load one with POST /v1/models/load (GET /v1/models lists "
-            "them), or name one of them as the model."
-        )
+        advice = request.advice or NOTHING_LOADED_ADVICE
+        reason = "" if self.failure is None else f" {self.failure.reason}"
+        return NoModelLoaded(f"No model is loaded{':' if reason else '.'}{reason} {advice}")
 
     # -- slots
 

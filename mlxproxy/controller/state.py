@@ -166,12 +166,21 @@ class Process(Protocol):
         """Return its resident memory in bytes."""
 
 
+class Fallback(NamedTuple):
+    """What to load for a request that names no model while nothing is loaded, or what to do."""
+
+    spec: ModelSpec | None = None
+    advice: str = ""
+
+
 @dataclass(eq=False)
 class Request:
     """A request's place: first in the queue, then on a slot, until it is released.
 
     Attributes:
         target: what it names, if that is a model we have; None: whatever is loaded.
+        fallback: what to load for it if nothing is loaded and nothing is to be restored.
+        advice: what its client can do if there is nothing to load, as a sentence.
         exclusive: whether it must have its slot to itself.
         turn: see `policy.next_in_turn`.
         slot: where it was granted; None before.
@@ -180,6 +189,8 @@ class Request:
 
     client: str
     target: ModelSpec | None = None
+    fallback: ModelSpec | None = None
+    advice: str = ""
     exclusive: bool = False
     since: float = 0.0
     turn: int = 0

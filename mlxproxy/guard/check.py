@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from mlxproxy.errors import ContextLengthExceeded, InvalidRequest
 from mlxproxy.guard import shapes
+from mlxproxy.guard.defaults import completed
 from mlxproxy.guard.shapes import DROP, Limits, Shape
 
 Kind = Literal["chat", "text"]
@@ -48,13 +50,16 @@ class Rules:
 
 
 class Terms(NamedTuple):
-    """What a request may say to what answers it."""
+    """What a request may say to what answers it, and what it is given that it does not say."""
 
     rules: Mapping[Kind, Rules]
     limits: Limits
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def check(self, body: object, kind: Kind) -> dict[str, Any]:
         """Return a new request body that the backend takes and survives; see :func:`check`."""
+        if self.defaults and isinstance(body, dict):
+            body = completed(body, self.defaults, kind)
         return check(body, self.rules[kind], self.limits)
 
 

@@ -201,7 +201,7 @@ class House:
     def request(
         self, name: str | None = None, client: str = "someone", exclusive: bool = False
     ) -> Request:
-        request = Request(client, model_spec(name) if name else None, exclusive)
+        request = Request(client, model_spec(name) if name else None, exclusive=exclusive)
         self.do(lambda now: self.core.on_request(request, now))
         self.requests.append(request)
         return request

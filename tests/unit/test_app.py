@@ -71,7 +71,9 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         relay=scene.relay,
         selection=SimpleNamespace(
             expected=lambda name: None,
-            terms=lambda spec: Terms(RULES, Limits(frozenset())),
+            profile=lambda name: None,
+            fallback=lambda: None,
+            terms_for=lambda profile: lambda spec: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(
                 is_exclusive=lambda fields, has: False, unmet=lambda *_: ()
             ),

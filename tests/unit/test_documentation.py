@@ -180,7 +180,7 @@ def test_each_setting_says_what_kind_of_value_it_takes() -> None:
         "--proxy-port": "PORT",
         "--max-queue": "INTEGER",
         "--enable-thinking": "true|false",
-        "--model-selection": "loaded|requested",
+        "--model-selection": "requested|loaded",
         "--idle-ttl": "DURATION",
         "--max-body": "SIZE",
         "--api-key-file": "PATH",

@@ -74,7 +74,7 @@ def test_models_root_takes_one_or_several_folders(
         ("MEMORY_BUDGET", "101%", "a size such as 24GB, or a percentage"),
         ("MEMORY_BUDGET", "much", "a size such as 24GB, or a percentage"),
         ("ENABLE_THINKING", "maybe", "true or false"),
-        ("MODEL_SELECTION", "any", "loaded or requested"),
+        ("MODEL_SELECTION", "any", "requested or loaded"),
         ("LOG_LEVEL", "LOUD", "DEBUG or INFO"),
         ("PROXY_HOST", "no such host", "an address of this machine"),
         ("API_KEY", "with\nnewline", "one value or several"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
-from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.backend.spec import ModelSpec, Tuning
 from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
 from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.link import Link
@@ -53,9 +53,10 @@ class MlxLm:
         """
         start = program.program_command(program.server_program(self._server_bin))
         inside = program.is_inside(start)
+        cache = spec.tuning.prompt_cache_bytes
         environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         if inside:
-            options = {"context": spec.model.max_context_length}
+            options = {"context": spec.max_context}
             environment[INSIDE_OPTIONS] = json.dumps(options)
         return Command(
             argv=(
@@ -66,7 +67,8 @@ class MlxLm:
                 # Its own default is 512, which ends an answer of today's models in mid-thought.
                 *("--max-tokens", str(self._longest_answer(spec))),
                 # Without it, ten prompts of whatever length are kept (mlx-lm issue 1390).
-                *("--prompt-cache-bytes", str(self._cache_bytes(spec.needed_bytes))),
+                *("--prompt-cache-bytes", str(cache or self._cache_bytes(spec.needed_bytes))),
+                *_tuning(spec.tuning),
                 "--chat-template-args",
                 json.dumps({"enable_thinking": spec.enable_thinking}),
             ),
@@ -104,5 +106,21 @@ class MlxLm:
         return program.examine(self._server_bin)
 
     def _longest_answer(self, spec: ModelSpec) -> int:
-        context = spec.model.max_context_length
+        context = spec.max_context
         return min(self._max_tokens, context or self._max_tokens)
+
+
+def _tuning(tuning: Tuning) -> list[str]:
+    """Return the options that are set for a model, beside those that every command line has."""
+    options = {
+        "--draft-model": tuning.draft_model,
+        "--adapter-path": tuning.adapter,
+        "--kv-bits": tuning.kv_bits,
+        "--decode-concurrency": tuning.decode_concurrency,
+    }
+    return [
+        word
+        for option, value in options.items()
+        if value is not None
+        for word in (option, str(value))
+    ]

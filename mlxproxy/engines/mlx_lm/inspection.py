@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxproxy.catalog.layout import CONFIG, DIFFUSERS, INDEX, MODELOPT, Folder
 from mlxproxy.catalog.model import Capabilities, Model
+from mlxproxy.catalog.sampling import sampling
 from mlxproxy.catalog.weights import Quantization, read_headers
 from mlxproxy.engines.mlx_lm.capabilities import TokenizerFiles, capabilities
 from mlxproxy.engines.mlx_lm.kvcache import kv_cache, number
@@ -155,6 +156,7 @@ class _Reading:
         values = {**self._architecture.defaults, **text.defaults, **self._text}
         windowed = self._architecture.makes_cache and (self._architecture.windowed or text.windowed)
         architecture = self._config.get("model_type")
+        vocab_size = number(values, "vocab_size")
         return replace(
             self._model,
             type=kind,
@@ -166,8 +168,9 @@ class _Reading:
             weights_bytes=weights.memory,
             kv_cache=kv_cache(values, text.name, windowed=windowed),
             max_context_length=number(self._text, *_CONTEXT),
-            vocab_size=number(values, "vocab_size"),
+            vocab_size=vocab_size,
             capabilities=capable,
+            sampling=sampling(self._folder.path, self._folder.sizes, vocab_size),
         )
 
     def _type(self) -> str:
@@ -182,8 +185,8 @@ class _Reading:
             return "embedding"
         if self._config.get("vision_config") or self._config.get("vision_tower"):
             return "vlm"
-        answers_probe = self._known or "ForCausalLM" in architectures
-        return "llm" if answers_probe else "unknown"
+        generates = self._known or "ForCausalLM" in architectures
+        return "llm" if generates else "unknown"
 
     def _has_more_than_text(self) -> bool:
         parts = ("text_config", "vision_config", "audio_config")
