@@ -1,4 +1,4 @@
-"""The command line: each command parses, calls and prints; what it does is in `commands`.
+"""The command line: each command parses its options and calls the function in `commands`.
 
 A command imports what it needs when it runs, so that `mlxproxy --version` answers at once.
 """
@@ -23,7 +23,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
 
 class Commands(click.Group):
-    """The group of all commands: Ctrl-C ends any of them without a word."""
+    """The group of all commands. Ctrl-C ends any of them without a message."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -84,7 +84,7 @@ def _given(flags: dict[str, str | None]) -> dict[str, str]:
 
 
 def _server(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --host and --key, and hands the command the client for them."""
+    """Add --host and --key to a command, and pass it the client for them."""
 
     @click.option(
         "--host",
@@ -106,7 +106,7 @@ def _server(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _models(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
-    """For the shell's completion."""
+    """Return the names of models that begin so, for the shell's completion."""
     from mlxproxy.commands import ls
 
     return ls.completions(ctx.params.get("host"), ctx.params.get("key"), begun)

@@ -34,7 +34,7 @@ class CannotServe(Exception):
 
 
 def serve(settings: Settings, engines: Sequence[Engine] = ()) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM.
 
     Args:
         engines: the kinds of backends; none: those that there are.
@@ -110,7 +110,7 @@ def _unusable(settings: Settings, error: OSError) -> CannotServe:
 
 
 def with_models(settings: Settings) -> Settings:
-    """The settings with a models folder that has a model: LM Studio's, or the demo's besides.
+    """Return the settings with a models folder: LM Studio's, the demo model's, or both.
 
     The demo model comes only where no folder is set and LM Studio has no MLX model here. A folder
     of LM Studio's that is missing outside the home folder is a disk that is not mounted yet.
@@ -134,7 +134,7 @@ def with_models(settings: Settings) -> Settings:
 
 
 def _may_have_models(folder: Path, settings: Settings) -> bool:
-    """Whether it has an MLX model, or is so slow or so full that it cannot be told at once."""
+    """Return whether it has an MLX model, or is too slow or too full to tell right away."""
     catalog = catalog_of(settings, (folder,))
     found = any(model.compatibility_type == "mlx" for model in catalog.models())
     return found or not catalog.known

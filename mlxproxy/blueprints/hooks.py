@@ -33,6 +33,7 @@ from mlxproxy.errors import (
     ProxyError,
     RequestTooLarge,
 )
+from mlxproxy.observability import logs
 from mlxproxy.relay.relay import Stream
 from mlxproxy.relay.statistics import AnswerStats
 from mlxproxy.server.head import LONGEST_METHOD
@@ -250,7 +251,8 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         if log.isEnabledFor(level):
             shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
-            log.log(level, "%s", shown.encode("unicode_escape").decode())  # one line, whatever
+            line = shown.encode("unicode_escape").decode()  # one line, whatever
+            log.log(level, "%s", line, extra={logs.REQUEST: facts})
 
     return record
 

@@ -1,4 +1,4 @@
-"""The commands' way to a server: requests, server-sent events, and errors in one sentence."""
+"""The commands' HTTP client: requests, server-sent events, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unreachable(ClientError):
 
 
 class Refused(ClientError):
-    """The server's own error.
+    """An error that the server answered with.
 
     Attributes:
         code: the contract's name for it, such as ``model_not_found``.
@@ -59,7 +59,7 @@ class Event(NamedTuple):
     data: str
 
     def json(self) -> dict[str, Any]:
-        """The data as an object; an empty one if it is none."""
+        """Return the data as an object; an empty one if it is not an object."""
         try:
             value = json.loads(self.data)
         except ValueError:
@@ -68,12 +68,12 @@ class Event(NamedTuple):
 
 
 class Client:
-    """A server, as its address and key.
+    """The client of one server.
 
     Args:
         url: without a slash at its end.
         key: the API key, if it needs one.
-        is_own: it is the one that this machine's settings describe.
+        is_own: whether it is the server that this machine's settings describe.
     """
 
     def __init__(self, url: str, key: str | None = None, is_own: bool = False) -> None:
@@ -87,7 +87,7 @@ class Client:
             self._session.headers["Authorization"] = f"Bearer {key}".encode()
 
     def get(self, path: str) -> dict[str, Any]:
-        """The JSON object at a path.
+        """Return the JSON object at a path.
 
         Raises:
             ClientError: no server, or it refuses.
@@ -95,7 +95,7 @@ class Client:
         return self._object(self._send("GET", path, None, READ, stream=False))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a JSON body, however long it takes.
+        """Return the answer to a JSON body, however long it takes.
 
         Raises:
             ClientError: no server, or it refuses.
@@ -103,7 +103,7 @@ class Client:
         return self._object(self._send("POST", path, body, None, stream=False))
 
     def text(self, path: str) -> str:
-        """The text at a path.
+        """Return the text at a path.
 
         Raises:
             ClientError: no server, or it refuses.
@@ -113,7 +113,7 @@ class Client:
     def events(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> Generator[Event, None, None]:
-        """The events of a stream, as they come.
+        """Yield the events of a stream as they arrive.
 
         Raises:
             ClientError: no server, it refuses, or the connection breaks.
@@ -186,7 +186,7 @@ class Client:
 
 
 def connect(host: str | None, key: str | None) -> Client:
-    """The client for the server that is meant: nothing is sent yet.
+    """Return the client for the server that is meant; send nothing yet.
 
     Args:
         host: a name or address, one with a port, or a URL; None: the server of this machine, as

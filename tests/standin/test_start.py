@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from mlxproxy.server import server
 from mlxproxy.settings import Settings
@@ -104,3 +105,22 @@ def test_a_start_says_a_missing_folder_once_and_fits_80_columns(
     assert said.count(str(folder)) == 1
     sentences = [line for line in said.splitlines() if str(folder) not in line]
     assert max(map(len, sentences)) <= 80
+
+
+def test_a_request_is_one_short_line_at_the_terminal(
+    terminal: Callable[..., Terminal], models: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    env = environment(
+        tmp_path,
+        MLXPROXY_MODELS_ROOT=str(models),
+        MLXPROXY_PROXY_HOST="127.0.0.1",
+        MLXPROXY_PROXY_PORT=str(port),
+        MLXPROXY_MLX_BACKEND_PORT=str(free_port()),
+    )
+    screen = terminal("serve", env=env)
+    screen.expect("To chat, type in another terminal:")
+    assert requests.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).ok
+    screen.expect(" 127.0.0.1 GET /v1/models 200 0.")
+    screen.interrupt()
+    assert screen.wait() == 0
