@@ -62,6 +62,27 @@ class InvalidRequest(_ClientError):
     code = "invalid_request"
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt does not fit; clients shorten it when they see OpenAI's code for that."""
+
+    code = "context_length_exceeded"
+
+    @classmethod
+    def of(cls, prompt: str, context: int, param: str | None = None) -> ContextLengthExceeded:
+        """Return the error in the words by which clients recognise it.
+
+        Args:
+            prompt: how long it is: "12 tokens", "more than 100 tokens".
+            context: tokens that the model can take.
+            param: the request's field with the prompt.
+        """
+        return cls(
+            f"This model's maximum context length is {context} tokens, but the prompt has "
+            f"{prompt}. Send less.",
+            param=param,
+        )
+
+
 class InvalidApiKey(_ClientError):
     status = 401
     code = "invalid_api_key"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlxproxy.backend.lock import AlreadyRunning
+from mlxproxy.backend.protocol import Engine
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import is_loopback
 from mlxproxy.blueprints.services import Services
@@ -29,8 +31,11 @@ class CannotServe(Exception):
     """Why the proxy does not start, in a sentence for the user."""
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, engines: Sequence[Engine] = ()) -> None:
     """Serves until SIGINT or SIGTERM.
+
+    Args:
+        engines: the kinds of backends; none: those that there are.
 
     Raises:
         CannotServe: the address or the backend port is taken, the instance folder is unusable, or
@@ -39,10 +44,10 @@ def serve(settings: Settings) -> None:
     """
     allocator.return_what_is_free()
     with logs.unwaited():
-        _serve(settings)
+        _serve(settings, engines)
 
 
-def _serve(settings: Settings) -> None:
+def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
     logs.to_terminal(settings.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
     try:
@@ -51,7 +56,7 @@ def _serve(settings: Settings) -> None:
         raise CannotServe(str(error)) from None
     settings = with_models(settings)
     try:
-        proxy = build(settings)
+        proxy = build(settings, engines)
     except AlreadyRunning as error:
         raise CannotServe(str(error)) from None
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ class Selection:
     """Names, as clients and settings write them, and the models that they mean."""
 
     settings: Settings
-    engine: Engine
+    engines: Mapping[str, Engine]  # by their names, the preferred one first
     catalog: Catalog
     controller: Controller
     history: History
@@ -65,6 +65,10 @@ class Selection:
         except (ModelNotFound, ModelsRootUnavailable):
             return None
 
+    def engine_of(self, spec: ModelSpec | None) -> Engine:
+        """Return the engine of this model; None: the preferred one."""
+        return self.engines[spec.model.engine] if spec else next(iter(self.engines.values()))
+
     def resident(self, name: object) -> ModelSpec | None:
         """Return the loaded model with that id or path."""
         loaded = self.controller.residents()
@@ -92,7 +96,7 @@ class Selection:
 
     def terms(self, spec: ModelSpec | None) -> Terms:
         """Return what a request to this model may say; None: to any, as far as that is known."""
-        return Terms(self.engine.rules, self._limits(spec))
+        return Terms(self.engine_of(spec).rules, self._limits(spec))
 
     def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)

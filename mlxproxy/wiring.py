@@ -18,10 +18,10 @@ from mlxproxy.blueprints.auth import Access, own_names
 from mlxproxy.blueprints.budget import Budget
 from mlxproxy.blueprints.services import Services
 from mlxproxy.catalog import Catalog
+from mlxproxy.catalog.inspector import Inspectors
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
-from mlxproxy.engines.mlx_lm import program
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
@@ -55,7 +55,7 @@ class Proxy:
 
 
 def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
-    """All parts for these settings; takes the backend ports.
+    """Return all parts for these settings; take the backend ports.
 
     Args:
         engines: the kinds of backends; none: those of :func:`engines_of`.
@@ -90,13 +90,15 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         for log_file, record in zip(log_files, records, strict=True)
     ]
 
-    (engine,) = engines or engines_of(settings)
+    engines = engines or engines_of(settings)
+    by_name = {engine.name: engine for engine in engines}
     roots = settings.models_root or (models_folder(),)
-    catalog = catalog_of(settings, roots)
+    catalog = catalog_of(settings, roots, engines)
 
     def launch(slot: int, spec: ModelSpec, on_end: Callable[[str], None]) -> Backend:
         address = Address("127.0.0.1", ports[slot])
-        return Backend(as_it_is_now(spec, catalog), engine, address, configs[slot], on_end)
+        spec = as_it_is_now(spec, catalog)
+        return Backend(spec, by_name[spec.model.engine], address, configs[slot], on_end)
 
     def emit(event: Event) -> None:
         metrics.event(event)
@@ -119,7 +121,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         roots=roots,
         catalog=catalog,
         controller=controller,
-        selection=Selection(settings, engine, catalog, controller, history),
+        selection=Selection(settings, by_name, catalog, controller, history),
         relay=Relay(settings.stall_timeout),
         access=access,
         bus=bus,
@@ -139,10 +141,14 @@ def memory_of(settings: Settings) -> Memory:
     return Memory(settings.memory_budget, settings.slots)
 
 
-def catalog_of(settings: Settings, roots: Sequence[Path]) -> Catalog:
+def inspector_of(engines: Sequence[Engine]) -> Inspectors:
+    """What reads model folders for these engines."""
+    return Inspectors([engine.inspector for engine in engines])
+
+
+def catalog_of(
+    settings: Settings, roots: Sequence[Path], engines: Sequence[Engine] = ()
+) -> Catalog:
     """The catalogue of these folders, with what earlier starts have read of them."""
-    return Catalog(
-        roots,
-        cache_file=settings.instance.catalog,
-        mlx_lm=program.package_of(settings.mlx_server_bin),
-    )
+    inspector = inspector_of(engines or engines_of(settings))
+    return Catalog(roots, inspector, cache_file=settings.instance.catalog)

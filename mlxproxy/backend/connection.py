@@ -122,7 +122,7 @@ class BackendConnection:
 
     Args:
         address: where the backend answers.
-        interval: seconds of silence after which a read or a write raises :class:`Silence`.
+        interval: seconds of silence after which a read or a write raises :class:`ReadTimeout`.
         lets_go: whether the backend, once our side is shut, ends the request and then closes the
             connection; otherwise nobody can tell when its place is free.
         connect_seconds: for which a backend may not accept; None: see CONNECT_SECONDS.
@@ -178,15 +178,16 @@ class BackendConnection:
     def read_head(self) -> None:
         """Waits for the status line and the headers (names in lower case).
 
-        May be called again after a :class:`Silence`.
+        May be called again after a :class:`ReadTimeout`.
 
         Raises:
-            Silence: nothing was taken, or the head did not come to its end, for the interval.
+            ReadTimeout: nothing was taken, or the head did not come to its end, for the interval.
             BackendFailed: the connection ended before the head, or it is not HTTP.
         """
         try:
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
+            self._unsent = memoryview(b"")  # an empty view would keep all of the body in memory
         except BlockingIOError:
             raise ReadTimeout from None
         except OSError as error:
@@ -251,7 +252,7 @@ class BackendConnection:
         connection.
 
         Raises:
-            Silence: nothing came for the interval.
+            ReadTimeout: nothing came for the interval.
             BackendFailed: what came are no chunks, where there should be some.
         """
         if self._frame is not None:

@@ -6,11 +6,12 @@ mlxproxy starts, watches, asks and stops a process through what stands here, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.catalog.inspector import Inspector
 from mlxproxy.errors import ProxyError
 from mlxproxy.guard.check import Kind, Rules
 
@@ -20,6 +21,13 @@ class Address(NamedTuple):
 
     host: str
     port: int
+
+
+class Unmet(NamedTuple):
+    """A field that is not honoured, and what that means, as a sentence in ASCII."""
+
+    field: str
+    sentence: str
 
 
 class Link(Protocol):
@@ -208,6 +216,10 @@ class Engine(Protocol):
         """Its program, as users know it."""
 
     @property
+    def inspector(self) -> Inspector:
+        """Finds out which models it can load, and what they need in memory."""
+
+    @property
     def health(self) -> Probe:
         """Finds out whether a process can still generate, without generating. What does not answer
         it at all is not judged by it."""
@@ -258,6 +270,19 @@ class Engine(Protocol):
         """Return whether a checked request must have a process to itself.
 
         Args:
+            has: whether a feature is armed in the process.
+        """
+
+    def unmet(
+        self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
+    ) -> Iterable[Unmet]:
+        """Return what of a checked request the answer does without.
+
+        Only what is certainly wrong is refused (:attr:`rules`). What is left to chance, or rests on
+        a guess from the model's files, is answered, and the client is told.
+
+        Args:
+            spec: what answers it.
             has: whether a feature is armed in the process.
         """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from mlxproxy.blueprints import health, hooks, models, observe, openai
+from mlxproxy.blueprints import front, health, hooks, models, observe, openai
 from mlxproxy.blueprints.services import Services
 
 
@@ -18,9 +18,13 @@ def create_app(services: Services) -> Flask:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body
     app.url_map.merge_slashes = False  # which answers with a redirect, in HTML
+    app.url_map.strict_slashes = False  # the same; a slash at the end means nothing
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     hooks.install(app)
-    for module in (health, models, openai, observe):
+    for module in (front, health, models, openai, observe):
         app.register_blueprint(module.blueprint)
+    # For clients whose base URL lacks the /v1.
+    app.register_blueprint(openai.blueprint, name="chat_without_v1", url_prefix="/")
+    app.register_blueprint(models.blueprint, name="models_without_v1", url_prefix="/models")
     return app

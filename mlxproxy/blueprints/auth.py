@@ -81,11 +81,16 @@ class Access:
         )
 
     def allows(self, origin: str, host: str) -> bool:
-        """Whether pages of this origin may call: this machine's, this proxy's own, those set."""
+        """Whether pages of this origin may call: this machine's, this proxy's own, an app's, those
+        set."""
         origin = origin.lower()
         if "*" in self.origins or origin in self.origins:
             return True
-        match = _ORIGIN.fullmatch(origin) if len(origin) <= _LONGEST_ORIGIN else None
+        if len(origin) > _LONGEST_ORIGIN:
+            return False
+        if _APP_ORIGIN.fullmatch(origin):
+            return True
+        match = _ORIGIN.fullmatch(origin)
         if match is None:
             return False
         return self._is_this_machine(match[2] or match[3]) or match[1] == host.lower()
@@ -123,6 +128,11 @@ _NAME = r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*"
 _HOST = re.compile(rf"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|({_NAME})\.?)(?::[0-9]{{0,5}})?", re.ASCII)
 # A browser's own writing of an origin (HTML, "ASCII serialisation"), and nothing else.
 _ORIGIN = re.compile(rf"https?://((?:\[([0-9a-f:.]+)\]|({_NAME}))(?::[0-9]{{1,5}})?)")
+# Apps that are made of pages have these schemes to themselves: a browser opens nothing under them,
+# so no page of the web has such an origin. A local file and a sandboxed page of any site are
+# ``null`` or ``file://``; a browser's extensions are others' code as well.
+_APP_SCHEMES = ("app", "capacitor", "ionic", "tauri", "vscode-file", "vscode-webview")
+_APP_ORIGIN = re.compile(rf"(?:{'|'.join(_APP_SCHEMES)})://{_NAME}")
 _LONGEST_HOST = 255 + len(":65535")  # RFC 1035, 2.3.4
 _LONGEST_ORIGIN = len("https://") + _LONGEST_HOST
 

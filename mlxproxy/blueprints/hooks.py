@@ -20,6 +20,7 @@ from werkzeug.exceptions import (
 )
 
 from mlxproxy import sse
+from mlxproxy.backend.protocol import Unmet
 from mlxproxy.blueprints.auth import LINKED_PATHS
 from mlxproxy.blueprints.services import services
 from mlxproxy.disconnect import Disconnect
@@ -128,6 +129,16 @@ class _Recorded:
             self._record(200, self._stats)
 
 
+def warn(warnings: Iterable[Unmet]) -> None:
+    """Tell the client, in a header, what its answer is without, and the log which fields that are.
+
+    To be called once for a request.
+    """
+    if found := tuple(warnings):
+        g.warnings = " ".join(f"{one.field}: {one.sentence}" for one in found)
+        g.who["unmet"] = ",".join(one.field for one in found)
+
+
 def install(app: Flask) -> None:
     """Adds all of this to the application."""
     inner = app.wsgi_app
@@ -184,14 +195,27 @@ def _is_followed_link(asked: Request) -> bool:
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
     headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    if (warnings := g.get("warnings")) is not None:
+        headers["X-Mlxproxy-Warning"] = warnings
     origin = environ.get("HTTP_ORIGIN")
     if origin is not None:
         headers.add("Vary", "Origin")
         if services().access.allows(origin, environ[HOST]):
             _share(response, origin)
     if not response.is_streamed:
+        _end_line(response)
         recorder()(response.status_code, g.get("stats"))
     return response
+
+
+def _end_line(response: Response) -> None:
+    """End JSON with a line feed, so that a terminal's prompt begins a line."""
+    parts = response.response
+    if response.mimetype != "application/json" or not isinstance(parts, list) or not parts:
+        return
+    if not parts[-1].endswith(b"\n"):
+        parts.append(b"\n")  # without a copy of a long answer
+        response.content_length = sum(map(len, parts))
 
 
 def _share(response: Response, origin: str) -> None:
@@ -199,7 +223,7 @@ def _share(response: Response, origin: str) -> None:
     headers = response.headers
     headers["Access-Control-Allow-Origin"] = origin
     headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-    headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+    headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Mlxproxy-Warning, Retry-After"
     if request.method == "OPTIONS":
         headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
         headers["Access-Control-Allow-Headers"] = request.headers.get(

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, request
 from mlxproxy import sse
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
-from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, warn
 from mlxproxy.blueprints.services import services
 from mlxproxy.catalog import LONGEST_NAME
 from mlxproxy.catalog.model import Model
@@ -100,6 +100,9 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     body = _body()
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
+    if (thinking := body.get("enable_thinking")) is not None:
+        asked = {"chat_template_kwargs": {"enable_thinking": thinking}}
+        warn(services().selection.engine_of(wanted).unmet(asked, wanted, lambda _: True))
     parts = services()
     controller, claim = parts.controller, Claim(client(), waits=wait)
     controller.load(wanted, claim)

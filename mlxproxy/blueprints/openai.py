@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, g
 
-from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed, warn
 from mlxproxy.blueprints.services import services
 from mlxproxy.guard.check import Kind
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
+from mlxproxy.relay.relay import Stream
 from mlxproxy.relay.statistics import AnswerStats
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
@@ -32,14 +33,24 @@ def _complete(kind: Kind) -> Response:
     given = json_body()
     parts = services()
     controller, relay, selection = parts.controller, parts.relay, parts.selection
-    body = RequestBody(given, kind, selection.expected(given.get("model")), selection.terms)
+    known = selection.expected(given.get("model"))
+    body = RequestBody(given, kind, known, selection.terms)
     fields = body.fields
     stats = g.stats = AnswerStats()
-    exclusive = selection.engine.is_exclusive(fields, controller.has)
+    exclusive = selection.engine_of(known).is_exclusive(fields, controller.has)
     lease = controller.lease(
         client(), disconnect(), lambda: selection.named_spec(fields.get("model")), exclusive
     )
     request = Request(PATHS[kind], body)
+    answer: Stream | bytes
     if fields.get("stream") is True:
-        return streamed(relay.stream(lease, request, stats), stats)
-    return Response(relay.whole(lease, request, stats), mimetype="application/json")
+        answer = relay.stream(lease, request, stats)
+    else:
+        answer = relay.whole(lease, request, stats)
+    backend = lease.backend  # not there yet, where the wait for it is long
+    if (spec := backend.spec if backend else lease.target or known) is not None:
+        has = backend.has if backend else lambda _: True
+        warn(selection.engine_of(spec).unmet(fields, spec, has))
+    if isinstance(answer, bytes):
+        return Response(answer, mimetype="application/json")
+    return streamed(answer, stats)

@@ -1,8 +1,8 @@
 """What is on disk: every model in the folders, and the truth about each.
 
-`catalog` keeps the list, with one `shelf` for each folder and its `scanning`; `inspection` puts
-together what the files of one model tell (`weights`, `kvcache`, `template`, `capabilities`), by
-mlx-lm's own tables (`mlxlm`); `memory` estimates whether it fits.
+`catalog` keeps the list, with one `root_scanner` for each folder and its `scanning`. What a model
+can do, whether it can be loaded and what it needs is for the engines to say (`inspector`), with the
+help of what reads files here (`weights`, `template`).
 """
 
 from mlxproxy.catalog.catalog import LONGEST_NAME, Catalog

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy import __version__
-from mlxproxy.catalog.inspection import Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.inspector import Inspector
 from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.root_scanner import RootScanner
 from mlxproxy.catalog.scanning import Entry, Identity, Snapshot, scan
@@ -33,7 +32,7 @@ log = logging.getLogger("mlxproxy.catalog")
 PATIENCE = 1.0  # seconds that a caller waits for a disk
 FIRST_PATIENCE = 5.0  # the same for a listing, where nothing has been read yet
 _GLANCE = 0.1  # the same, where the answer is needed more than its truth
-_FORMAT = 2  # of the cache file
+_FORMAT = 4  # of the cache file
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
 # Linux's PATH_MAX: a longer name is none of ours. Putting a text into normal form takes the square
@@ -49,9 +48,8 @@ class Catalog:
 
     Args:
         roots: folders, in order of precedence; they need not exist yet.
+        inspect: reads a model folder, for all engines.
         cache_file: keeps what was read, so that the next start need not read it again.
-        mlx_lm: the package folder of the mlx-lm that the backend runs; None for the one that
-            this Python would import.
         patience: seconds that a call waits for the disks before it answers with what was known.
         first_patience: seconds for which the first reading may last before nobody waits for it.
     """
@@ -59,18 +57,16 @@ class Catalog:
     def __init__(
         self,
         roots: Sequence[Path],
+        inspect: Inspector,
         *,
         cache_file: Path | None = None,
-        mlx_lm: Path | None = None,
         patience: float = PATIENCE,
         first_patience: float = FIRST_PATIENCE,
     ) -> None:
-        tables = MlxLm(mlx_lm)
-        inspect = Inspector(tables)
         self._patience = patience
         self._first_patience = first_patience
         self._cache_file = cache_file
-        self._fingerprint = f"{__version__}:{_FORMAT}:{tables.fingerprint}"
+        self._fingerprint = f"{__version__}:{_FORMAT}:{inspect.fingerprint}"
         self._saving = threading.Lock()
         self._merging = threading.Lock()
         self._listing = _Listing()

@@ -9,11 +9,52 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.catalog.capabilities import Capabilities
-from mlxproxy.catalog.kvcache import KVCache
 from mlxproxy.errors import ModelsRootUnavailable, ModelUnusable
 
 DEFAULT_CONTEXT = 8192  # tokens: a conversation, where nobody says how long it will be
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a client can ask of a model.
+
+    Attributes:
+        tools: the backend tells tool calls apart from text.
+        vision: the backend gives the model images.
+        thinking: the model thinks, or can.
+        thinking_default: whether its template has it think when nothing is said; None if that
+            cannot be told, or it never thinks.
+        thinking_switch: `enable_thinking` changes that.
+    """
+
+    tools: bool = False
+    vision: bool = False
+    thinking: bool = False
+    thinking_default: bool | None = None
+    thinking_switch: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of a model's listing."""
+        return vars(self).copy()
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The growth of a cache, in bytes.
+
+    Attributes:
+        per_token: of the layers that remember everything.
+        windowed_per_token: of the layers that remember the last `window` tokens.
+        window: in tokens.
+    """
+
+    per_token: int
+    windowed_per_token: int = 0
+    window: int = 0
+
+    def bytes(self, context: int) -> int:
+        """The size for a context of that many tokens."""
+        return self.per_token * context + self.windowed_per_token * min(context, self.window)
 
 
 @dataclass(frozen=True)
@@ -27,7 +68,8 @@ class Model:
         type: ``llm``, ``vlm``, ``embedding``, ``reranker``, ``image``, ``adapter`` or ``unknown``.
         compatibility_type: ``mlx``, ``gguf`` or ``unknown``.
         created: when its config last changed, in Unix seconds.
-        loadable: the backend can load it, as far as its files tell.
+        engine: the name of the engine that serves it, or that says why it cannot.
+        loadable: that engine can load it, as far as its files tell.
         reason: if it cannot, why, as a sentence.
         architecture: the config's ``model_type``.
         quantization: ``name``, ``bits`` and ``group_size``; with ``mixed`` the bits that occur.
@@ -47,6 +89,7 @@ class Model:
     type: str = "unknown"
     compatibility_type: str = "unknown"
     created: int = 0
+    engine: str = ""
     loadable: bool = False
     reason: str | None = None
     architecture: str | None = None

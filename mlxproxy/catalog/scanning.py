@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from mlxproxy.catalog.capabilities import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from mlxproxy.catalog.inspection import CONFIG, DIFFUSERS, MODELOPT, Folder
+from mlxproxy.catalog.layout import (
+    CONFIG,
+    DIFFUSERS,
+    INDEX,
+    MODELOPT,
+    TEMPLATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Folder,
+)
 from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.weights import INDEX
 from mlxproxy.files import Unreadable, read_text
 
 # A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
@@ -37,7 +44,7 @@ _HUB = re.compile(r"models--(.+)")  # a Hugging Face cache: models--org--name/sn
 _NO_MODELS = ("datasets--", "spaces--", "__pycache__")
 _REVISION = re.compile(r"\w+")
 
-# What mlx-lm reads of a model: the endings that it downloads (mlx_lm.utils.DEFAULT_ALLOW_PATTERNS).
+# What is read of a model: the endings of the files that mlx-lm and mlx-vlm download.
 _READ = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jsonl", ".jinja")
 
 Signature = tuple[int, int, int]  # modified and changed, in nanoseconds; size in bytes

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxproxy.catalog.layout import INDEX
 from mlxproxy.files import MB, Unreadable, open_regular, read_object
 
-INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * MB  # fifty times that of the largest models
 MAX_INDEX = 32 * MB
 
-# A set is complete when all its numbers are there; mlx-lm itself does not look at the index.
+# A set is complete when all its numbers are there, whatever its index says.
 _NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
@@ -30,7 +30,7 @@ _BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)
 _BITS |= dict.fromkeys(("U32", "I32", "F32"), 32)
 _BITS |= dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
 
-# Tensors that describe how others are packed, in the formats that mlx-lm reads.
+# Tensors that describe how others are packed, in the formats that MLX reads.
 _ABOUT_PACKING = frozenset(
     [
         "biases",
@@ -46,20 +46,6 @@ _ABOUT_PACKING = frozenset(
         "weight_shape",
         "weight_zero_point",
     ]
-)
-# Parts of multi-modal and multi-token models that mlx-lm drops before it loads a tensor.
-_LEFT_OUT = (
-    "vision_tower.",
-    "vision_model.",
-    "vision_embedder.",
-    "visual.",
-    "multi_modal_projector.",
-    "mm_projector.",
-    "patch_merge_mlp.",
-    "audio_tower.",
-    "embed_audio.",
-    "embed_vision.",
-    "mtp.",
 )
 Header = dict[str, dict[str, Any]]
 
@@ -103,21 +89,26 @@ class Weights:
 
 
 def read_headers(
-    folder: str, files: Sequence[str], packing: Quantization, *, leaves_out: bool, indexed: bool
+    folder: str,
+    files: Sequence[str],
+    packing: Quantization,
+    *,
+    left_out: tuple[str, ...],
+    indexed: bool,
 ) -> Weights:
     """Reads the headers of a model's weight files.
 
     Args:
         folder: the model's folder.
-        files: the names of the files that mlx-lm would load.
+        files: the names of the files that are loaded.
         packing: how the model's config says that they are packed.
-        leaves_out: the backend drops the parts that see, hear and guess ahead.
+        left_out: how the names of tensors begin that are dropped before they are loaded.
         indexed: the folder has an index of its shards.
     """
     weights = Weights()
     for file in files:
         try:
-            _add(weights, f"{folder}/{file}", packing, leaves_out)
+            _add(weights, f"{folder}/{file}", packing, left_out)
         except Unreadable as error:
             weights.faults.append(str(error))
     missing = missing_shards(files)
@@ -128,14 +119,14 @@ def read_headers(
     return weights
 
 
-def _add(weights: Weights, path: str, packing: Quantization, leaves_out: bool) -> None:
+def _add(weights: Weights, path: str, packing: Quantization, left_out: tuple[str, ...]) -> None:
     """Adds one file's tensors; raises Unreadable where the file is damaged or cut short."""
     name = path.rpartition("/")[2]
     content, room = _header(path)
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        end = _count(weights, header, packing, leaves_out)
+        end = _count(weights, header, packing, left_out)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Unreadable(f"{name} has a damaged header") from None
     if end > room:
@@ -160,7 +151,9 @@ def _header(path: str) -> tuple[bytes, int]:
         return os.read(file, length), size - 8 - length
 
 
-def _count(weights: Weights, header: Header, packing: Quantization, leaves_out: bool) -> int:
+def _count(
+    weights: Weights, header: Header, packing: Quantization, left_out: tuple[str, ...]
+) -> int:
     """Adds the tensors of a header; returns where the last of them ends.
 
     Raises:
@@ -179,8 +172,8 @@ def _count(weights: Weights, header: Header, packing: Quantization, leaves_out: 
         sizes[name[name.rfind(".") + 1 :], dtype] += end - begin
     weights.tensors.update(header)
     weights.memory += sum(sizes.values())
-    if leaves_out:
-        weights.memory -= sum(map(_size, _left_out(header)))
+    if left_out:
+        weights.memory -= sum(map(_size, _left_out(header, left_out)))
     if packing.method == "fp8":  # unpacked to 16 bits when it is loaded
         weights.memory += sum(size for (_, dtype), size in sizes.items() if dtype == "F8_E4M3")
     for (kind, dtype), size in sizes.items():
@@ -233,9 +226,9 @@ def _listed(names: Sequence[str], count: int) -> str:
     return ", ".join(names) + more + (" are" if count > 1 else " is")
 
 
-def _left_out(header: Header) -> Iterator[dict[str, Any]]:
+def _left_out(header: Header, left_out: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for name, tensor in header.items():
-        if name.removeprefix("model.").removeprefix("language_model.").startswith(_LEFT_OUT):
+        if name.removeprefix("model.").removeprefix("language_model.").startswith(left_out):
             yield tensor
 
 

@@ -23,7 +23,7 @@ from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.commands import service, terminal
 from mlxproxy.commands.client import ClientError, connect
 from mlxproxy.settings import SettingError, Settings
-from mlxproxy.wiring import engines_of
+from mlxproxy.wiring import engines_of, inspector_of
 
 PYTHONS = ((3, 10), (3, 13))
 ROOM = 500_000_000  # bytes: logs, the demo model
@@ -113,8 +113,9 @@ def _where_set(error: str) -> str:
 
 def _models(found: Settings) -> Iterator[Finding]:
     demo = not found.models_root
+    inspector = inspector_of(engines_of(found))
     for root in found.models_root or (models_folder(),):
-        models = Catalog((root,), patience=SCAN).models() if root.is_dir() else []
+        models = Catalog((root,), inspector, patience=SCAN).models() if root.is_dir() else []
         usable = sum(model.loadable for model in models)
         if usable:
             yield Finding("models", f"{usable} of {len(models)} in {root} can be loaded")

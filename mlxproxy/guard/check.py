@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mlxproxy.errors import InvalidRequest
+from mlxproxy.errors import ContextLengthExceeded, InvalidRequest
 from mlxproxy.guard import shapes
 from mlxproxy.guard.shapes import DROP, Limits, Shape
 
@@ -90,10 +90,8 @@ def check(body: object, rules: Rules, limits: Limits) -> dict[str, Any]:
     if limits.max_context is not None:
         length -= sum(map(len, shapes.images(request.get("messages", ()))))
         if length > limits.max_context * CHARACTERS_PER_TOKEN:
-            raise InvalidRequest(
-                f"{length} characters cannot fit into the model's context of "
-                f"{limits.max_context} tokens. Send less.",
-                param=rules.required,
+            raise ContextLengthExceeded.of(
+                f"{length} characters", limits.max_context, param=rules.required
             )
     rules.combine(request, limits)
     return request

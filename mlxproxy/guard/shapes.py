@@ -35,6 +35,7 @@ ROLES: Final = {
 }
 SPEAKERS: Final = frozenset({"system", "developer", "user"})  # roles that must say something
 EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+TOOL_CHOICES: Final = frozenset({"none", "auto", "required"})
 TEXT_KEYS: Final = {"text": "text", "refusal": "refusal"}  # content part's type -> its text
 IMAGE_TYPES: Final = frozenset({"image_url", "input_image", "image"})
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
@@ -132,6 +133,15 @@ def only(allowed: int | bool | str, advice: str) -> Shape:
         if type(value) is not type(allowed) or value != allowed:
             raise InvalidRequest(f"{name}: {advice}", param=name)
         return value
+
+    return shape
+
+
+def absent(advice: str) -> Shape:
+    """Nothing at all: it would change the answer, and the backend leaves it out."""
+
+    def shape(name: str, value: Any, limits: Limits) -> Any:
+        raise InvalidRequest(f"{name}: {advice}", param=name)
 
     return shape
 
@@ -251,11 +261,23 @@ def stream_options(name: str, value: Any, limits: Limits) -> Any:
 
 
 def response_format(name: str, value: Any, limits: Limits) -> Any:
-    """Text is the default. The JSON formats pass, though the backend enforces none: clients that
-    send them ask for JSON in words too, and mostly get it; refused, they would get nothing."""
+    """Text alone: nothing makes the backend keep to a format."""
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise refusal(name, "an object with a type")
-    return DROP if value["type"] == "text" else value
+    if value["type"] != "text":
+        raise InvalidRequest(
+            f'{name} can only be {{"type": "text"}}: answers cannot be forced into JSON. Leave it '
+            "out, ask for JSON in the prompt, and check the answer.",
+            param=name,
+        )
+    return DROP
+
+
+def only_text(name: str, value: Any, limits: Limits) -> Any:
+    """`["text"]`, which is the default."""
+    if value != ["text"]:
+        raise InvalidRequest(f"{name}: the model can only write text.", param=name)
+    return DROP
 
 
 # -- the prompt
@@ -429,10 +451,32 @@ def tools(name: str, value: Any, limits: Limits) -> Any:
 
 
 def tool_choice(name: str, value: Any, limits: Limits) -> Any:
-    """A word or a function; all but "none" (see guard) is left to the model, as with formats."""
-    if isinstance(value, dict) and isinstance(value.get("type"), str):
-        return value
-    return one_of(frozenset({"none", "auto", "required"}))(name, value, limits)
+    """A word, one function, or some of the tools (`allowed_tools`)."""
+    if not isinstance(value, dict):
+        return one_of(TOOL_CHOICES)(name, value, limits)
+    if value.get("type") == "allowed_tools":
+        name, allowed = f"{name}.allowed_tools", value.get("allowed_tools")
+        if not isinstance(allowed, dict) or not isinstance(allowed.get("tools"), list):
+            raise refusal(name, "an object with a mode and tools")
+        one_of(frozenset({"auto", "required"}))(f"{name}.mode", allowed.get("mode"), limits)
+        functions = [_function(f"{name}.tools", tool) for tool in allowed["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {**allowed, "tools": functions}}
+    return _function(name, value)
+
+
+def _function(name: str, value: Any) -> dict[str, Any]:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise refusal(
+            name, 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
+        )
+    return {"type": "function", "function": {"name": function["name"]}}
+
+
+def chosen(choice: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tools that a checked `tool_choice` object leaves."""
+    tools = choice["allowed_tools"]["tools"] if "allowed_tools" in choice else [choice]
+    return {tool["function"]["name"] for tool in tools}
 
 
 def chat_template_kwargs(name: str, value: Any, limits: Limits) -> Any:

@@ -104,10 +104,15 @@ def _pieces(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
 
 
 def _note_opening(data: bytes, exchange: Exchange, stats: AnswerStats) -> None:
-    """Note the prompt's length, and when the first token came."""
+    """Note the prompt's length, when it had been read, and when the first token came."""
     if (tokens := exchange.wire.prompt_tokens(data)) is not None:
         stats.tokens_in = tokens
-    if stats.first_byte is None and b"data: " in data:
+    if stats.first_byte is not None:
+        return
+    if data.startswith(b":"):  # a keepalive
+        stats.prompt_read = time.monotonic()
+        stats.tokens_unmeasured = data.count(b"data: {")
+    if b"data: " in data:
         stats.first_byte = time.monotonic()
 
 

@@ -15,11 +15,16 @@ class AnswerStats:
         tokens_in: the length of the prompt, cached tokens included.
         cached_tokens: how many of these were in the backend's prompt cache.
         tokens_out: while a stream goes on, the events that have come.
+        prompt_read: when the last keepalive before the first token came: from then on, the backend
+            generates. None where there was none.
+        tokens_unmeasured: tokens that had come by then, nobody knows how quickly.
         outcome: ``pending``; then ``done``, ``client_gone``, or an error's code.
     """
 
     started: float = field(default_factory=time.monotonic)
     granted: float | None = None
+    prompt_read: float | None = None
+    tokens_unmeasured: int = 0
     first_byte: float | None = None
     ended: float | None = None
     model: str | None = None
@@ -35,8 +40,7 @@ class AnswerStats:
 
     def figures(self) -> dict[str, Any]:
         """Return counts, and times in seconds, as far as they are known."""
-        first, ended = self.first_byte, self.ended or time.monotonic()
-        generating = ended - first if first is not None else 0.0
+        ended = self.ended or time.monotonic()
         return {
             "model": self.model,
             "outcome": self.outcome,
@@ -44,11 +48,16 @@ class AnswerStats:
             "cached_tokens": self.cached_tokens,
             "tokens_out": self.tokens_out,
             "waited": _rounded(self.granted, self.started),
-            "first_token": _rounded(first, self.started),
-            "tokens_per_second": round(self.tokens_out / generating, 1)
-            if generating > 0 and self.tokens_out
-            else None,
+            "first_token": _rounded(self.first_byte, self.started),
+            "tokens_per_second": self._tokens_per_second(ended),
         }
+
+    def _tokens_per_second(self, ended: float) -> float | None:
+        # Not from the first byte on: a tool call's come all at once, at its end.
+        tokens = self.tokens_out - self.tokens_unmeasured
+        if self.prompt_read is None or self.prompt_read >= ended or tokens <= 0:
+            return None
+        return round(tokens / (ended - self.prompt_read), 1)
 
     def usage(self, usage: object) -> None:
         """Take the backend's own count, which is better than counting events."""

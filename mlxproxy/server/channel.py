@@ -138,7 +138,7 @@ class BadRequest(ErrorTask):
         client = self.channel.addr[0]
         log.info("id=%s client=%s status=%d refused=%s", number, client, refusal.code, error.code)
         self.response_headers += [("X-Request-Id", number), *SECURITY_HEADERS.items()]
-        body = json.dumps(error.body()).encode()
+        body = json.dumps(error.body()).encode() + b"\n"
         self.status = f"{refusal.code} {refusal.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, run
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_chat_loads_the_model_and_streams_its_answer(
     assert screen.wait() == 0
 
 
-def test_thinking_is_switched_in_the_middle_and_shown_dimmed_and_apart(
+def test_thinking_can_be_switched_in_a_chat_and_is_shown_dimmed_and_apart(
     env: dict[str, str], talk: Callable[..., Terminal]
 ) -> None:
     screen = talk("brief", env=env)
@@ -62,7 +63,7 @@ def test_thinking_is_switched_in_the_middle_and_shown_dimmed_and_apart(
     assert screen.wait() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(
+def test_ctrl_c_stops_the_answer_and_a_second_ctrl_c_ends_the_chat(
     proxy: Proxy, env: dict[str, str], talk: Callable[..., Terminal]
 ) -> None:
     screen = talk("slow", env=env)
@@ -86,14 +87,16 @@ def test_a_question_in_a_pipe_gets_the_answer_alone(env: dict[str, str]) -> None
     assert done.stderr == ""
 
 
-def test_a_loaded_model_is_not_loaded_anew_for_a_chat(proxy: Proxy, env: dict[str, str]) -> None:
+def test_a_chat_does_not_reload_a_loaded_model(proxy: Proxy, env: dict[str, str]) -> None:
     proxy.load("tiny/brief", enable_thinking=True)
     before = proxy.loaded()["pid"]
     assert run("chat", "BRIEF", "-p", "Hello!", env=env).returncode == 0
     assert proxy.loaded()["pid"] == before
 
 
-def test_with_nothing_loaded_it_says_what_to_do(proxy: Proxy, env: dict[str, str]) -> None:
+def test_a_chat_command_with_no_model_loaded_says_what_to_do(
+    proxy: Proxy, env: dict[str, str]
+) -> None:
     proxy.unload()
     done = run("chat", "-p", "Hello!", env=env)
     assert done.returncode == 1

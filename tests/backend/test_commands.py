@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Proxy, until
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, run, scripted
+from tests.support.waiting import until
 
 # -- load, ps, status, unload
 
@@ -43,7 +44,7 @@ def test_a_model_is_loaded_shown_and_unloaded(env: dict[str, str]) -> None:
     assert "no model is loaded" in run("status", env=env).stdout
 
 
-def test_a_load_at_a_terminal_has_a_bar_that_goes_away(
+def test_a_load_at_a_terminal_shows_a_progress_bar_that_goes_away(
     env: dict[str, str], terminal: Callable[..., Terminal]
 ) -> None:
     run("unload", env=env)
@@ -59,7 +60,7 @@ def test_tokens_per_second_are_shown_once_there_was_an_answer(
     proxy: Proxy, env: dict[str, str]
 ) -> None:
     assert run("load", "alpha", "--no-thinking", env=env).returncode == 0
-    assert proxy.chat(stream=True, max_tokens=50).text.endswith("[DONE]\n\n")
+    assert proxy.chat(stream=True, max_tokens=500).text.endswith("[DONE]\n\n")
     figures = run("ps", env=env).stdout
     assert "in the last answer" in figures
 
@@ -67,7 +68,7 @@ def test_tokens_per_second_are_shown_once_there_was_an_answer(
 # -- logs
 
 
-def test_the_backends_log_is_another(proxy: Proxy, env: dict[str, str]) -> None:
+def test_logs_backend_prints_the_log_of_the_backend(proxy: Proxy, env: dict[str, str]) -> None:
     assert run("load", "alpha", env=env).returncode == 0
     until(
         lambda: "Starting httpd" in run("logs", "--backend", env=env).stdout,
@@ -93,7 +94,7 @@ def test_the_doctor_finds_a_healthy_machine_healthy(proxy: Proxy, tmp_path: Path
     assert checks <= found.keys()
 
 
-def test_the_doctor_names_each_fault_and_what_mends_it(
+def test_the_doctor_names_each_fault_and_its_remedy(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:
     killed = start(models)

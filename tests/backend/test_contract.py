@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 
 def test_the_listing_has_every_model_sorted_with_what_openai_clients_need(
@@ -69,7 +71,7 @@ def test_a_load_of_what_is_loaded_answers_at_once_with_the_same_process(proxy: P
     assert proxy.loaded()["pid"] == pid
 
 
-def test_an_absolute_path_loads_and_the_other_models_process_is_gone(
+def test_a_load_by_absolute_path_ends_the_process_of_the_model_before(
     proxy: Proxy, models: Path
 ) -> None:
     proxy.load("tiny/alpha")
@@ -83,7 +85,7 @@ def test_an_absolute_path_loads_and_the_other_models_process_is_gone(
     assert text == tiny_models.answer("beta", 3)
 
 
-def test_thinking_is_the_backends_command_line_and_another_value_restarts_it(
+def test_thinking_is_set_on_the_backends_command_line_and_a_change_restarts_it(
     proxy: Proxy,
 ) -> None:
     proxy.load("tiny/alpha")
@@ -127,7 +129,7 @@ def test_a_chat_is_answered_by_the_loaded_model_whatever_it_names(
     assert answer["usage"]["completion_tokens"] == 4
 
 
-def test_unload_says_whether_there_was_anything(proxy: Proxy) -> None:
+def test_unload_says_whether_a_model_was_loaded(proxy: Proxy) -> None:
     proxy.load("tiny/alpha")
     assert proxy.unload().json() == {"status": "unloaded"}
     assert proxy.unload().json() == {"status": "already_unloaded"}
@@ -163,7 +165,9 @@ def test_an_unknown_model_is_not_found_and_what_is_loaded_stays(proxy: Proxy) ->
 
 
 @pytest.mark.parametrize("path", ["/etc", "/", "../../etc", "tiny/../../alpha"])
-def test_a_path_elsewhere_is_not_found(proxy: Proxy, path: str, models: Path) -> None:
+def test_a_path_outside_the_models_folder_is_not_found(
+    proxy: Proxy, path: str, models: Path
+) -> None:
     assert proxy.load(path).status_code == 404
     assert proxy.load(f"{models}/{path}").status_code == 404
 
@@ -183,7 +187,7 @@ def test_a_path_elsewhere_is_not_found(proxy: Proxy, path: str, models: Path) ->
         (b"[" * 100_000, "invalid_json", None),
     ],
 )  # fmt: skip
-def test_a_bad_load_request_is_told_in_a_sentence_within_a_second(
+def test_a_bad_load_request_gets_an_error_sentence_within_a_second(
     proxy: Proxy, body: bytes, code: str, param: str | None
 ) -> None:
     answer = requests.post(proxy.url + "/v1/models/load", data=body, timeout=1)
@@ -224,14 +228,14 @@ def test_a_bad_chat_request_names_the_field_and_the_proxy_goes_on(
         ("GET", "/v1/models/load", 405),
         ("PUT", "/health", 405),
         ("OPTIONS", "/health", 405),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/nothing", 404),
-        ("POST", "/v1/chat/completions/", 404),
+        ("POST", "/v1/chat/completions/x", 404),
         ("HEAD", "/nothing", 404),
         ("GET", "/v1/models/no/such", 404),
     ],
 )
-def test_other_methods_and_paths_get_the_contracts_error(
+def test_unknown_methods_and_paths_get_the_contracts_error(
     proxy: Proxy, method: str, path: str, status: int
 ) -> None:
     answer = requests.request(method, proxy.url + path, timeout=5)
@@ -242,6 +246,62 @@ def test_other_methods_and_paths_get_the_contracts_error(
             "method_not_allowed",
             "model_not_found",
         )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions/", "/chat/completions", "/v1/completions/", "/completions"],
+)
+def test_a_base_url_without_v1_and_a_slash_at_the_end_work_as_well(proxy: Proxy, path: str) -> None:
+    proxy.load("tiny/alpha")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 3}
+    answer = proxy.post(path, body)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 3
+    listed = proxy.get("/models").json()
+    assert listed == proxy.get("/v1/models/").json()
+    assert [item["id"] for item in listed["data"]] == ["tiny/alpha", "tiny/beta"]
+    assert proxy.get("/models/tiny/alpha/").json()["id"] == "tiny/alpha"
+
+
+def test_every_answer_in_json_ends_its_line(proxy: Proxy) -> None:
+    proxy.load("tiny/alpha")
+    said = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answers = [
+        *map(proxy.get, ("/health", "/v1/models", "/v1/models/tiny/alpha", "/v1/nothing")),
+        proxy.post("/v1/chat/completions", said),
+        proxy.post("/v1/chat/completions", {**said, "logprobs": True}),
+        proxy.post("/v1/chat/completions", {}),
+        proxy.load("tiny/alpha"),
+    ]
+    for answer in answers:
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.content.endswith(b"}\n")
+        assert answer.headers["Content-Length"] == str(len(answer.content))
+        assert answer.json()
+
+
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+
+
+def test_the_address_itself_tells_what_runs_there(proxy: Proxy) -> None:
+    proxy.load("tiny/alpha")
+    page = proxy.get("/", headers={"Accept": BROWSER})
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    for said in ("mlxproxy is running", "2 models can be loaded", "tiny/alpha is loaded"):
+        assert said in page.text
+    for link in re.findall('href="(.*?)"', page.text):
+        assert proxy.get(link).ok
+    text = proxy.get("/")
+    assert text.headers["Content-Type"].startswith("text/plain")
+    assert "tiny/alpha is loaded" in text.text
+    facts = proxy.get("/", headers={"Accept": "application/json"}).json()
+    assert (facts["models"], facts["loaded"]) == (2, "tiny/alpha")
+    head = requests.head(proxy.url + "/", timeout=5)
+    assert (head.status_code, head.content) == (200, b"")
+    proxy.unload()
+    assert "no model is loaded" in proxy.get("/").text
 
 
 def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
@@ -277,7 +337,7 @@ def test_a_whole_answer_is_what_the_backend_itself_would_have_sent(
         assert through == direct, fields
 
 
-def test_text_completions_go_the_same_way(proxy: Proxy) -> None:
+def test_text_completions_are_answered_like_chats(proxy: Proxy) -> None:
     proxy.load("tiny/alpha")
     body = {"prompt": "alpha0 ", "max_tokens": 3}
     whole = proxy.post("/v1/completions", body).json()
@@ -290,7 +350,7 @@ def test_text_completions_go_the_same_way(proxy: Proxy) -> None:
     assert text == whole["choices"][0]["text"]
 
 
-def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
+def test_a_client_can_continue_an_answer_that_was_cut_off(proxy: Proxy) -> None:
     """`mlx_lm.server`, started by itself, dies of it: nothing of the prompt is left to compute."""
     proxy.load("tiny/alpha")
     pid = proxy.loaded()["pid"]
@@ -308,7 +368,7 @@ def test_a_text_can_be_continued_where_its_answer_was_cut(proxy: Proxy) -> None:
     assert proxy.loaded()["pid"] == pid
 
 
-def test_a_link_that_leads_to_another_model_now_answers_with_that_model(
+def test_a_chat_by_a_symbolic_link_follows_the_link_to_its_new_model(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "models"
@@ -323,7 +383,7 @@ def test_a_link_that_leads_to_another_model_now_answers_with_that_model(
         assert said == tiny_models.answer(name, 3)
 
 
-def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears(
+def test_a_missing_models_folder_is_reported_and_found_when_it_appears(
     start: Callable[..., Proxy], models: Path, tmp_path: Path
 ) -> None:
     disk = tmp_path / "Volumes" / "SSD"
@@ -342,7 +402,7 @@ def test_a_models_folder_that_is_not_there_yet_is_told_and_found_when_it_appears
 
 
 @pytest.mark.parametrize("defect", ["missing", "not executable", "bad shebang"])
-def test_a_broken_mlx_server_bin_is_a_sentence(
+def test_a_broken_mlx_server_bin_is_reported_in_a_sentence(
     start: Callable[..., Proxy], models: Path, tmp_path: Path, defect: str
 ) -> None:
     program = tmp_path / "mlx_lm.server"

@@ -30,7 +30,7 @@ def smollm2() -> Path:
         ("don't I'LL", ["don", "'t", "ĠI", "'", "LL"]),
     ],
 )
-def test_the_demo_models_tokenizer_cuts_as_llama_cpp_does(
+def test_the_demo_models_tokenizer_splits_text_as_llama_cpp_does(
     smollm2: Path, text: str, pieces: list[str]
 ) -> None:
     from transformers import AutoTokenizer

@@ -14,8 +14,9 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 REST_SECONDS = 2.0
 WEATHER = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
@@ -88,6 +89,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "seeded, with logprobs": {
         "seed": 5, "temperature": 1.0, "xtc_probability": 0.1, "logprobs": True,
     },
+    "with stop words": {"stop": ["never said"], "stream": True},
     "in a tool call": {"tools": WEATHER, "stream": True},
     "in a seeded tool call": {"tools": WEATHER, "seed": 5, "temperature": 1.0},
     "in the prompt": {"messages": [{"role": "user", "content": tiny_models.long_prompt(12_000)}]},
@@ -95,7 +97,7 @@ PHASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_backend_rests_when_its_client_has_left(busy: Proxy, phase: str) -> None:
+def test_the_backend_stops_computing_when_its_client_disconnects(busy: Proxy, phase: str) -> None:
     process = backend(busy)
     leave(busy, computing(process), **PHASES[phase])
     left = time.monotonic()
@@ -112,7 +114,7 @@ def test_the_backend_rests_when_its_client_has_left(busy: Proxy, phase: str) -> 
     assert busy.health()["in_flight"] == 0
 
 
-def test_prompts_that_nobody_waits_for_any_more_hold_nobody_up(busy: Proxy) -> None:
+def test_prompts_of_disconnected_clients_do_not_delay_others(busy: Proxy) -> None:
     """A place counts as taken until the backend has let go of its request."""
     process = backend(busy)
     bodies = [
@@ -129,9 +131,8 @@ def test_prompts_that_nobody_waits_for_any_more_hold_nobody_up(busy: Proxy) -> N
     assert process.num_threads() < 40
 
 
-def test_a_seed_waits_for_nobody(busy: Proxy, request: pytest.FixtureRequest) -> None:
-    if "one at a time" in request.node.name:
-        return  # there everybody waits
+@pytest.mark.parametrize("busy", ["together"], indirect=True)  # else everybody waits
+def test_a_request_with_a_seed_is_answered_beside_a_stream(busy: Proxy) -> None:
     with busy.chat(stream=True, max_tokens=3000) as stream:
         lines = stream.iter_lines()
         next(lines)

@@ -19,8 +19,9 @@ import pytest
 import requests
 
 from mlxproxy.backend.ports import is_free
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 class Stream(threading.Thread):
@@ -98,7 +99,7 @@ def test_a_killed_backend_is_noticed_and_the_next_request_brings_the_model_back(
     assert proxy.loaded()["enable_thinking"] is True
 
 
-def test_a_dead_generation_thread_is_noticed_although_the_process_lives(
+def test_a_crashed_generation_thread_is_noticed_although_the_process_lives(
     start: Callable[..., Proxy], slow: Path
 ) -> None:
     proxy = start(slow)
@@ -118,7 +119,7 @@ def test_a_dead_generation_thread_is_noticed_although_the_process_lives(
     assert proxy.chat(max_tokens=2).ok
 
 
-def test_a_stopped_backend_is_taken_for_dead_when_it_gives_no_sign_of_life(
+def test_a_suspended_backend_counts_as_hung_after_the_stall_limit(
     start: Callable[..., Proxy], slow: Path
 ) -> None:
     proxy = start(slow, STALL_TIMEOUT=6, STOP_TIMEOUT=1)  # 20 seconds where it is longer
@@ -195,7 +196,7 @@ def test_a_tool_call_may_take_longer_than_the_stall_limit(
 @pytest.mark.parametrize(
     ("text", "calls"), [('{"name": "f"}', ["{}"]), ("[1, 22]", []), ('"hello"', []), ('{"na', [])]
 )
-def test_a_models_call_that_is_not_quite_right_does_not_cost_the_answer(
+def test_a_malformed_tool_call_of_the_model_does_not_abort_the_answer(
     start: Callable[..., Proxy], tmp_path: Path, text: str, calls: list[str], stream: bool
 ) -> None:
     pieces = [text[first : first + 5] for first in range(0, len(text), 5)]
@@ -210,7 +211,7 @@ def test_a_models_call_that_is_not_quite_right_does_not_cost_the_answer(
         assert json.dumps(arguments) in answer.text
 
 
-def test_what_a_model_says_ends_nobodys_answer_and_reaches_nobody_else(
+def test_no_output_of_a_model_aborts_an_answer_or_reaches_another_client(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     """Not even what looks like the log line of a dead generation thread."""
@@ -241,7 +242,7 @@ def test_what_a_model_says_ends_nobodys_answer_and_reaches_nobody_else(
         assert secret not in shown
 
 
-def test_a_prompt_of_no_tokens_is_refused_and_ends_nobodys_answer(
+def test_a_prompt_without_tokens_is_rejected_and_aborts_no_other_answer(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     models = tmp_path / "models"
@@ -258,7 +259,7 @@ def test_a_prompt_of_no_tokens_is_refused_and_ends_nobodys_answer(
     assert other.end() is None
 
 
-def test_a_token_without_a_text_ends_nobodys_answer(
+def test_a_token_id_without_text_aborts_no_answer(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     models = tmp_path / "models"
@@ -283,10 +284,11 @@ def test_a_prompt_is_counted_in_tokens(start: Callable[..., Proxy], tmp_path: Pa
     assert proxy.chat("1" * 200).ok
     refused = proxy.chat("1" * 400)
     assert refused.status_code == 400
-    assert "the model's context is 300" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "maximum context length is 300 tokens" in refused.json()["error"]["message"]
 
 
-def test_while_a_long_prompt_is_read_others_get_their_tokens(
+def test_other_streams_continue_while_a_long_prompt_is_read(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     models = tmp_path / "models"
@@ -315,7 +317,7 @@ def test_while_a_long_prompt_is_read_others_get_their_tokens(
     reader.join(60)
 
 
-def test_a_client_that_leaves_a_whole_answer_lets_the_backend_rest(
+def test_the_backend_stops_when_the_client_of_a_non_streamed_answer_disconnects(
     start: Callable[..., Proxy], slow: Path
 ) -> None:
     proxy = start(slow)

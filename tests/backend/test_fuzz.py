@@ -27,8 +27,10 @@ from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.check import Kind, check
 from mlxproxy.guard.shapes import Limits
-from tests.conftest import SERVER_BIN, free_port, until
 from tests.support import tiny_models
+from tests.support.ports import free_port
+from tests.support.server_process import SERVER_BIN
+from tests.support.waiting import until
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
 MAX_TOKENS = 12  # long answers would add nothing but time
@@ -262,6 +264,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "messages": st.lists(MESSAGE, min_size=1, max_size=4),
     "tools": st.lists(TOOL, max_size=2),
     "tool_choice": st.sampled_from(["none", "auto", "required", {"type": "function"}]),
+    "functions": st.lists(TOOL, max_size=1),
+    "function_call": st.sampled_from(["none", "auto"]),
+    "modalities": st.just(["text"]),
+    "audio": st.just({}),
+    "web_search_options": st.just({}),
     "role_mapping": st.dictionaries(st.sampled_from(["user", "assistant", "stop"]), WORDS),
     "prompt": SOME | WORDS | SOME.map(lambda text: [text]),
     "best_of": st.just(1),
@@ -309,7 +316,7 @@ def checked(backend: Backend, kind: Kind, body: dict[str, Any]) -> dict[str, Any
     suppress_health_check=list(HealthCheck),
 )
 @given(st.lists(requests(), min_size=1, max_size=TOGETHER))
-def test_the_backend_survives_whatever_passes(
+def test_the_backend_survives_every_generated_request_that_the_guard_lets_through(
     backend: Backend, case: list[tuple[Kind, dict[str, Any]]]
 ) -> None:
     passed = [(kind, body) for kind, said in case if (body := checked(backend, kind, said))]
@@ -360,7 +367,7 @@ HURTS: list[tuple[Kind, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "hurt"), HURTS, ids=lambda it: ascii(it)[:60])
-def test_what_is_known_to_hurt_is_refused_or_survived(
+def test_known_harmful_requests_are_rejected_or_survived(
     backend: Backend, kind: Kind, hurt: dict[str, Any]
 ) -> None:
     required = HELLO if kind == "chat" else {"prompt": "Hello"}
@@ -368,7 +375,7 @@ def test_what_is_known_to_hurt_is_refused_or_survived(
         backend.survives([(kind, check({**required, **hurt}, RULES[kind], backend.limits))])
 
 
-def test_without_the_guard_it_does_hurt(backend: Backend) -> None:
+def test_without_the_guard_a_harmful_request_crashes_the_backend(backend: Backend) -> None:
     """The other tests here would notice a death."""
     with pytest.raises(AssertionError, match="the backend died of"):
         backend.survives([("text", {"prompt": ["a"]})])

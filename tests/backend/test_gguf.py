@@ -45,7 +45,7 @@ def test_the_converted_model_computes_what_the_gguf_file_says(converted: Path) -
     np.testing.assert_allclose(computed, logits(tensors(), ids), atol=1e-3)
 
 
-def test_the_rows_of_each_head_come_back_from_pairs_to_halves() -> None:
+def test_the_rows_of_each_attention_head_return_to_the_order_that_mlx_expects() -> None:
     heads, size = 3, 8
     rows = mx.arange(heads * size * 2).reshape(heads * size, 2)
     order = [
@@ -103,7 +103,7 @@ def test_an_untied_output_layer_is_kept() -> None:
         ("<|im_end", ["<", "|", "i", "m", "_", "e", "n", "d"]),
     ],
 )
-def test_text_is_cut_as_the_model_was_trained(
+def test_the_converted_tokenizer_splits_text_as_the_model_was_trained(
     converted: Path, text: str, pieces: list[str]
 ) -> None:
     from transformers import AutoTokenizer
@@ -115,7 +115,7 @@ def test_text_is_cut_as_the_model_was_trained(
     assert AutoTokenizer.from_pretrained(converted).tokenize(text) == pieces
 
 
-def test_the_chat_template_comes_along(converted: Path) -> None:
+def test_the_chat_template_is_converted_too(converted: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(converted)
@@ -125,7 +125,9 @@ def test_the_chat_template_comes_along(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["general.architecture", "tokenizer.ggml.pre"])
-def test_another_kind_of_gguf_file_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_gguf_file_of_another_architecture_or_tokenizer_is_rejected(
+    tmp_path: Path, key: str
+) -> None:
     source = tmp_path / "other.gguf"
     source.write_bytes(gguf_bytes({**METADATA, key: "other"}, tensors()))
     with pytest.raises(ValueError, match=f"{key} is 'other'"):

@@ -17,7 +17,7 @@ from mlxproxy.engines.mlx_lm.inside import (
 # -- the prompt cache
 
 
-def test_a_prompt_that_is_all_in_the_cache_keeps_its_last_token(
+def test_a_prompt_that_is_wholly_cached_keeps_its_last_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import mlx.core as mx
@@ -61,7 +61,7 @@ def detokenizers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("SPMStreamingDetokenizer", [b"a", None, b"b"]),
     ],
 )
-def test_a_token_without_a_text_is_no_text(
+def test_a_token_id_without_text_adds_nothing_to_the_answer(
     detokenizers: ModuleType, kind: str, texts: list[Any]
 ) -> None:
     made = getattr(detokenizers, kind).__new__(getattr(detokenizers, kind))
@@ -75,7 +75,9 @@ def test_a_token_without_a_text_is_no_text(
     assert said + made.last_segment == "ab"
 
 
-def test_a_token_beyond_the_tokenizer_is_no_text(detokenizers: ModuleType) -> None:
+def test_a_token_id_beyond_the_vocabulary_adds_nothing_to_the_answer(
+    detokenizers: ModuleType,
+) -> None:
     made = detokenizers.SPMStreamingDetokenizer.__new__(detokenizers.SPMStreamingDetokenizer)
     made.tokenmap, made.trim_space = [b"a"], False
     made.reset()
@@ -128,7 +130,9 @@ def armed_sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("name", "field"), [("top_p", "top_p"), ("min_p", "min_p"), ("temperature", "temperature")]
 )
-def test_new_values_are_compiled_once_for_all(armed_sampling: Any, name: str, field: str) -> None:
+def test_new_sampling_values_are_not_compiled_again(
+    armed_sampling: Any, name: str, field: str
+) -> None:
     logits = armed_sampling.mx.zeros((1, 8))
     for number in range(1, 13):
         sample = armed_sampling.server._make_sampler(asked(**{field: number / 13}), None)
@@ -136,7 +140,7 @@ def test_new_values_are_compiled_once_for_all(armed_sampling: Any, name: str, fi
     assert armed_sampling.traced.count(name) == 1
 
 
-def test_a_seed_gives_the_same_text_whoever_else_is_answered(armed_sampling: Any) -> None:
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(armed_sampling: Any) -> None:
     mx, make = armed_sampling.mx, armed_sampling.server._make_sampler
     logits = mx.zeros((1, 1000))
 
@@ -154,7 +158,7 @@ def test_a_seed_gives_the_same_text_whoever_else_is_answered(armed_sampling: Any
     assert drawn((1 << 64) - 1) == drawn(-1)
 
 
-def test_a_seeded_request_joins_the_others(armed_sampling: Any) -> None:
+def test_a_seeded_request_is_batched_with_others(armed_sampling: Any) -> None:
     generator = SimpleNamespace(
         model_provider=SimpleNamespace(is_batchable=True), cli_args=SimpleNamespace(kv_bits=None)
     )
@@ -163,7 +167,7 @@ def test_a_seeded_request_joins_the_others(armed_sampling: Any) -> None:
     assert request.seed == 5
 
 
-def test_what_xtc_leaves_out_is_drawn_by_the_requests_own_seed(armed_sampling: Any) -> None:
+def test_xtc_draws_by_the_requests_own_seed(armed_sampling: Any) -> None:
     """Two tokens are likely, and XTC leaves out the likelier one half of the times."""
     mx = armed_sampling.mx
     logits = mx.log(mx.array([[0.6, 0.4, 1e-6]]))

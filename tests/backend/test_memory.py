@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlxproxy.catalog.inspection import Folder, Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.layout import Folder
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
 from tests.support.model_folders import model
 
 BASE = {
@@ -119,7 +120,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_context_takes_as_much_as_mlx_lm_really_uses(tmp_path: Path, kind: str) -> None:
+def test_the_estimate_of_a_context_is_what_mlx_lm_allocates(tmp_path: Path, kind: str) -> None:
     mx = importlib.import_module("mlx.core")
     prompt_cache = importlib.import_module("mlx_lm.models.cache").make_prompt_cache
     module = importlib.import_module(f"mlx_lm.models.{kind}")
@@ -135,6 +136,6 @@ def test_the_context_takes_as_much_as_mlx_lm_really_uses(tmp_path: Path, kind: s
 
     folder = model(tmp_path / "model", config=config)
     sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
-    estimated = Inspector(MlxLm())(Folder(str(folder), "a/b", sizes, 0)).kv_cache
+    estimated = Inspector(Package())(Folder(str(folder), "a/b", sizes, 0)).kv_cache
     assert estimated is not None
     assert estimated.bytes(tokens) == used

@@ -20,8 +20,10 @@ import requests
 
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import lives
-from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
+from tests.support.ports import free_port
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -29,7 +31,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_stops_it_all_and_the_exit_status_is_0(
+def test_one_signal_stops_proxy_and_backend_with_exit_status_0(
     start: Callable[..., Proxy], models: Path, number: int
 ) -> None:
     proxy = start(models)
@@ -84,7 +86,7 @@ def test_a_stop_lets_a_stream_end_with_done_and_refuses_new_work(
     assert proxy.process.wait(20) == 0
 
 
-def test_a_stop_past_its_limit_tells_the_client(
+def test_a_stop_past_its_limit_ends_the_stream_with_an_error(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     tiny_models.build_slow(tmp_path / "models" / "tiny" / "slow")
@@ -122,7 +124,7 @@ def test_a_second_proxy_on_the_same_backend_port_is_refused_with_the_firsts_pid(
     assert first.health()["proxy"] == "ok"
 
 
-def test_a_taken_proxy_port_is_a_sentence(models: Path, tmp_path: Path) -> None:
+def test_a_taken_proxy_port_is_reported_in_a_sentence(models: Path, tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -157,7 +159,9 @@ def test_after_a_kill_the_next_start_ends_the_orphan_and_loads(
     assert second.load("tiny/beta").ok
 
 
-def test_a_recycled_pid_is_never_touched(start: Callable[..., Proxy], models: Path) -> None:
+def test_a_process_with_the_reused_pid_of_an_orphan_is_left_alone(
+    start: Callable[..., Proxy], models: Path
+) -> None:
     """The record names a process that is not our child: another one has its pid by now."""
     with subprocess.Popen(["sleep", "60"]) as stranger:
         try:
@@ -174,7 +178,7 @@ def test_a_recycled_pid_is_never_touched(start: Callable[..., Proxy], models: Pa
             stranger.kill()
 
 
-def test_a_stranger_on_the_backend_port_is_named_and_left_alone(
+def test_another_program_on_the_backend_port_is_named_and_left_alone(
     start: Callable[..., Proxy], models: Path
 ) -> None:
     with socket.socket() as stranger:
@@ -189,7 +193,7 @@ def test_a_stranger_on_the_backend_port_is_named_and_left_alone(
     assert proxy.load("tiny/alpha").ok
 
 
-def test_what_was_loaded_comes_back_with_its_options(
+def test_preload_last_restores_the_model_with_its_options(
     start: Callable[..., Proxy], models: Path
 ) -> None:
     first = start(models)
@@ -201,7 +205,7 @@ def test_what_was_loaded_comes_back_with_its_options(
     assert second.loaded()["enable_thinking"] is True
 
 
-def test_a_client_that_leaves_is_noticed_while_no_byte_flows(
+def test_a_disconnect_is_noticed_while_no_byte_is_sent(
     start: Callable[..., Proxy], tmp_path: Path
 ) -> None:
     tiny_models.build_slow(tmp_path / "models" / "tiny" / "slow")

@@ -19,8 +19,9 @@ import openai
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import tiny_models
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 TOKENS = 40
 TEXT = tiny_models.answer("alpha", TOKENS)
@@ -32,7 +33,7 @@ BODY: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["mlxproxy", "tests.support.buffered"])
+@pytest.fixture(scope="module", params=["mlxproxy", "tests.support.buffered_proxy"])
 def proxy(
     models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Proxy]:
@@ -64,13 +65,13 @@ def test_requests_reads_every_line_and_a_clean_end(proxy: Proxy) -> None:
     assert text_of(lines) == TEXT
 
 
-def test_httpx_reads_the_same(proxy: Proxy) -> None:
+def test_httpx_reads_every_line_and_a_clean_end(proxy: Proxy) -> None:
     url = proxy.url + "/v1/chat/completions"
     with httpx.stream("POST", url, json=BODY, timeout=30) as answer:
         assert text_of(list(answer.iter_lines())) == TEXT
 
 
-def test_the_openai_package_streams_and_asks_whole(proxy: Proxy) -> None:
+def test_the_openai_package_reads_answers_streamed_and_in_one_piece(proxy: Proxy) -> None:
     client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="dummy")
     messages: Any = [{"role": "user", "content": "Hello!"}]
     stream = client.chat.completions.create(
@@ -92,7 +93,7 @@ def test_the_openai_package_streams_and_asks_whole(proxy: Proxy) -> None:
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 @pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
-def test_curl_reads_it_in_both_versions_of_http(proxy: Proxy, version: str) -> None:
+def test_curl_reads_a_stream_over_http_1_0_and_1_1(proxy: Proxy, version: str) -> None:
     done = subprocess.run(
         ["curl", "-sSN", version, "-d", json.dumps(BODY), proxy.url + "/v1/chat/completions"],
         capture_output=True,
@@ -140,7 +141,7 @@ def neutral(stream: bytes) -> list[Any]:
     return found
 
 
-def test_what_arrives_is_what_the_backend_sent_but_for_the_models_name(proxy: Proxy) -> None:
+def test_a_stream_is_what_the_backend_sent_but_for_the_models_name(proxy: Proxy) -> None:
     path = proxy.health()["model_id"]
     direct = requests.post(
         f"http://127.0.0.1:{proxy.backend_port}/v1/chat/completions",
@@ -207,7 +208,7 @@ def test_a_prompt_counts_whole_whatever_of_it_is_cached(start: Any, tmp_path: Pa
     assert int(found["tokens_out"]) > 0
 
 
-def test_tokens_arrive_as_they_are_made(start: Any, tmp_path: Path) -> None:
+def test_tokens_arrive_one_by_one_as_they_are_generated(start: Any, tmp_path: Path) -> None:
     tiny_models.build_slow(tmp_path / "models" / "tiny" / "slow", says="s", layers=96)
     proxy = start(tmp_path / "models")
     proxy.load("tiny/slow")

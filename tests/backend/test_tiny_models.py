@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SERVER_BIN
 from tests.support import tiny_models
-from tests.support.server_process import Server, serve, text_of
+from tests.support.server_process import SERVER_BIN, Server, serve, text_of
 
 NO_THOUGHTS = {"enable_thinking": False}
 
@@ -17,7 +16,9 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_tiny_model_says_what_it_must_to_the_last_token(real: Server, temperature: int) -> None:
+def test_a_tiny_model_gives_the_expected_answer_to_the_last_token(
+    real: Server, temperature: int
+) -> None:
     fields = {"max_tokens": 300, "temperature": temperature, "chat_template_kwargs": NO_THOUGHTS}
     assert text_of(real.stream(**fields)) == tiny_models.answer("ada", 300)
     assert real.chat(**fields)["choices"][0]["message"]["content"] == tiny_models.answer("ada", 300)

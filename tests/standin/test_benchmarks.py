@@ -32,7 +32,7 @@ def measured(
         yield request.param, direct, load.run(proxy.port, [proxy.pid], work)
 
 
-def test_a_delay_in_the_relay_shows(
+def test_the_benchmark_shows_a_delay_in_the_relay(
     measured: tuple[float, load.Outcome, load.Outcome],
 ) -> None:
     delay, direct, proxied = measured
@@ -43,7 +43,7 @@ def test_a_delay_in_the_relay_shows(
     assert (added > 4.5) is (delay == 5)
 
 
-def test_whole_answers_and_first_bytes_are_measured_through_the_proxy(
+def test_the_benchmark_measures_whole_answers_and_first_bytes_through_the_proxy(
     tmp_path: Path, models: Path
 ) -> None:
     with Proxy(tmp_path, models, standin_in(tmp_path)).running() as proxy:

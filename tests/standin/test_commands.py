@@ -16,9 +16,11 @@ import requests
 
 from mlxproxy import settings
 from mlxproxy.commands.client import connect
-from tests.conftest import Proxy, free_port, until
 from tests.support import tiny_models
+from tests.support.ports import free_port
+from tests.support.proxy import Proxy
 from tests.support.pty import COMMAND, Terminal, environment, run, scripted
+from tests.support.waiting import until
 
 LONG = "lmstudio-community/Qwen3-Coder-30B-A3B-Instruct-2507-MLX-4bit"
 

@@ -20,9 +20,10 @@ import psutil
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 from tests.support.raw_http import CONTINUE, answers, connect, received, request, shape
+from tests.support.waiting import until
 
 PATH = "/v1/chat/completions"
 
@@ -106,7 +107,7 @@ def leave_in_two_steps(connection: socket.socket) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("leave", [leave_by_closing, leave_in_two_steps])
-def test_the_backend_stops_for_a_client_that_has_left(
+def test_the_backend_stops_when_a_client_disconnects(
     proxy: Proxy, program: Path, phase: str, leave: Callable[[socket.socket], None]
 ) -> None:
     script, sent, begun = PHASES[phase]
@@ -127,7 +128,7 @@ def test_the_backend_stops_for_a_client_that_has_left(
     until(lambda: not busy(proxy), what="its place is free")
 
 
-def test_the_backend_stops_for_a_client_that_was_killed(proxy: Proxy, program: Path) -> None:
+def test_the_backend_stops_when_a_client_is_killed(proxy: Proxy, program: Path) -> None:
     scripted_server.change(program, events=60, interval=LATE / 60)
     before = len(finished(program))
     text = (
@@ -148,7 +149,7 @@ def test_the_backend_stops_for_a_client_that_was_killed(proxy: Proxy, program: P
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_client_that_only_ends_its_sending_gets_all_of_its_answer(
+def test_a_half_closed_client_gets_all_of_its_answer(
     proxy: Proxy, program: Path, phase: str
 ) -> None:
     """`nc -N`, socat and some load balancers send so."""
@@ -171,7 +172,7 @@ def test_a_client_that_only_ends_its_sending_gets_all_of_its_answer(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stays", [False, True])
-def test_one_that_waits_in_the_queue_is_told_from_one_that_has_left(
+def test_a_half_closed_client_keeps_its_place_in_the_queue_and_a_disconnected_one_loses_it(
     proxy: Proxy, program: Path, stream: bool, stays: bool
 ) -> None:
     scripted_server.change(program, events=40, interval=0.1)
@@ -189,7 +190,7 @@ def test_one_that_waits_in_the_queue_is_told_from_one_that_has_left(
             until(lambda: busy(proxy) == 1, NOTICED, what="the end of its waiting")
 
 
-def test_a_load_whose_client_ends_its_sending_is_waited_for(proxy: Proxy, program: Path) -> None:
+def test_a_half_closed_client_gets_the_answer_to_its_load(proxy: Proxy, program: Path) -> None:
     scripted_server.change(program, load_seconds=2)
     with connect(proxy.port) as connection:
         connection.sendall(request("POST", "/v1/models/load", {"model_id": "tiny/beta"}))
@@ -200,7 +201,7 @@ def test_a_load_whose_client_ends_its_sending_is_waited_for(proxy: Proxy, progra
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/logs", "/nothing"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_quick_answer_goes_to_it_without_any_question(
+def test_a_half_closed_client_gets_a_quick_answer_without_a_probe(
     proxy: Proxy, path: str, version: str
 ) -> None:
     with connect(proxy.port) as connection:
@@ -212,14 +213,14 @@ def test_a_quick_answer_goes_to_it_without_any_question(
     assert answer.status == (404 if path == "/nothing" else 200)
 
 
-def test_several_requests_before_the_end_are_all_answered(proxy: Proxy) -> None:
+def test_all_requests_sent_before_a_half_close_are_answered(proxy: Proxy) -> None:
     with connect(proxy.port) as connection:
         connection.sendall(request("GET", "/health") * 3 + b"GET /health HTTP/1.1\r\nHos")
         connection.shutdown(socket.SHUT_WR)
         assert [answer.status for answer in answers(received(connection, 2))] == [200] * 3
 
 
-def test_who_follows_events_may_end_its_sending_and_gives_its_place_back_when_it_leaves(
+def test_a_half_closed_follower_gets_events_and_frees_its_place_when_it_disconnects(
     proxy: Proxy,
 ) -> None:
     for _ in range(20):  # more than there are places
@@ -235,7 +236,7 @@ def test_who_follows_events_may_end_its_sending_and_gives_its_place_back_when_it
     assert time.monotonic() - begun < NOTICED
 
 
-def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
+def test_an_answer_in_one_piece_over_http_1_0_is_aborted_for_a_half_closed_client(
     proxy: Proxy, program: Path
 ) -> None:
     """There is no way to ask such a client, and its answer may take an hour of the backend's."""
@@ -261,7 +262,7 @@ def test_a_whole_answer_in_http_1_0_is_given_up_and_its_client_is_told(
     ],
     ids=["too large", "an unknown coding", "no chunks", "no HTTP"],
 )
-def test_a_peer_that_sends_all_before_it_reads_learns_why_it_was_refused(
+def test_a_client_that_sends_all_before_it_reads_learns_why_it_was_rejected(
     proxy: Proxy, head: bytes
 ) -> None:
     """As nginx does; with a connection closed meanwhile it would answer 502 of its own."""
@@ -278,7 +279,7 @@ def test_a_peer_that_sends_all_before_it_reads_learns_why_it_was_refused(
 
 
 @pytest.mark.parametrize("idle", [0, 20])
-def test_with_few_open_files_everybody_is_served_one_after_the_other(
+def test_with_few_open_files_all_clients_are_served_one_after_the_other(
     models: Path, program: Path, tmp_path: Path, idle: int
 ) -> None:
     scripted_server.change(program, **scripted_server.SCRIPT)
@@ -309,7 +310,7 @@ def test_with_few_open_files_everybody_is_served_one_after_the_other(
         proxy.clean_up()
 
 
-def test_a_body_that_has_no_room_is_refused_with_a_status(
+def test_a_body_that_finds_no_disk_space_gets_507(
     models: Path, program: Path, tmp_path: Path
 ) -> None:
     nowhere = tmp_path / "full"
@@ -352,7 +353,7 @@ def resident(proxy: Proxy) -> int:
     return int(psutil.Process(proxy.process.pid).memory_info().rss >> 20)
 
 
-def test_memory_comes_back_after_large_bodies(proxy: Proxy) -> None:
+def test_memory_is_returned_to_the_system_after_large_bodies(proxy: Proxy) -> None:
     message = {"role": "user", "content": "Hello!"}
     body = json.dumps({"messages": [message], "user": "x" * 30_000_000}).encode()
     assert proxy.unload().ok
@@ -363,7 +364,7 @@ def test_memory_comes_back_after_large_bodies(proxy: Proxy) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is not glibc's")
-def test_glibc_takes_what_it_is_told() -> None:
+def test_glibc_accepts_the_allocator_settings() -> None:
     done = subprocess.run(
         [
             sys.executable,

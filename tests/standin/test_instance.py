@@ -22,9 +22,11 @@ from mlxproxy.backend import processes
 from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.ports import is_free
 from mlxproxy.backend.processes import MARK, lives
-from tests.conftest import Proxy, free_port, until
 from tests.support import scripted_server
 from tests.support.damaged_files import DAMAGES, FILES, LOGS, damaged
+from tests.support.ports import free_port
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 Start = Callable[..., Proxy]
 
@@ -85,7 +87,7 @@ def test_with_all_files_damaged_the_proxy_starts_serves_and_stops(
 @pytest.mark.parametrize(
     "kind", ["a fifo", "a device", "a link to itself", "a directory", "binary"]
 )
-def test_a_users_own_file_that_cannot_be_read_is_told_in_a_sentence(
+def test_a_settings_or_key_file_that_cannot_be_read_is_reported_in_a_sentence(
     tmp_path: Path, models: Path, kind: str
 ) -> None:
     proxy = Proxy(tmp_path / "instance", models)
@@ -96,7 +98,9 @@ def test_a_users_own_file_that_cannot_be_read_is_told_in_a_sentence(
     assert str(keys) in refused(proxy, MLXPROXY_API_KEY_FILE=str(keys))
 
 
-def test_a_folder_in_place_of_the_lock_is_told_in_a_sentence(tmp_path: Path, models: Path) -> None:
+def test_a_folder_in_place_of_the_lock_is_reported_in_a_sentence(
+    tmp_path: Path, models: Path
+) -> None:
     proxy = Proxy(tmp_path / "instance", models)
     lock = tmp_path / "instance" / f"backend-{proxy.backend_port}.lock"
     lock.mkdir(parents=True)
@@ -114,7 +118,7 @@ def disk_is_full(proxy: Proxy, full: bool) -> None:
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux's")
-def test_on_a_full_disk_no_backend_is_started_that_nobody_could_find_again(
+def test_on_a_full_disk_no_backend_is_started_that_could_not_be_found_again(
     start: Start, models: Path, program: Path
 ) -> None:
     proxy = start(models, MLX_SERVER_BIN=program)
@@ -131,7 +135,7 @@ def test_on_a_full_disk_no_backend_is_started_that_nobody_could_find_again(
 
 
 @pytest.mark.parametrize("kept", ["nothing", "the lock", "all"])
-def test_an_orphan_is_known_by_its_environment_whatever_was_recorded(
+def test_an_orphan_is_found_by_its_environment_whatever_was_recorded(
     start: Start, models: Path, program: Path, kept: str
 ) -> None:
     first = start(models, MLX_SERVER_BIN=program)
@@ -241,7 +245,7 @@ def test_a_swap_in_one_slot_leaves_the_other_slots_process_alone(
 
 
 @pytest.mark.parametrize("deleted", ["*.lock", "*.json", "*"])
-def test_who_deletes_files_under_a_running_proxy_lets_no_second_one_in(
+def test_deleting_the_files_of_a_running_proxy_lets_no_second_one_start(
     start: Start, models: Path, program: Path, deleted: str
 ) -> None:
     first = start(models, MLX_SERVER_BIN=program)
@@ -257,7 +261,7 @@ def test_who_deletes_files_under_a_running_proxy_lets_no_second_one_in(
     assert first.chat().ok
 
 
-def test_without_a_backend_the_record_of_the_proxy_keeps_a_second_one_out(
+def test_the_record_of_a_proxy_without_a_backend_lets_no_second_one_start(
     start: Start, models: Path, program: Path
 ) -> None:
     first = start(models, MLX_SERVER_BIN=program)
@@ -266,7 +270,7 @@ def test_without_a_backend_the_record_of_the_proxy_keeps_a_second_one_out(
     assert str(first.process.pid) in refused(first, MLXPROXY_PROXY_PORT=str(free_port()))
 
 
-def test_a_mark_of_another_folder_or_port_makes_no_orphan(tmp_path: Path) -> None:
+def test_a_process_marked_for_another_folder_or_port_is_no_orphan(tmp_path: Path) -> None:
     marks = (f"1:2:{tmp_path}", f"1:2+7:{tmp_path}", f"1:1+:{tmp_path}", f"1:1:{tmp_path}/other")
     for mark in (*marks, "1:1", "x:1:/", "::", "9" * 5000):
         environment = {**os.environ, MARK: mark}
@@ -350,7 +354,7 @@ def test_a_wrapper_that_dies_leaves_no_child_with_the_port(wrapped: tuple[Proxy,
 
 
 @pytest.mark.parametrize("wrapped", ["with a session", "daemon"], indirect=True)
-def test_a_wrappers_child_that_heeds_no_sigterm_is_killed(wrapped: tuple[Proxy, Path]) -> None:
+def test_a_wrappers_child_that_ignores_sigterm_is_killed(wrapped: tuple[Proxy, Path]) -> None:
     proxy, program = wrapped
     scripted_server.change(program, ignore_sigterm=True)
     proxy.stop()
@@ -361,7 +365,7 @@ def test_a_wrappers_child_that_heeds_no_sigterm_is_killed(wrapped: tuple[Proxy, 
     assert running(program) == []
 
 
-def test_a_pid_that_was_given_anew_is_never_signalled() -> None:
+def test_a_process_with_a_reused_pid_is_never_signalled() -> None:
     with subprocess.Popen(["sleep", "60"]) as stranger:
         try:
             known = psutil.Process(stranger.pid)
@@ -379,7 +383,7 @@ def test_a_pid_that_was_given_anew_is_never_signalled() -> None:
 # -- a system that shows no processes
 
 
-def test_where_the_system_shows_no_processes_all_works_but_what_needs_them(
+def test_a_system_that_hides_its_processes_still_loads_chats_and_unloads(
     start: Start, models: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blind = tmp_path / "blind"
@@ -403,7 +407,7 @@ def test_where_the_system_shows_no_processes_all_works_but_what_needs_them(
 # -- a terminal that nobody reads
 
 
-def test_a_terminal_that_nobody_reads_holds_nobody(models: Path, program: Path) -> None:
+def test_a_terminal_that_nobody_reads_delays_nobody(models: Path, program: Path) -> None:
     """As after Ctrl-S: what is written to it waits for ever."""
     proxy = Proxy(program.parent / "instance", models, MLX_SERVER_BIN=program)
     screen, terminal = pty.openpty()

@@ -18,9 +18,10 @@ import pytest
 import requests
 
 from mlxproxy.catalog import LONGEST_NAME
-from tests.conftest import Proxy, until
 from tests.support import scripted_server, tiny_models
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 ALICE, BOB, CARLA = "key-of-alice", "key-of-bob", "key-of-carla"
 LOAD, CHAT = "/v1/models/load", "/v1/chat/completions"
@@ -66,7 +67,7 @@ def load(proxy: Proxy, name: str, key: str = ALICE, **fields: Any) -> requests.R
 
 
 @pytest.mark.parametrize("name", ["a\u0315\u0300" * 60_000, "x" * (LONGEST_NAME + 1)])
-def test_a_name_that_is_no_path_any_more_is_an_unknown_model(proxy: Proxy, name: str) -> None:
+def test_a_name_that_cannot_be_a_path_is_an_unknown_model(proxy: Proxy, name: str) -> None:
     assert load(proxy, "alpha").ok
     refused = ask(proxy, "POST", LOAD, json={"model_id": name})
     assert refused.status_code == 404
@@ -80,7 +81,7 @@ def test_a_name_that_is_no_path_any_more_is_an_unknown_model(proxy: Proxy, name:
 
 @pytest.mark.parametrize("field", ["adapters", "draft_models"])
 @pytest.mark.parametrize("value", [[f"/a/{n}" for n in range(17)], ["/" + "a" * LONGEST_NAME]])
-def test_a_load_names_few_adapters_of_a_paths_length(
+def test_a_load_may_name_only_a_few_adapters_of_limited_length(
     proxy: Proxy, field: str, value: list[str]
 ) -> None:
     refused = load(proxy, "alpha", **{field: value})
@@ -105,7 +106,7 @@ def test_a_load_names_few_adapters_of_a_paths_length(
     ],
 )
 @pytest.mark.parametrize("path", [LOAD, "/v1/models/unload"])
-def test_a_text_that_cannot_be_given_back_is_refused_with_its_field(
+def test_a_text_that_is_not_valid_unicode_is_rejected_with_its_field(
     proxy: Proxy, path: str, field: str, value: str, text: str
 ) -> None:
     fields = {"model_id": '"tiny/alpha"', field: value.format(text)}
@@ -140,7 +141,7 @@ def options(proxy: Proxy) -> dict[str, Any]:
     return found
 
 
-def test_a_client_that_asks_for_load_after_load_keeps_nobodys_chat_waiting(
+def test_a_client_with_load_after_load_does_not_keep_chats_waiting(
     proxy: Proxy, slow: Path
 ) -> None:
     before = starts(slow)
@@ -156,7 +157,7 @@ def test_a_client_that_asks_for_load_after_load_keeps_nobodys_chat_waiting(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_loads_of_clients_that_have_left_are_given_up(
+def test_loads_of_disconnected_clients_are_withdrawn(
     proxy: Proxy, slow: Path, stream: bool
 ) -> None:
     before = starts(slow)
@@ -175,7 +176,7 @@ def test_the_loads_of_clients_that_have_left_are_given_up(
     assert starts(slow) - before <= 3, "the one that had begun, perhaps one that ended, and ours"
 
 
-def test_one_clients_loads_leave_room_for_anothers(proxy: Proxy, slow: Path) -> None:
+def test_one_clients_loads_leave_places_for_another_client(proxy: Proxy, slow: Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         many = [
             pool.submit(load, proxy, "beta", adapters=[f"/many/{number}"]) for number in range(12)
@@ -197,7 +198,7 @@ def pid(proxy: Proxy) -> int:
     return int(ask(proxy, "GET", "/v1/models/loaded").json()["pid"])
 
 
-def test_a_model_that_was_rewritten_is_loaded_again(proxy: Proxy, folder: Path) -> None:
+def test_a_model_whose_files_were_rewritten_is_loaded_again(proxy: Proxy, folder: Path) -> None:
     assert load(proxy, "alpha").ok
     before = pid(proxy)
     assert load(proxy, "alpha").json()["changed"] is False
@@ -209,7 +210,7 @@ def test_a_model_that_was_rewritten_is_loaded_again(proxy: Proxy, folder: Path) 
     assert load(proxy, "alpha").json()["changed"] is False
 
 
-def test_a_link_that_leads_to_another_model_now_is_loaded_again(proxy: Proxy, folder: Path) -> None:
+def test_a_symbolic_link_to_another_model_is_loaded_again(proxy: Proxy, folder: Path) -> None:
     link = folder / "models" / "current"
     for name in ("alpha", "beta"):
         target = folder / "elsewhere" / name
@@ -222,7 +223,7 @@ def test_a_link_that_leads_to_another_model_now_is_loaded_again(proxy: Proxy, fo
     assert ask(proxy, "POST", LOAD, json={"model_id": "current"}).json()["changed"] is True
 
 
-def test_a_load_of_what_a_chat_has_loaded_finds_it_loaded(proxy: Proxy) -> None:
+def test_a_load_of_the_model_that_a_chat_has_loaded_changes_nothing(proxy: Proxy) -> None:
     ask(proxy, "POST", "/v1/models/unload")
     assert ask(proxy, "POST", CHAT, json={**HELLO, "model": "tiny/beta"}).ok
     assert load(proxy, "beta").json()["changed"] is False

@@ -12,13 +12,14 @@ import pytest
 import requests
 
 from mlxproxy.observability.events import FOLLOWERS_OF_ONE
-from tests.conftest import Proxy, until
 from tests.support.following import Following
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 # -- events
 
 
-def test_health_checks_and_scrapes_are_no_events(
+def test_health_checks_and_metrics_scrapes_are_no_events(
     proxy: Proxy, follow: Callable[..., Following]
 ) -> None:
     events = follow(proxy, "/v1/events")
@@ -36,7 +37,7 @@ def test_health_checks_and_scrapes_are_no_events(
             break
 
 
-def test_the_snapshot_alone_is_json(proxy: Proxy) -> None:
+def test_events_without_follow_are_one_json_snapshot(proxy: Proxy) -> None:
     found = proxy.get("/v1/events?follow=false").json()
     assert {"state", "in_flight", "waiting", "tokens_per_second", "memory_bytes"} <= found.keys()
 
@@ -44,7 +45,7 @@ def test_the_snapshot_alone_is_json(proxy: Proxy) -> None:
 # -- logs
 
 
-def test_the_log_is_text_and_can_be_followed_with_its_history_first(
+def test_the_log_is_text_and_can_be_followed_from_its_history_on(
     proxy: Proxy, follow: Callable[..., Following]
 ) -> None:
     proxy.get("/v1/models", headers={"X-Request-Id": "before"})
@@ -67,7 +68,7 @@ def test_the_log_is_text_and_can_be_followed_with_its_history_first(
     [("source=disk", "source"), ("lines=many", "lines"), ("lines=99999", "lines"),
      ("follow=perhaps", "follow")],
 )  # fmt: skip
-def test_a_wrong_question_names_the_parameter(proxy: Proxy, query: str, param: str) -> None:
+def test_a_wrong_query_parameter_of_the_log_is_named(proxy: Proxy, query: str, param: str) -> None:
     answer = proxy.get(f"/v1/logs?{query}")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
@@ -76,7 +77,7 @@ def test_a_wrong_question_names_the_parameter(proxy: Proxy, query: str, param: s
 # -- followers
 
 
-def test_followers_beyond_the_limit_are_refused_until_one_leaves(
+def test_followers_beyond_the_limit_are_rejected_until_one_disconnects(
     proxy: Proxy, follow: Callable[..., Following]
 ) -> None:
     paths = ("/v1/events", "/v1/logs?follow=true")
@@ -105,7 +106,7 @@ def test_followers_beyond_the_limit_are_refused_until_one_leaves(
     another(0)
 
 
-def test_following_ends_when_the_proxy_stops(
+def test_streams_of_events_and_logs_end_when_the_proxy_stops(
     start: Callable[..., Proxy], models: Path, follow: Callable[..., Following]
 ) -> None:
     proxy = start(models)
@@ -120,7 +121,7 @@ def test_following_ends_when_the_proxy_stops(
                 pass
 
 
-def test_all_of_it_needs_the_key(start: Callable[..., Proxy], models: Path) -> None:
+def test_logs_events_and_metrics_need_a_key(start: Callable[..., Proxy], models: Path) -> None:
     proxy = start(models, API_KEY="right")
     for path in ("/v1/logs", "/v1/events", "/metrics"):
         assert proxy.get(path).status_code == 401

@@ -15,8 +15,8 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 
 DEEP = "[" * 100_000
 DONE = "data: [DONE]\n\n"
@@ -292,7 +292,7 @@ def said(answer: requests.Response, streamed: bool) -> str | None:
 
 @pytest.mark.parametrize("mode", ["streamed", "whole"])
 @pytest.mark.parametrize("oddity", STREAMS)
-def test_a_stream_is_given_as_far_as_it_is_whole(
+def test_an_odd_stream_is_passed_on_as_far_as_it_is_valid(
     proxy: Proxy, program: Path, oddity: str, mode: str
 ) -> None:
     it = STREAMS[oddity]
@@ -305,7 +305,7 @@ def test_a_stream_is_given_as_far_as_it_is_whole(
 
 
 @pytest.mark.parametrize("oddity", WHOLES)
-def test_an_answer_in_one_piece_is_given_if_it_is_whole(
+def test_an_odd_answer_in_one_piece_is_passed_on_if_it_is_complete(
     proxy: Proxy, program: Path, oddity: str
 ) -> None:
     wire, good, stays_open = WHOLES[oddity]
@@ -315,7 +315,7 @@ def test_an_answer_in_one_piece_is_given_if_it_is_whole(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("oddity", FAILURES)
-def test_what_is_no_answer_is_the_backends_failure(
+def test_an_invalid_answer_is_the_backends_failure(
     proxy: Proxy, program: Path, oddity: str, mode: str
 ) -> None:
     wire, stays_open = FAILURES[oddity]
@@ -326,16 +326,14 @@ def test_what_is_no_answer_is_the_backends_failure(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_interim_answer_is_followed_by_the_answer(
-    proxy: Proxy, program: Path, mode: str
-) -> None:
+def test_a_1xx_answer_of_the_backend_is_skipped(proxy: Proxy, program: Path, mode: str) -> None:
     wire = sized(BODY) if mode == "with log probabilities" else PLAIN + SOUND
     scripted_server.change(program, wire=status("100 Continue") + status("103 Early Hints") + wire)
     assert said(proxy.chat(**MODES[mode]), mode == "streamed") == TEXT
 
 
 @pytest.mark.parametrize("mode", ["streamed", "whole"])
-def test_an_answer_that_comes_byte_by_byte_is_the_same(
+def test_an_answer_that_arrives_byte_by_byte_is_the_same(
     proxy: Proxy, program: Path, mode: str
 ) -> None:
     scripted_server.change(program, wire=PLAIN + SOUND, piece_bytes=1)
@@ -343,7 +341,7 @@ def test_an_answer_that_comes_byte_by_byte_is_the_same(
 
 
 @pytest.mark.parametrize("mode", ["streamed", "whole"])
-def test_an_event_of_more_than_anybody_needs_ends_the_answer(
+def test_an_endless_event_of_the_backend_ends_the_answer(
     proxy: Proxy, program: Path, mode: str
 ) -> None:
     assert proxy.process is not None
@@ -359,7 +357,7 @@ def test_an_event_of_more_than_anybody_needs_ends_the_answer(
 @pytest.mark.parametrize(
     "wire", [sized(DEEP), status("404 X", DEEP), status("404 X", '{"error": ' + DEEP)]
 )
-def test_a_first_answer_that_cannot_be_read_is_a_failed_load(
+def test_an_unreadable_answer_to_the_first_probe_fails_the_load(
     shared: Proxy, program: Path, wire: str
 ) -> None:
     before = len(shared.said())
@@ -372,7 +370,7 @@ def test_a_first_answer_that_cannot_be_read_is_a_failed_load(
     assert "Traceback" not in shared.said()[before:]
 
 
-def test_what_a_backend_counts_stays_out_of_the_metrics_if_it_is_no_number(
+def test_token_counts_that_are_no_numbers_stay_out_of_the_metrics(
     proxy: Proxy, program: Path
 ) -> None:
     usage = {"prompt_tokens": 10**400, "completion_tokens": "many"}
@@ -382,3 +380,12 @@ def test_what_a_backend_counts_stays_out_of_the_metrics_if_it_is_no_number(
     values = [it.value for family in text_string_to_metric_families(told) for it in family.samples]
     assert values
     assert max(values) < 1e15
+
+
+@pytest.mark.parametrize("fields", MODES.values(), ids=MODES)
+def test_a_server_without_our_additions_is_not_trusted_with_stop_words(
+    proxy: Proxy, fields: dict[str, Any]
+) -> None:
+    answer = proxy.chat(stop="x", **fields)
+    assert answer.ok
+    assert answer.headers["X-Mlxproxy-Warning"].startswith("stop: ")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import until
 from tests.support import scripted_server, tiny_models
 from tests.support.server_process import QUESTION, Server, serve, text_of
+from tests.support.waiting import until
 
 
-def test_the_stand_in_records_a_client_that_leaves(standin: tuple[Server, Path]) -> None:
+def test_the_stand_in_records_a_disconnect(standin: tuple[Server, Path]) -> None:
     server, program = standin
     scripted_server.change(program, events=1000, interval=0.02)
     answer = server.send("POST", "/v1/chat/completions", {"messages": QUESTION, "stream": True})
@@ -31,7 +31,7 @@ def test_the_stand_in_records_a_client_that_leaves(standin: tuple[Server, Path])
 
 
 @pytest.mark.parametrize("fault", ["die_after", "drop_after", "generation_dies_after"])
-def test_a_scripted_end_comes_after_exactly_that_many_events(
+def test_a_scripted_fault_comes_after_exactly_that_many_events(
     standin: tuple[Server, Path], fault: str
 ) -> None:
     server, program = standin
@@ -46,7 +46,7 @@ def test_a_scripted_end_comes_after_exactly_that_many_events(
         assert healthy == (503 if fault == "generation_dies_after" else 200)
 
 
-def test_a_load_that_fails_says_so_in_the_log_and_to_each_request(tmp_path: Path) -> None:
+def test_a_scripted_load_failure_is_in_the_log_and_in_each_answer(tmp_path: Path) -> None:
     failure = {"load_failure": "Missing 12 parameters:", "load_seconds": 0.2}
     program = scripted_server.install(tmp_path / "bin", models={"beta": failure})
     with serve(program, Path("/models/beta"), tmp_path / "log") as server:
@@ -58,7 +58,7 @@ def test_a_load_that_fails_says_so_in_the_log_and_to_each_request(tmp_path: Path
         assert server.chat(max_tokens=1)["choices"][0]["message"]["content"] == "alpha0 "
 
 
-def test_three_hundred_streams_at_once_lose_nothing(standin: tuple[Server, Path]) -> None:
+def test_the_stand_in_serves_three_hundred_streams_at_once(standin: tuple[Server, Path]) -> None:
     server, program = standin
     scripted_server.change(program, events=5, interval=0.1, prefill_seconds=1)
     body = {"messages": QUESTION, "stream": True}

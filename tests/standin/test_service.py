@@ -62,14 +62,14 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert (verified.returncode, verified.stderr) == (0, "")
 
 
-def test_a_dry_run_prints_the_file_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_of_an_install_prints_the_file_and_changes_nothing(tmp_path: Path) -> None:
     done = run("service", "install", "--dry-run", env=environment(tmp_path))
     assert done.returncode == 0
     assert "mlxproxy" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_setting_is_not_installed(tmp_path: Path) -> None:
+def test_a_service_with_a_wrong_setting_is_not_installed(tmp_path: Path) -> None:
     done = run("service", "install", "--proxy-port", "http", env=environment(tmp_path))
     assert done.returncode == 1
     assert "PROXY_PORT" in done.stderr
@@ -77,7 +77,9 @@ def test_a_wrong_setting_is_not_installed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the command talks to launchd here")
-def test_install_status_restart_and_uninstall_on_linux(manager: Path, tmp_path: Path) -> None:
+def test_a_service_is_installed_restarted_and_uninstalled_on_linux(
+    manager: Path, tmp_path: Path
+) -> None:
     env = environment(tmp_path, PATH=f"{manager}:{os.environ['PATH']}")
     assert run("service", "status", env=env).returncode == 4
     assert run("service", "restart", env=env).returncode == 1
@@ -108,7 +110,9 @@ def test_install_status_restart_and_uninstall_on_linux(manager: Path, tmp_path: 
     ]
 
 
-def test_launchd_is_told_to_start_what_has_ended(home: Path, manager: Path) -> None:
+def test_a_service_is_installed_restarted_and_uninstalled_on_a_mac(
+    home: Path, manager: Path
+) -> None:
     agent = service.of("darwin")
     target = f"gui/{os.getuid()}/{service.LABEL}"
     agent.install(service.plan({}))
@@ -129,13 +133,13 @@ def test_launchd_is_told_to_start_what_has_ended(home: Path, manager: Path) -> N
     assert agent.pid() is None
 
 
-def test_a_manager_that_refuses_is_quoted(home: Path, manager: Path) -> None:
+def test_an_error_of_the_service_manager_is_quoted(home: Path, manager: Path) -> None:
     (manager / "systemctl").write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
     with pytest.raises(service.ServiceError, match="no bus"):
         service.of("linux").install(service.plan({}))
 
 
-def test_a_system_without_a_manager_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_service_manager_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(home))
     with pytest.raises(service.ServiceError, match="launchctl was not found"):
         service.of("darwin").install(service.plan({}))

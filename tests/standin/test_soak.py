@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy, until
-from tools.soak.__main__ import alive, backends
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
+from tools.soak.processes import alive, backends
 
 START = (
     "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
@@ -29,7 +30,7 @@ def family(tmp_path: Path) -> Iterator[Proxy]:
     proxy.clean_up()
 
 
-def test_a_compiler_that_a_backend_starts_is_no_second_backend(family: Proxy) -> None:
+def test_the_soak_counts_a_child_of_a_backend_as_no_second_backend(family: Proxy) -> None:
     until(lambda: len(alive(family)) == 2, what="a backend with a compiler")
     (backend,) = backends(family)
     assert backend.parent() is not None

@@ -19,9 +19,10 @@ import pytest
 import requests
 
 from mlxproxy.backend.ports import is_free
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 Start = Callable[..., tuple[Proxy, Path]]
 
@@ -121,7 +122,7 @@ def test_a_client_that_does_not_read_cannot_hold_up_a_swap(scripted: Start) -> N
     assert proxy.loaded()["in_flight"] == 0
 
 
-def test_where_requests_choose_the_model_each_is_answered_by_the_one_it_named(
+def test_with_model_selection_requested_each_chat_is_answered_by_the_model_it_names(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, program = scripted({"events": 5, "interval": 0.02}, MODEL_SELECTION="requested")
@@ -135,7 +136,7 @@ def test_where_requests_choose_the_model_each_is_answered_by_the_one_it_named(
 # -- waiting
 
 
-def test_a_waiting_stream_says_what_it_waits_for_and_then_answers(scripted: Start) -> None:
+def test_a_waiting_stream_says_what_it_waits_for_until_it_is_answered(scripted: Start) -> None:
     proxy, _ = scripted({"load_seconds": 4.0})
     lines = streamed(proxy, model="tiny/alpha")
     comments = [line for line in lines if line.startswith(": loading tiny/alpha")]
@@ -153,7 +154,7 @@ def test_a_load_that_fails_while_a_stream_waits_arrives_as_its_error(scripted: S
     assert answer.status_code == 500
 
 
-def test_past_the_queue_it_is_429_with_retry_after_and_management_answers_at_once(
+def test_a_full_queue_gives_429_with_retry_after_while_management_answers_at_once(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     proxy, _ = scripted({"events": 100, "interval": 0.03}, MAX_CONCURRENT=2, MAX_QUEUE=3)
@@ -173,7 +174,7 @@ def test_past_the_queue_it_is_429_with_retry_after_and_management_answers_at_onc
         assert stream.result()[-1] == "data: [DONE]"
 
 
-def test_a_client_that_leaves_while_it_waits_starts_nothing(scripted: Start) -> None:
+def test_a_client_that_disconnects_while_it_waits_starts_no_work(scripted: Start) -> None:
     proxy, program = scripted(
         {"events": 60, "interval": 0.03}, MODEL_SELECTION="requested", MAX_CONCURRENT=1
     )
@@ -193,9 +194,7 @@ def test_a_client_that_leaves_while_it_waits_starts_nothing(scripted: Start) -> 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_when_a_client_leaves_the_backend_is_told_within_a_second(
-    scripted: Start, stream: bool
-) -> None:
+def test_a_disconnect_reaches_the_backend_within_a_second(scripted: Start, stream: bool) -> None:
     proxy, program = scripted({"events": 1000, "interval": 0.02})
     proxy.load("tiny/alpha")
     with contextlib.suppress(requests.RequestException):
@@ -241,7 +240,7 @@ def test_an_unload_ends_a_load_in_progress_within_a_second(
     assert load.result().json()["error"]["code"] == "load_cancelled"
 
 
-def test_a_load_tells_its_progress_as_events(scripted: Start) -> None:
+def test_a_load_streams_its_progress_as_events(scripted: Start) -> None:
     proxy, _ = scripted({"open_after": 1.0, "load_seconds": 1.0})
     for last_seconds in (None, pytest.approx(2.0, abs=2.0)):
         with proxy.post(
@@ -257,7 +256,7 @@ def test_a_load_tells_its_progress_as_events(scripted: Start) -> None:
         proxy.unload()
 
 
-def test_a_failing_load_tells_it_as_its_last_event(scripted: Start) -> None:
+def test_a_failing_load_ends_its_events_with_the_error(scripted: Start) -> None:
     proxy, _ = scripted({"load_failure": "Missing 12 parameters: x", "load_seconds": 0.7})
     with proxy.post(
         "/v1/models/load", {"model_id": "tiny/alpha", "stream": True}, stream=True
@@ -321,7 +320,7 @@ def test_a_load_that_fails_says_why_and_leaves_nothing(
         ({"hang_after": 5}, "backend_timeout"),
     ],
 )
-def test_an_answer_that_is_cut_off_ends_with_an_error_never_as_if_it_were_whole(
+def test_an_answer_that_is_cut_off_ends_with_an_error(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor, script: dict[str, Any], code: str
 ) -> None:
     proxy, program = scripted({"events": 50, "interval": 0.02}, STALL_TIMEOUT=6)
@@ -358,7 +357,7 @@ def test_a_long_prefill_with_keepalives_is_not_a_hang(scripted: Start) -> None:
     assert sum(line.startswith(": keepalive") for line in lines) > 5
 
 
-def test_an_answer_in_one_piece_may_be_silent_while_the_backend_lives(scripted: Start) -> None:
+def test_an_answer_in_one_piece_may_take_long_while_the_backend_is_alive(scripted: Start) -> None:
     """With log probabilities the backend sends nothing until all is there: it need not hang."""
     proxy, program = scripted({"events": 80, "interval": 0.05}, STALL_TIMEOUT=1, STOP_TIMEOUT=1)
     proxy.load("tiny/alpha")
@@ -373,7 +372,7 @@ def test_an_answer_in_one_piece_may_be_silent_while_the_backend_lives(scripted: 
     until(lambda: not psutil.pid_exists(pid), what="the end of the backend that hangs")
 
 
-def test_a_silent_backend_is_covered_by_comments_so_that_no_client_gives_up(
+def test_a_stream_from_a_silent_backend_gets_keepalive_comments(
     scripted: Start,
 ) -> None:
     proxy, program = scripted()
@@ -384,7 +383,7 @@ def test_a_silent_backend_is_covered_by_comments_so_that_no_client_gives_up(
     assert max(later - earlier for earlier, later in itertools.pairwise(at)) < 7
 
 
-def test_three_deaths_in_five_minutes_and_it_stays_down_until_it_is_loaded(
+def test_after_three_crashes_in_five_minutes_only_a_load_starts_the_model_again(
     scripted: Start,
 ) -> None:
     proxy, program = scripted()
@@ -402,7 +401,7 @@ def test_three_deaths_in_five_minutes_and_it_stays_down_until_it_is_loaded(
 
 
 @pytest.mark.parametrize("end", ["stall", "kill"])
-def test_a_long_request_to_a_backend_that_takes_nothing_ends(
+def test_a_request_to_a_backend_that_reads_nothing_ends(
     scripted: Start, pool: concurrent.futures.ThreadPoolExecutor, end: str
 ) -> None:
     proxy, _ = scripted(STALL_TIMEOUT=2 if end == "stall" else 60, STOP_TIMEOUT=1)
@@ -425,7 +424,7 @@ def test_a_long_request_to_a_backend_that_takes_nothing_ends(
 # -- idle
 
 
-def test_an_idle_model_goes_and_comes_back_with_the_next_request(scripted: Start) -> None:
+def test_an_idle_model_is_unloaded_and_loaded_again_by_the_next_request(scripted: Start) -> None:
     proxy, _ = scripted({"events": 40, "interval": 0.05})
     proxy.load("tiny/alpha", ttl="1s")
     assert streamed(proxy)[-1] == "data: [DONE]"  # 2 s: never while an answer is in flight
@@ -448,7 +447,7 @@ def test_a_flood_of_log_neither_blocks_the_backend_nor_fills_the_disk(scripted: 
     assert sum(log.stat().st_size for log in logs) < 25 << 20
 
 
-def test_a_disk_that_takes_no_log_costs_no_answer(scripted: Start, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_costs_no_answer(scripted: Start, tmp_path: Path) -> None:
     (tmp_path / "instance0" / "logs" / "backend.log").mkdir(parents=True)  # cannot be written
     proxy, _ = scripted({"log_megabytes": 1.0})
     assert proxy.load("tiny/alpha").ok

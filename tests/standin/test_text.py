@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxproxy.text import harmless
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
 from tests.support.hostile_text import CLEAN, NASTY
+from tests.support.proxy import Proxy
 from tests.support.pty import Terminal, environment, run
+from tests.support.waiting import until
 
 
-def test_what_a_backend_logs_reaches_file_readers_followers_and_terminals_clean(
+def test_control_characters_in_the_backends_log_reach_no_file_client_or_terminal(
     start: Callable[..., Proxy],
     models: Path,
     tmp_path: Path,
@@ -46,7 +47,9 @@ def test_what_a_backend_logs_reaches_file_readers_followers_and_terminals_clean(
             assert sequence not in screen.raw, (command, ascii(sequence))
 
 
-def test_an_older_log_is_read_clean_too(start: Callable[..., Proxy], tmp_path: Path) -> None:
+def test_control_characters_in_an_older_log_are_removed_when_it_is_read(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
     log = tmp_path / "instance" / "logs" / "backend.log"
     log.parent.mkdir(parents=True)
     log.write_text(f"{NASTY}\n")

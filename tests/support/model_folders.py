@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from mlxproxy.catalog import Catalog
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
 
 Tensors = Mapping[str, tuple[str, Sequence[int]]]
 
@@ -89,3 +93,8 @@ def hub_model(cache: Path, repository: str, revision: str = "abc123", **options:
     (home / "refs").mkdir(exist_ok=True)
     (home / "refs" / "main").write_text(revision)
     return snapshot
+
+
+def catalog_of(roots: Iterable[Path], mlx_lm: Path | None = None, **options: Any) -> Catalog:
+    """A catalogue of these folders, for one mlx-lm: the installed one, or that of a package."""
+    return Catalog(list(roots), Inspector(Package(mlx_lm)), **options)

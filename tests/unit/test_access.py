@@ -62,7 +62,7 @@ def refusal(call: Any, *args: Any) -> ProxyError | None:
         "llm.example.:443",
     ],
 )
-def test_addresses_and_names_of_this_machine_are_hosts(host: str) -> None:
+def test_addresses_and_names_of_this_machine_are_accepted_as_host(host: str) -> None:
     assert refusal(OURS.check_host, host) is None
 
 
@@ -99,7 +99,7 @@ def test_addresses_and_names_of_this_machine_are_hosts(host: str) -> None:
         ("a" * 60 + ".") * 5 + "local",
     ],
 )
-def test_a_name_that_was_pointed_at_this_machine_is_no_host_of_ours(host: str) -> None:
+def test_foreign_host_names_are_rejected(host: str) -> None:
     error = refusal(OURS.check_host, host)
     assert isinstance(error, HostNotAllowed)
     assert "TRUSTED_HOSTS" in error.message
@@ -109,16 +109,16 @@ def test_a_name_that_was_pointed_at_this_machine_is_no_host_of_ours(host: str) -
     "host",
     ["evil.example, mac.local", "evil.example#.local", "evil.example/.local", "[::1].evil.example"],
 )
-def test_what_is_no_host_at_all_is_refused_too(host: str) -> None:
+def test_malformed_hosts_are_rejected(host: str) -> None:
     """Two Host headers arrive as one with a comma; the rest no browser sends."""
     assert isinstance(refusal(OURS.check_host, host), HostNotAllowed)
 
 
-def test_a_star_trusts_every_host() -> None:
+def test_a_star_in_trusted_hosts_accepts_every_host() -> None:
     assert refusal(Access(hosts=frozenset({"*"})).check_host, "evil.example") is None
 
 
-def test_the_machines_names_are_known_with_and_without_domain_and_as_bonjour_tells_them(
+def test_the_machines_own_names_include_its_domain_and_its_bonjour_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "Mac.Home.Example")
@@ -150,8 +150,25 @@ def test_the_machines_names_are_known_with_and_without_domain_and_as_bonjour_tel
         ("chrome-extension://abcdef", "localhost:8080"),
     ],
 )
-def test_pages_of_this_machine_and_those_set_may_call(origin: str, host: str) -> None:
+def test_pages_of_this_machine_and_of_allowed_origins_are_accepted(origin: str, host: str) -> None:
     assert refusal(OURS.check_origin, origin, host) is None
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "tauri://localhost",
+        "app://obsidian.md",
+        "capacitor://localhost",
+        "ionic://localhost",
+        "vscode-webview://0f4c7a1e-1b2c",
+        "vscode-file://vscode-app",
+    ],
+)
+def test_apps_that_are_made_of_pages_may_call(origin: str) -> None:
+    """Under a scheme that no browser opens: no page of the web has such an origin."""
+    assert refusal(OURS.check_origin, origin, "192.168.1.5:8080") is None
+    assert OURS.allows(origin, "192.168.1.5:8080")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +196,18 @@ def test_pages_of_this_machine_and_those_set_may_call(origin: str, host: str) ->
         "http://other.local:8080",
         "http://0.0.0.0:8080",
         "ftp://localhost",
+        "file://localhost",
+        "file:///tmp/page.html",
+        "data://localhost",
+        "blob:http://localhost",
+        "moz-extension://0f4c7a1e",
+        "web+app://localhost",
+        "app://",
+        "app:",
+        "app://obsidian.md/",
+        "app://obsidian.md@evil.example",
+        "tauri://localhost https://evil.example",
+        "isolated-app://abcdefgh",  # which a browser does open
         "chrome-extension://abcdeg",
         "http://[",
         "http://[::1",
@@ -210,37 +239,37 @@ def test_pages_of_this_machine_and_those_set_may_call(origin: str, host: str) ->
         "http://localhost http://evil.example",
     ],
 )
-def test_pages_from_elsewhere_may_not(origin: str) -> None:
+def test_pages_of_other_origins_are_rejected(origin: str) -> None:
     error = refusal(OURS.check_origin, origin, "192.168.1.5:8080")
     assert isinstance(error, OriginNotAllowed)
     assert "ALLOWED_ORIGINS" in error.message
 
 
 @pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:8080", "mac:8080"])
-def test_other_ports_of_this_machine_are_the_same_site(host: str) -> None:
+def test_other_ports_of_this_machine_are_accepted_as_the_same_site(host: str) -> None:
     assert refusal(OURS.check_site, "same-site", host, False) is None
     assert isinstance(refusal(OURS.check_site, "cross-site", host, False), OriginNotAllowed)
 
 
 @pytest.mark.parametrize("host", ["llm.example", "192.168.1.5:8080", "other.local"])
-def test_the_same_site_may_be_another_machine_elsewhere(host: str) -> None:
+def test_same_site_requests_to_another_host_are_rejected(host: str) -> None:
     assert isinstance(refusal(OURS.check_site, "same-site", host, False), OriginNotAllowed)
     assert refusal(OURS.check_site, "same-origin", host, False) is None
     assert refusal(Access(origins=frozenset("*")).check_site, "cross-site", host, False) is None
 
 
-def test_no_origin_is_no_browser() -> None:
+def test_a_request_without_origin_is_accepted() -> None:
     assert refusal(OURS.check_origin, None, "192.168.1.5:8080") is None
 
 
-def test_a_star_lets_every_page_call() -> None:
+def test_a_star_in_allowed_origins_accepts_every_page() -> None:
     access = Access(origins=frozenset({"*"}))
     for origin in ("https://evil.example", "null", "file://"):
         assert refusal(access.check_origin, origin, "localhost:8080") is None
 
 
 @pytest.mark.parametrize("long", ["a" * 60_000, "\x00\x1b[2J" * 1000])
-def test_a_refusal_repeats_little_of_what_was_sent(long: str) -> None:
+def test_an_error_quotes_little_of_a_long_host_or_origin(long: str) -> None:
     for error in (
         refusal(OURS.check_host, long),
         refusal(OURS.check_origin, f"http://{long}", "mac"),
@@ -274,7 +303,9 @@ def as_sent(text: str) -> str:
         (as_sent("Bearer schlüssel"), None),
     ],
 )
-def test_each_key_opens_by_either_header(authorization: str | None, x_api_key: str | None) -> None:
+def test_valid_keys_are_accepted_in_either_header(
+    authorization: str | None, x_api_key: str | None
+) -> None:
     assert refusal(KEYS.check_key, authorization, x_api_key) is None
 
 
@@ -301,20 +332,20 @@ def test_each_key_opens_by_either_header(authorization: str | None, x_api_key: s
         ("Bearer \xff\xfe", None),
     ],
 )
-def test_nothing_else_does(authorization: str | None, x_api_key: str | None) -> None:
+def test_invalid_keys_are_rejected(authorization: str | None, x_api_key: str | None) -> None:
     error = refusal(KEYS.check_key, authorization, x_api_key)
     assert isinstance(error, InvalidApiKey)
     assert "wrong" not in error.message
     assert "first" not in error.message
 
 
-def test_without_a_key_set_everybody_may_call() -> None:
+def test_without_a_key_set_every_request_is_accepted() -> None:
     assert refusal(Access().check_key, None, None) is None
     assert refusal(Access().check_key, "Bearer whatever", None) is None
 
 
 @pytest.mark.parametrize("given", ["first-key", "second-key", "no-key"])
-def test_the_time_of_a_comparison_tells_nothing(
+def test_every_key_is_compared_in_constant_time(
     given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every key is compared, whichever fits, and by the function that is made for it."""

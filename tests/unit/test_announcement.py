@@ -9,7 +9,7 @@ import pytest
 
 from mlxproxy import main
 from mlxproxy.blueprints.auth import Access
-from mlxproxy.catalog import Catalog
+from tests.support.model_folders import catalog_of
 
 
 @pytest.mark.parametrize(
@@ -23,10 +23,10 @@ from mlxproxy.catalog import Catalog
         ("0.0.0.0", ("k",), False),
     ],
 )
-def test_the_start_says_who_can_reach_what(
+def test_the_startup_message_warns_of_an_open_port_without_a_key(
     host: str, keys: tuple[str, ...], told: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parts: Any = SimpleNamespace(catalog=Catalog(()), roots=(), access=Access(keys=keys))
+    parts: Any = SimpleNamespace(catalog=catalog_of(()), roots=(), access=Access(keys=keys))
     main._announce(parts, (host, 8080))
     said = capsys.readouterr().out
     assert ("anyone on your network" in said) is told

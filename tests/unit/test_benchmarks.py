@@ -10,8 +10,8 @@ import pytest
 from benchmarks import wire
 from benchmarks.figures import Figure, Goal, percentile
 from benchmarks.lifecycle import generate
-from mlxproxy.catalog import Catalog
 from tests.support import tiny_models
+from tests.support.model_folders import catalog_of
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -49,7 +49,7 @@ def test_an_event_counts_as_received_with_its_last_byte() -> None:
     assert answer.is_whole(stream=3, events=2)
 
 
-def test_two_events_in_a_chunk_and_a_chunk_for_half_an_event_are_the_same_to_it() -> None:
+def test_the_cuts_between_chunks_do_not_matter() -> None:
     data = event(0) + event(1) + DONE
     answer = wire.answer(
         [(1, HEAD), *((2, chunk(bytes([byte]))) for byte in data), (3, b"0\r\n\r\n")]
@@ -58,7 +58,7 @@ def test_two_events_in_a_chunk_and_a_chunk_for_half_an_event_are_the_same_to_it(
     assert wire.answer(chunked(data)).is_whole(stream=3, events=2)
 
 
-def test_a_stream_that_ends_with_its_connection_is_whole_by_its_done() -> None:
+def test_a_stream_without_chunks_is_complete_if_it_ends_with_done() -> None:
     assert wire.answer([(1, CLOSED), (2, event(0) + DONE)]).is_whole(stream=3, events=1)
     assert not wire.answer([(1, CLOSED), (2, event(0))]).is_whole(stream=3, events=1)
 
@@ -78,7 +78,7 @@ def test_a_stream_that_ends_with_its_connection_is_whole_by_its_done() -> None:
         pytest.param([], id="nothing"),
     ],
 )
-def test_a_stream_that_is_not_whole_is_told(pieces: list[wire.Piece]) -> None:
+def test_an_incomplete_stream_counts_as_broken(pieces: list[wire.Piece]) -> None:
     assert not wire.answer(pieces).is_whole(stream=3, events=2)
 
 
@@ -93,7 +93,7 @@ def test_percentiles_are_values_that_were_measured() -> None:
     assert math.isnan(percentile([], 50))
 
 
-def test_what_is_added_is_taken_round_by_round() -> None:
+def test_differences_are_taken_round_by_round() -> None:
     added = Figure([110.0, 130.0, 500.0]).above(Figure([50.0, 60.0, 400.0]))
     assert added.rounds == [60, 70, 100]
     assert (added.median, added.low, added.high) == (70, 60, 100)
@@ -110,9 +110,9 @@ def test_a_goal_is_passed_missed_or_not_measured() -> None:
 # -- the whole of it
 
 
-def test_the_generated_library_is_one_of_loadable_models(tmp_path: Path) -> None:
+def test_the_generated_library_has_only_loadable_models(tmp_path: Path) -> None:
     model = tiny_models.build(tmp_path / "model")
     generate(tmp_path / "library", model, 50)
-    listed = Catalog((tmp_path / "library",)).models()
+    listed = catalog_of((tmp_path / "library",)).models()
     assert len(listed) == 50
     assert all(model.loadable for model in listed)

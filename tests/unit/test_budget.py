@@ -10,7 +10,7 @@ from mlxproxy.errors import TooManyRequests
 MEGABYTE = 1 << 20
 
 
-def test_one_client_has_half_at_most_and_all_together_have_the_whole() -> None:
+def test_one_client_gets_half_of_the_memory_for_bodies_and_all_together_the_whole() -> None:
     budget = Budget(8 * MEGABYTE)
     held = [budget.take("alice", MEGABYTE) for _ in range(4)]
     with pytest.raises(TooManyRequests) as refused:
@@ -25,13 +25,13 @@ def test_one_client_has_half_at_most_and_all_together_have_the_whole() -> None:
         budget.take("alice", MEGABYTE)
 
 
-def test_a_single_body_may_take_more_than_a_share() -> None:
+def test_a_single_body_may_exceed_its_clients_share() -> None:
     budget = Budget(8 * MEGABYTE)
     budget.take("alice", 6 * MEGABYTE)()
     budget.take("alice", 6 * MEGABYTE)
 
 
-def test_small_bodies_are_not_counted() -> None:
+def test_small_bodies_do_not_count_against_the_memory_for_bodies() -> None:
     budget = Budget(SMALL)
     for _ in range(1000):
         budget.take("alice", SMALL - 1)

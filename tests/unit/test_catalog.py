@@ -17,19 +17,21 @@ from pathlib import Path
 import pytest
 
 from mlxproxy import selection
-from mlxproxy.catalog import Catalog, inspection, scanning
+from mlxproxy.catalog import Catalog, scanning
 from mlxproxy.catalog import catalog as catalog_module
-from mlxproxy.catalog.inspection import Folder
+from mlxproxy.catalog.inspector import Inspectors
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.scanning import Inspect, Snapshot
+from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.errors import (
     AmbiguousModel,
     ModelNotFound,
     ModelsRootUnavailable,
     ModelUnusable,
 )
-from tests.conftest import until
-from tests.support.model_folders import hub_model, model, write
+from tests.support.model_folders import catalog_of, hub_model, model, write
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -41,20 +43,20 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalog(root: Path) -> Catalog:
-    return Catalog([root], patience=30)
+    return catalog_of([root], patience=30)
 
 
 @pytest.fixture
 def inspected(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the folders that were read. Whatever is old enough to be trusted counts as so."""
     ids: list[str] = []
-    inspect = inspection.Inspector.__call__
+    inspect = Inspector.__call__
 
-    def watched(self: inspection.Inspector, folder: Folder) -> Model:
+    def watched(self: Inspector, folder: Folder) -> Model:
         ids.append(folder.id)
         return inspect(self, folder)
 
-    monkeypatch.setattr(inspection.Inspector, "__call__", watched)
+    monkeypatch.setattr(Inspector, "__call__", watched)
     monkeypatch.setattr(scanning, "_GRAIN", -1)
     return ids
 
@@ -90,7 +92,7 @@ def ids(catalog: Catalog) -> list[str]:
 # -- finding
 
 
-def test_models_are_listed_by_their_place_in_the_folder(root: Path, catalog: Catalog) -> None:
+def test_model_ids_are_paths_below_the_models_folder(root: Path, catalog: Catalog) -> None:
     for id_ in ("zeta/b", "alpha/c", "alpha/a"):
         model(root / id_)
     assert ids(catalog) == ["alpha/a", "alpha/c", "zeta/b"]
@@ -132,7 +134,7 @@ def test_a_models_own_folders_are_not_listed(root: Path, catalog: Catalog) -> No
 
 
 def test_a_folder_that_is_a_model_itself_can_be_the_models_folder(tmp_path: Path) -> None:
-    catalog = Catalog([model(tmp_path / "my-model")], patience=30)
+    catalog = catalog_of([model(tmp_path / "my-model")], patience=30)
     assert ids(catalog) == ["my-model"]
     assert catalog.find("my-model").loadable
 
@@ -187,7 +189,7 @@ def test_a_link_further_down_does_not_lead_out_of_the_models_folder(
     assert "links to a place outside the models folder" in caplog.messages[0]
 
 
-def test_links_in_a_circle_end(root: Path, catalog: Catalog) -> None:
+def test_circular_links_are_not_followed_for_ever(root: Path, catalog: Catalog) -> None:
     model(root / "publisher" / "model")
     for number in range(20):
         (root / "publisher" / f"again{number}").symlink_to(root)
@@ -201,16 +203,16 @@ def test_a_model_that_is_reached_twice_is_listed_once(root: Path, tmp_path: Path
     (root / "a-favourite").symlink_to(root / "publisher" / "model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "also").symlink_to(root / "publisher")
-    catalog = Catalog([root, tmp_path / "other", root], patience=30)
+    catalog = catalog_of([root, tmp_path / "other", root], patience=30)
     assert ids(catalog) == ["publisher/model"]
 
 
-def test_two_models_of_one_id_are_told_apart_and_named_in_the_log_once(
+def test_two_models_with_one_id_are_told_apart_and_logged_once(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model(root / "publisher" / "model")
     second = model(tmp_path / "usb" / "publisher" / "model")
-    catalog = Catalog([root, tmp_path / "usb"], patience=30)
+    catalog = catalog_of([root, tmp_path / "usb"], patience=30)
     for _ in range(3):
         assert ids(catalog) == ["publisher/model", "publisher/model@usb"]
     assert catalog.find("publisher/model").path == root / "publisher" / "model"
@@ -272,7 +274,7 @@ def test_a_name_with_accents_is_found_however_it_is_encoded(root: Path, catalog:
         "x" * 1_000_000,
     ],
 )
-def test_nothing_but_a_listed_model_is_found(
+def test_a_name_that_is_not_listed_is_not_found(
     root: Path, catalog: Catalog, tmp_path: Path, name: str
 ) -> None:
     model(root / "publisher" / "model")
@@ -321,7 +323,7 @@ def normalised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
     ids=["combining marks", "id", "path", "slashes", "bytes", "no text"],
 )
-def test_a_name_longer_than_any_path_is_unknown_and_not_even_looked_at(
+def test_a_name_longer_than_any_path_is_unknown_without_a_search(
     root: Path, catalog: Catalog, normalised: list[int], name: str, fresh: bool
 ) -> None:
     model(root / "publisher" / "model")
@@ -331,14 +333,14 @@ def test_a_name_longer_than_any_path_is_unknown_and_not_even_looked_at(
     assert not normalised
 
 
-def test_a_name_as_long_as_a_path_may_be_is_looked_up(root: Path, catalog: Catalog) -> None:
+def test_a_name_as_long_as_a_path_is_looked_up(root: Path, catalog: Catalog) -> None:
     parts = [letter * 200 for letter in "abcdefghij"]
     long = model(root.joinpath(*parts))
     assert catalog.find("/".join(parts)).path == long
     assert catalog.find(str(long).upper().replace(str(root).upper(), str(root))).path == long
 
 
-def test_names_are_folded_once_for_a_listing_and_not_for_each_question(
+def test_names_are_folded_once_per_listing_and_not_per_lookup(
     root: Path, catalog: Catalog, normalised: list[int]
 ) -> None:
     for number in range(20):
@@ -350,7 +352,7 @@ def test_names_are_folded_once_for_a_listing_and_not_for_each_question(
     assert len(normalised) == 20
 
 
-def test_similar_names_are_sought_with_little_work_in_a_large_library(
+def test_similar_names_are_found_with_little_work_in_a_large_library(
     root: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(60):
@@ -400,7 +402,7 @@ def test_a_model_that_cannot_be_loaded_is_found_and_refused_with_the_reason(
 # -- fresh
 
 
-def test_a_new_a_changed_and_a_removed_model_show_at_the_next_call(
+def test_new_changed_and_removed_models_are_noticed_at_the_next_call(
     root: Path, catalog: Catalog, inspected: list[str]
 ) -> None:
     folder = model(root / "publisher" / "a")
@@ -426,7 +428,7 @@ def test_a_new_a_changed_and_a_removed_model_show_at_the_next_call(
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     ],
 )
-def test_a_model_that_is_damaged_shows_so_at_the_next_call(
+def test_a_damaged_model_is_noticed_at_the_next_call(
     root: Path,
     catalog: Catalog,
     inspected: list[str],
@@ -439,7 +441,7 @@ def test_a_model_that_is_damaged_shows_so_at_the_next_call(
     assert reason in str(catalog.find("publisher/model").reason)
 
 
-def test_a_download_shows_when_it_is_complete(
+def test_a_download_is_listed_when_it_is_complete(
     root: Path, catalog: Catalog, inspected: list[str]
 ) -> None:
     folder = model(root / "publisher" / "model", shards=2)
@@ -452,7 +454,7 @@ def test_a_download_shows_when_it_is_complete(
     assert catalog.find("publisher/model").loadable
 
 
-def test_what_did_not_change_is_not_read_again(
+def test_unchanged_folders_are_not_read_again(
     root: Path, catalog: Catalog, inspected: list[str]
 ) -> None:
     model(root / "publisher" / "a")
@@ -465,7 +467,7 @@ def test_what_did_not_change_is_not_read_again(
     assert inspected[2:] == ["publisher/c"]
 
 
-def test_a_change_that_keeps_time_and_size_shows(
+def test_a_change_that_keeps_time_and_size_is_noticed(
     root: Path, catalog: Catalog, inspected: list[str]
 ) -> None:
     folder = model(root / "publisher" / "model", config={"vocab_size": 100})
@@ -480,7 +482,7 @@ def test_a_change_that_keeps_time_and_size_shows(
     assert catalog.find("publisher/model").vocab_size == 999
 
 
-def test_what_changed_within_the_grain_of_a_coarse_clock_is_read_again(
+def test_a_change_within_the_resolution_of_a_coarse_clock_is_read(
     root: Path, catalog: Catalog, inspected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "_GRAIN", 60_000_000_000)
@@ -495,7 +497,7 @@ def test_what_changed_within_the_grain_of_a_coarse_clock_is_read_again(
     assert inspected == ["publisher/model"] * 4
 
 
-def test_in_a_library_of_thousands_every_file_is_looked_at_in_its_turn(
+def test_in_a_library_of_thousands_every_file_is_checked_in_turn(
     root: Path, catalog: Catalog, inspected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scanning, "_LOOKS", 3)
@@ -506,7 +508,7 @@ def test_in_a_library_of_thousands_every_file_is_looked_at_in_its_turn(
 
 
 def test_a_models_folder_that_appears_later_is_found_without_a_restart(tmp_path: Path) -> None:
-    catalog = Catalog([tmp_path / "models"], patience=30)
+    catalog = catalog_of([tmp_path / "models"], patience=30)
     assert ids(catalog) == []
     assert catalog.missing_roots() == [tmp_path / "models"]
     with pytest.raises(ModelsRootUnavailable, match="does not exist"):
@@ -518,10 +520,10 @@ def test_a_models_folder_that_appears_later_is_found_without_a_restart(tmp_path:
 
 def test_a_file_in_the_place_of_the_models_folder_counts_as_missing(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
-    assert Catalog([tmp_path / "models"]).missing_roots() == [tmp_path / "models"]
+    assert catalog_of([tmp_path / "models"]).missing_roots() == [tmp_path / "models"]
 
 
-def test_a_disk_that_is_unplugged_leaves_what_was_known_marked_stale(
+def test_models_on_an_unplugged_disk_are_listed_as_stale(
     root: Path, catalog: Catalog, tmp_path: Path
 ) -> None:
     model(root / "publisher" / "model")
@@ -543,14 +545,14 @@ def test_a_disk_that_is_unplugged_leaves_what_was_known_marked_stale(
 # -- across starts
 
 
-def test_a_second_start_reads_nothing_again(
+def test_a_second_start_reads_no_model_again(
     root: Path, tmp_path: Path, inspected: list[str]
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model", template="{{ messages }}", tokens=["<think>"])
-    before = Catalog([root], cache_file=cache, patience=30).models()
+    before = catalog_of([root], cache_file=cache, patience=30).models()
     until(cache.exists, what="the cache file")
-    again = Catalog([root], cache_file=cache, patience=30)
+    again = catalog_of([root], cache_file=cache, patience=30)
     assert again.models() == before
     assert inspected == ["publisher/model"]
     model(root / "publisher" / "new")
@@ -558,38 +560,38 @@ def test_a_second_start_reads_nothing_again(
     assert inspected == ["publisher/model", "publisher/new"]
 
 
-def test_what_an_earlier_start_knew_of_a_missing_disk_is_listed_as_stale(
+def test_models_known_from_an_earlier_start_on_a_missing_disk_are_listed_as_stale(
     root: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    Catalog([root], cache_file=cache, patience=30).models()
+    catalog_of([root], cache_file=cache, patience=30).models()
     until(cache.exists, what="the cache file")
     root.rename(tmp_path / "unplugged")
-    assert [it.stale for it in Catalog([root], cache_file=cache, patience=30).models()] == [True]
-    assert Catalog([tmp_path / "another"], cache_file=cache, patience=30).models() == []
+    assert [it.stale for it in catalog_of([root], cache_file=cache, patience=30).models()] == [True]
+    assert catalog_of([tmp_path / "another"], cache_file=cache, patience=30).models() == []
 
 
-def test_another_mlx_lm_reads_everything_again(
+def test_another_version_of_mlx_lm_has_every_model_read_again(
     root: Path, tmp_path: Path, inspected: list[str]
 ) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    assert Catalog([root], cache_file=cache, patience=30).models()[0].loadable
+    assert catalog_of([root], cache_file=cache, patience=30).models()[0].loadable
     until(cache.exists, what="the cache file")
     older = tmp_path / "mlx_lm"
     (older / "models").mkdir(parents=True)
     (older / "models" / "llama.py").write_text("class Model: pass")
-    (found,) = Catalog([root], cache_file=cache, mlx_lm=older, patience=30).models()
+    (found,) = catalog_of([root], cache_file=cache, mlx_lm=older, patience=30).models()
     assert found.reason == "The installed mlx-lm does not support the architecture 'qwen3'."
     assert inspected == ["publisher/model", "publisher/model"]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"fingerprint": 1}', "roots", "entry", "model"])
-def test_a_damaged_cache_file_is_no_obstacle(root: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_file_is_ignored(root: Path, tmp_path: Path, damage: str) -> None:
     cache = tmp_path / "catalog.json"
     model(root / "publisher" / "model")
-    Catalog([root], cache_file=cache, patience=30).models()
+    catalog_of([root], cache_file=cache, patience=30).models()
     content = json.loads(until(lambda: cache.exists() and cache.read_text(), what="the cache file"))
     path = str(root / "publisher" / "model")
     if damage == "roots":
@@ -601,19 +603,20 @@ def test_a_damaged_cache_file_is_no_obstacle(root: Path, tmp_path: Path, damage:
     else:
         content = None
     cache.write_text(damage if content is None else json.dumps(content))
-    assert ids(Catalog([root], cache_file=cache, patience=30)) == ["publisher/model"]
+    assert ids(catalog_of([root], cache_file=cache, patience=30)) == ["publisher/model"]
 
 
-def test_a_cache_file_that_cannot_be_written_is_no_obstacle(root: Path, tmp_path: Path) -> None:
+def test_a_cache_file_that_cannot_be_written_is_ignored(root: Path, tmp_path: Path) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], cache_file=tmp_path / "no" / "folder" / "catalog.json", patience=30)
+    cache = tmp_path / "no" / "folder" / "catalog.json"
+    catalog = catalog_of([root], cache_file=cache, patience=30)
     assert ids(catalog) == ["publisher/model"]
 
 
 # -- whether a model is still the one that was loaded
 
 
-def test_each_change_of_a_models_files_shows_in_its_fingerprint(root: Path) -> None:
+def test_each_change_of_a_models_files_changes_its_fingerprint(root: Path) -> None:
     folder, other = model(root / "a"), model(root / "b")
     link = root / "link"
     link.symlink_to(folder)
@@ -643,7 +646,7 @@ def test_each_change_of_a_models_files_shows_in_its_fingerprint(root: Path) -> N
     assert changed(), "another model"
 
 
-def test_a_disk_that_keeps_silent_is_not_asked_for_a_fingerprint(
+def test_a_fingerprint_does_not_wait_for_a_disk_that_hangs(
     root: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model(root / "publisher" / "model")
@@ -658,11 +661,9 @@ def test_a_disk_that_keeps_silent_is_not_asked_for_a_fingerprint(
 # -- slow disks
 
 
-def test_a_disk_that_hangs_is_answered_for_in_a_second_with_what_was_known(
-    root: Path, disk: Disk
-) -> None:
+def test_a_disk_that_hangs_delays_a_listing_by_a_second_at_most(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=0.2)
+    catalog = catalog_of([root], patience=0.2)
     until(lambda: ids(catalog), what="the first listing")
     disk.answers.clear()
     begun = time.monotonic()
@@ -678,12 +679,10 @@ def test_a_disk_that_hangs_is_answered_for_in_a_second_with_what_was_known(
     until(lambda: not catalog.models()[0].stale, what="the disk's return")
 
 
-def test_before_the_first_answer_of_a_disk_no_model_is_called_unknown(
-    root: Path, disk: Disk
-) -> None:
+def test_no_model_is_called_unknown_before_its_disk_was_read(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
     disk.answers.clear()
-    catalog = Catalog([root], patience=0.1)
+    catalog = catalog_of([root], patience=0.1)
     assert catalog.models() == []
     with pytest.raises(ModelsRootUnavailable, match="still being read") as caught:
         catalog.find("publisher/model")
@@ -692,11 +691,13 @@ def test_before_the_first_answer_of_a_disk_no_model_is_called_unknown(
     until(lambda: ids(catalog) == ["publisher/model"], what="the model")
 
 
-def test_one_hanging_disk_does_not_age_the_other(root: Path, tmp_path: Path, disk: Disk) -> None:
+def test_one_hanging_disk_does_not_make_another_stale(
+    root: Path, tmp_path: Path, disk: Disk
+) -> None:
     network = tmp_path / "network"
     model(root / "local" / "a")
     model(network / "remote" / "b")
-    catalog = Catalog([root, network], patience=0.2)
+    catalog = catalog_of([root, network], patience=0.2)
     until(lambda: len(catalog.models()) == 2, what="both models")
     disk.hanging = {str(network)}
     disk.answers.clear()
@@ -710,9 +711,9 @@ def test_one_hanging_disk_does_not_age_the_other(root: Path, tmp_path: Path, dis
     )
 
 
-def test_a_known_model_is_found_without_a_look_at_the_disk(root: Path, disk: Disk) -> None:
+def test_a_known_model_is_found_without_reading_the_disk(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=30)
+    catalog = catalog_of([root], patience=30)
     catalog.models()
     disk.answers.clear()
     scans = disk.scans
@@ -722,7 +723,7 @@ def test_a_known_model_is_found_without_a_look_at_the_disk(root: Path, disk: Dis
 
 def test_callers_at_the_same_time_share_a_scan(root: Path, disk: Disk) -> None:
     model(root / "publisher" / "model")
-    catalog = Catalog([root], patience=30)
+    catalog = catalog_of([root], patience=30)
     catalog.models()
     disk.answers.clear()
     scans = disk.scans
@@ -739,7 +740,7 @@ def test_callers_at_the_same_time_share_a_scan(root: Path, disk: Disk) -> None:
     assert disk.scans - scans < 16
 
 
-def test_a_scan_that_fails_leaves_the_last_listing(
+def test_a_failed_scan_keeps_the_last_listing(
     root: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model(root / "publisher" / "model")
@@ -757,7 +758,7 @@ def test_the_log_names_a_missing_models_folder_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mlxproxy.catalog")
-    catalog = Catalog([tmp_path / "none"], patience=30)
+    catalog = catalog_of([tmp_path / "none"], patience=30)
     for _ in range(3):
         catalog.models()
     assert caplog.messages == [f"The models folder '{tmp_path}/none' does not exist."]
@@ -772,3 +773,45 @@ def _seconds(call: Callable[[], object]) -> float:
     begun = time.monotonic()
     call()
     return time.monotonic() - begun
+
+
+# -- several engines
+
+
+class Reads:
+    """An engine's inspector that can load the models of one publisher."""
+
+    def __init__(self, publisher: str) -> None:
+        self.fingerprint = self.publisher = publisher
+
+    def __call__(self, folder: Folder) -> Model:
+        fits = folder.id.startswith(f"{self.publisher}/")
+        reason = None if fits else f"Not one of {self.publisher}'s."
+        path = Path(folder.path)
+        return Model(folder.id, path, engine=self.publisher, loadable=fits, reason=reason)
+
+
+def test_the_first_engine_that_can_load_a_model_serves_it(root: Path, tmp_path: Path) -> None:
+    for name in ("north/a", "south/b", "west/c"):
+        model(root / name)
+    inspect = Inspectors([Reads("north"), Reads("south")])
+    cache = tmp_path / "catalog.json"
+    for _ in range(2):  # as read, and as remembered
+        found = Catalog([root], inspect, cache_file=cache, patience=30).models()
+        assert [(it.engine, it.loadable, it.reason) for it in found] == [
+            ("north", True, None),
+            ("south", True, None),
+            ("north", False, "Not one of north's."),
+        ]
+        until(cache.exists, what="the cache file")
+
+
+def test_another_engine_looks_at_the_models_anew(root: Path, tmp_path: Path) -> None:
+    model(root / "south" / "b")
+    cache = tmp_path / "catalog.json"
+    for engines, loadable in ((["north"], False), (["north", "south"], True), (["north"], False)):
+        inspect = Inspectors([Reads(name) for name in engines])
+        (found,) = Catalog([root], inspect, cache_file=cache, patience=30).models()
+        assert found.loadable is loadable
+        mark = f':{inspect.fingerprint}"'
+        until(lambda mark=mark: cache.exists() and mark in cache.read_text(), what="the cache file")

@@ -28,8 +28,8 @@ from mlxproxy.errors import (
     ShuttingDown,
     TooManyRequests,
 )
-from tests.conftest import until
 from tests.support.fake_backend import FakeBackend, World, model_spec
+from tests.support.waiting import until
 
 
 @pytest.fixture

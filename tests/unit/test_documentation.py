@@ -17,12 +17,12 @@ SECTION = README.partition(reference.BEGIN)[2].partition(reference.END)[0]
 NAMED = r"`(test_\w+)::(test_\w+)`"
 
 
-def test_the_command_section_is_what_the_commands_say() -> None:
+def test_the_readmes_command_section_is_what_the_commands_say() -> None:
     again = "make it anew: python -m tools.reference README.md"
     assert reference.put(README) == README, again
 
 
-def test_every_command_and_option_says_what_it_does() -> None:
+def test_every_command_and_option_has_a_help_text() -> None:
     with click.Context(main, info_name="mlxproxy") as context:
         for it in reference.contexts(context):
             assert it.command.help, f"{it.command_path} has no help"
@@ -31,7 +31,7 @@ def test_every_command_and_option_says_what_it_does() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/events", "/metrics"])
-def test_what_can_be_watched_is_in_the_readme(path: str) -> None:
+def test_the_readme_names_logs_events_and_metrics(path: str) -> None:
     assert path in README.replace(SECTION, "")
 
 

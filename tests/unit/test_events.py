@@ -12,7 +12,7 @@ from mlxproxy.errors import TooManyRequests
 from mlxproxy.observability.events import FOLLOWERS, FOLLOWERS_OF_ONE, KEPT, EventBus
 
 
-def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: Path) -> None:
+def test_a_slow_follower_loses_old_events_and_is_told_how_many(tmp_path: Path) -> None:
     chosen = {"INSTANCE_PATH": str(tmp_path), "MODELS_ROOT": str(tmp_path)}
     made = wiring.build(settings.load(chosen, {}))
     parts = made.services
@@ -35,7 +35,7 @@ def test_a_reader_who_does_not_keep_up_loses_old_events_and_learns_it(tmp_path: 
         made.close()
 
 
-def test_one_client_cannot_have_all_places_of_followers() -> None:
+def test_one_client_cannot_take_all_follower_places() -> None:
     bus = EventBus()
     kept = [bus.subscribe(client="greedy") for _ in range(FOLLOWERS_OF_ONE)]
     with pytest.raises(TooManyRequests):

@@ -63,13 +63,13 @@ def test_with_one_place_the_clients_take_turns(come: str, served: str) -> None:
     assert counters.serve_all() == served
 
 
-def test_who_holds_the_fewest_places_goes_first() -> None:
+def test_the_client_with_the_fewest_places_goes_first() -> None:
     counters = Counters()
     counters.come("aaaabb")
     assert counters.serve_all(alone=False) == "ababaa"
 
 
-def test_clients_that_ask_again_as_soon_as_they_are_served_lock_nobody_out() -> None:
+def test_clients_that_ask_again_at_once_lock_nobody_out() -> None:
     counters = Counters()
     counters.come("gggggg" + "ab")
     order = ""
@@ -109,7 +109,9 @@ def test_no_client_is_overtaken_twice_by_another(events: list[tuple[str, int]]) 
     ("waiting", "goes"),
     [("aab", 1), ("aabb", 3), ("ab", 1), ("abab", 3), ("aaba", 3), ("a", 0), ("bbaac", 3)],
 )
-def test_where_one_too_many_waits_the_newest_of_the_greediest_goes(waiting: str, goes: int) -> None:
+def test_a_full_queue_rejects_the_newest_request_of_the_greediest_client(
+    waiting: str, goes: int
+) -> None:
     requests = [Request(client) for client in waiting]
     away = policy.turned_away(requests)
     if waiting == "bbaac":  # two are equally greedy: one of them

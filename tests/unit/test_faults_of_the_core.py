@@ -47,17 +47,17 @@ def is_caught() -> bool:
     return False
 
 
-def test_there_are_enough_faults() -> None:
+def test_there_are_enough_deliberate_faults_in_the_core() -> None:
     assert len(FAULTS) >= 15
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
-def test_each_fault_is_caught(fault: Fault) -> None:
+def test_the_tests_of_the_core_catch_each_deliberate_fault(fault: Fault) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
         assert is_caught(), fault.__doc__
 
 
-def test_without_a_fault_nothing_is_caught() -> None:
+def test_the_tests_of_the_core_pass_without_a_fault() -> None:
     for story in stories():
         story()  # type: ignore[operator]

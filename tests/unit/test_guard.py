@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.catalog.model import Capabilities
 from mlxproxy.engines.mlx_lm.rules import RULES, is_exclusive
+from mlxproxy.engines.mlx_lm.unmet import unmet
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.check import Kind, check
 from mlxproxy.guard.shapes import Limits
@@ -51,6 +53,13 @@ def png(width: int, height: int) -> bytes:
 PNG = png(1, 1)
 PADDING = bytes(1000 - len(PNG))
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+
+TIME = {"type": "function", "function": {"name": "get_time", "parameters": {}}}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def allowed(mode: Any, *tools: Any) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
 
 def data_url(image: bytes = PNG, kind: str = "image/png") -> str:
@@ -107,10 +116,10 @@ SAME: list[tuple[Kind, dict[str, Any]]] = [
     ("text", {"logprobs": True}),
     ("chat", {"n": 1}),
     ("text", {"best_of": 1, "echo": False, "suffix": ""}),
-    ("chat", {"response_format": {"type": "json_object"}}),
-    ("chat", {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
     ("chat", {"tools": [WEATHER], "tool_choice": "auto", "parallel_tool_calls": False}),
-    ("chat", {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {}}}),
+    ("chat", {"tools": [WEATHER], "tool_choice": "required"}),
+    ("chat", {"tools": [WEATHER], "tool_choice": NAMED}),
+    ("chat", {"tool_choice": "auto"}),
     ("chat", {"role_mapping": {"user": "Q: ", "assistant": "A: ", "stop": "\n"}}),
     ("chat", {"chat_template_kwargs": {"enable_thinking": True, "thinking_budget": 100}}),
     ("chat", {"unknown": nested(64)}),
@@ -171,6 +180,19 @@ TRANSLATED: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
     ("chat", {"response_format": {"type": "text"}}, {}),
     ("chat", {"tools": []}, {}),
     ("chat", {"tools": [WEATHER], "tool_choice": "none"}, {"tool_choice": "none"}),
+    # the model is offered what it may call, and nothing else
+    (
+        "chat",
+        {"tools": [TIME, WEATHER], "tool_choice": NAMED},
+        {"tools": [WEATHER], "tool_choice": NAMED},
+    ),
+    (
+        "chat",
+        {"tools": [TIME, WEATHER], "tool_choice": allowed("auto", NAMED)},
+        {"tools": [WEATHER], "tool_choice": allowed("auto", NAMED)},
+    ),
+    ("chat", {"modalities": ["text"]}, {}),
+    ("text", {"tools": [5], "tool_choice": {"type": 5}}, {}),
     ("text", {"prompt": ["Hello"]}, {"prompt": "Hello"}),
     ("text", {"messages": [{"content": [5]}]}, {}),
     # thinking, said in three ways
@@ -357,6 +379,14 @@ REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
     *[("text", {"suffix": value}, "suffix") for value in ("}", 5)],
     ("chat", {"response_format": "json"}, "response_format"),
     ("chat", {"response_format": {"type": 5}}, "response_format"),
+    ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat", {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ("text", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat", {"functions": [{"name": "f"}]}, "functions"),
+    ("chat", {"function_call": "auto"}, "function_call"),
+    ("chat", {"audio": {"voice": "alloy"}}, "audio"),
+    ("chat", {"modalities": ["text", "audio"]}, "modalities"),
+    ("chat", {"web_search_options": {}}, "web_search_options"),
     # tools
     ("chat", {"tools": {"a": 1}}, "tools"),
     ("chat", {"tools": [5]}, "tools[0].function"),
@@ -377,6 +407,26 @@ REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
     ("chat", offered({"name": "f", "parameters": {"properties": {SURROGATE: {}}}}), "tools"),
     ("chat", {"tool_choice": "sometimes"}, "tool_choice"),
     ("chat", {"tool_choice": {"type": 1}}, "tool_choice"),
+    *[
+        ("chat", {"tools": [WEATHER], "tool_choice": value}, "tool_choice")
+        for value in (
+            {"type": "function"},
+            {"type": "function", "function": {}},
+            {"type": "function", "function": {"name": 5}},
+            {"type": "function", "function": {"name": "get_time"}},
+            {"type": "custom", "custom": {"name": "get_weather"}},
+            allowed("required", NAMED, TIME),
+        )
+    ],
+    *[("chat", {"tool_choice": value}, "tool_choice") for value in ("required", NAMED)],
+    *[
+        ("chat", {"tools": [WEATHER], "tool_choice": value}, f"tool_choice.allowed_tools{place}")
+        for value, place in (
+            ({"type": "allowed_tools"}, ""),
+            (allowed("sometimes", NAMED), ".mode"),
+            (allowed("auto", {"name": "get_weather"}), ".tools"),
+        )
+    ],
     ("chat", {"role_mapping": "user"}, "role_mapping"),
     ("chat", {"role_mapping": {"user": 5}}, "role_mapping"),
     ("chat", {"role_mapping": {"stop": "x" * 257}}, "role_mapping"),
@@ -627,3 +677,58 @@ def test_no_refusal_repeats_what_was_said() -> None:
         with pytest.raises(InvalidRequest) as refusal:
             checked(kind, body)
         assert "xxx" not in refusal.value.message
+
+
+# -- what is answered, but not as it was asked for
+
+ABLE = Capabilities(tools=True, thinking=True, thinking_default=True, thinking_switch=True)
+UNABLE = Capabilities()
+ALWAYS_THINKING = Capabilities(thinking=True, thinking_default=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "can", "fields_unmet"),
+    [
+        ({}, UNABLE, []),
+        ({"tools": [WEATHER], "enable_thinking": True, "stop": "x"}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": "auto"}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto", NAMED)}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": "required"}, ABLE, ["tool_choice"]),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, ABLE, ["tool_choice"]),
+        ({"tools": [WEATHER], "tool_choice": allowed("required", NAMED)}, ABLE, ["tool_choice"]),
+        ({"tools": [WEATHER], "parallel_tool_calls": False}, ABLE, ["parallel_tool_calls"]),
+        ({"parallel_tool_calls": False}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, UNABLE, ["tools"]),
+        ({"tools": [WEATHER], "tool_choice": "none"}, UNABLE, []),
+        ({"enable_thinking": True}, UNABLE, ["enable_thinking"]),
+        ({"reasoning_effort": "low"}, UNABLE, ["enable_thinking"]),
+        ({"enable_thinking": False}, UNABLE, []),
+        ({"enable_thinking": False}, ALWAYS_THINKING, ["enable_thinking"]),
+        ({"enable_thinking": True}, ALWAYS_THINKING, []),
+        ({"chat_template_kwargs": {"thinking_budget": 5}}, UNABLE, []),
+    ],
+    ids=name_of,
+)
+def test_what_the_answer_does_without_is_told(
+    fields: dict[str, Any], can: Capabilities, fields_unmet: list[str]
+) -> None:
+    found = list(unmet(checked("chat", fields), can, lambda feature: True))
+    assert [one.field for one in found] == fields_unmet
+    for one in found:
+        assert one.sentence.isascii()
+        assert one.sentence.endswith(".")
+
+
+def test_what_only_the_backends_additions_do_right_is_told_where_they_are_off() -> None:
+    asked = checked("chat", {"stop": "x", "logprobs": True, "stream": True})
+    assert [one.field for one in unmet(asked, ABLE, lambda feature: False)] == ["stop", "logprobs"]
+    whole = checked("chat", {"logprobs": True})
+    assert list(unmet(whole, ABLE, lambda feature: False)) == []
+
+
+def test_a_prompt_that_cannot_fit_has_the_code_that_clients_look_for() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        checked("chat", said("word " * 20_000))
+    error = refusal.value.body()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "maximum context length is 4096 tokens" in error["message"]

@@ -14,11 +14,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxproxy.catalog import Catalog
-from mlxproxy.catalog.inspection import Folder, Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
-from tests.support.model_folders import CONFIG, hub_model, model, raw_weights, weights, write
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
+from tests.support.model_folders import (
+    CONFIG,
+    catalog_of,
+    hub_model,
+    model,
+    raw_weights,
+    weights,
+    write,
+)
 
 LIMIT = 10.0  # seconds: far more than any of these may take, far less than a hang
 
@@ -35,7 +43,7 @@ Look = Callable[[], dict[str, Model]]
 @pytest.fixture
 def look(root: Path) -> Iterator[Look]:
     """Lists the folder; the good model in it must never suffer."""
-    catalog = Catalog([root], patience=LIMIT)
+    catalog = catalog_of([root], patience=LIMIT)
 
     def look() -> dict[str, Model]:
         begun = time.monotonic()
@@ -120,7 +128,7 @@ def test_pipes_in_the_place_of_weights_and_index_keep_nobody_waiting(
     assert reason(look) == "model.safetensors is not a regular file."
 
 
-def test_a_folder_a_socket_and_a_device_are_no_config(
+def test_a_folder_a_socket_or_a_device_is_not_read_as_config(
     root: Path, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("folder", "socket", "device", "circle"):
@@ -183,13 +191,13 @@ def test_unreadable_files_are_named(root: Path, look: Look) -> None:
         " ",
     ],
 )
-def test_an_odd_name_is_a_name(root: Path, look: Look, name: str) -> None:
+def test_a_folder_with_an_odd_name_is_listed(root: Path, look: Look, name: str) -> None:
     model(root / "odd" / name)
     assert [it.loadable for it in look().values()] == ([] if name.startswith(".") else [True])
 
 
 @pytest.mark.parametrize("name", [b"a\nb", b"a\rb", b"\x1b[31mred", b"\xff\xfe", b"\x7f", b"a\tb"])
-def test_a_name_that_is_no_text_is_left_out_with_one_line_in_the_log(
+def test_a_folder_name_that_is_no_unicode_is_left_out_with_one_line_in_the_log(
     root: Path, look: Look, caplog: pytest.LogCaptureFixture, name: bytes
 ) -> None:
     folder = os.path.join(os.fsencode(root), name)
@@ -203,7 +211,7 @@ def test_a_name_that_is_no_text_is_left_out_with_one_line_in_the_log(
     assert caplog.messages[0].isprintable()
 
 
-def test_a_path_of_thousands_of_letters_is_listed_or_left_out(root: Path, look: Look) -> None:
+def test_a_path_of_thousands_of_letters_does_not_break_the_listing(root: Path, look: Look) -> None:
     folder = root
     here = os.open(root, os.O_RDONLY)
     try:
@@ -218,7 +226,7 @@ def test_a_path_of_thousands_of_letters_is_listed_or_left_out(root: Path, look: 
     assert folder.exists()
 
 
-def test_ten_thousand_folders_in_each_other_and_beside_each_other(root: Path, look: Look) -> None:
+def test_ten_thousand_nested_and_neighbouring_folders_are_scanned(root: Path, look: Look) -> None:
     folder = root
     for number in range(500):
         folder = folder / str(number % 10)
@@ -229,7 +237,7 @@ def test_ten_thousand_folders_in_each_other_and_beside_each_other(root: Path, lo
 
 
 @pytest.mark.parametrize("revision", ["../../../../outside", "/etc", "..", "", "a\0b", "x" * 5000])
-def test_a_cache_cannot_name_a_revision_elsewhere(
+def test_a_hugging_face_cache_cannot_name_a_revision_outside_it(
     root: Path, look: Look, tmp_path: Path, revision: str
 ) -> None:
     model(tmp_path / "outside")
@@ -288,28 +296,28 @@ def _tensor(**entry: Any) -> bytes:
         ),
     ],
 )
-def test_damaged_weights_are_told_by_their_header(
+def test_damaged_weights_are_recognized_by_their_header(
     root: Path, look: Look, write_file: Callable[[Path], object], expected: str
 ) -> None:
     write_file(model(root / "bad" / "model") / "model.safetensors")
     assert expected in reason(look)
 
 
-def test_a_weights_file_of_a_terabyte_of_nothing_is_not_read(root: Path, look: Look) -> None:
+def test_a_sparse_weights_file_of_a_terabyte_is_not_read(root: Path, look: Look) -> None:
     file = model(root / "bad" / "model") / "model.safetensors"
     file.write_bytes(b"")
     os.truncate(file, 10**12)
     assert "damaged header" in reason(look)
 
 
-def test_a_million_shards_are_only_claimed(root: Path, look: Look) -> None:
+def test_a_claim_of_a_million_shards_is_not_looked_up(root: Path, look: Look) -> None:
     folder = model(root / "bad" / "model")
     (folder / "model.safetensors").rename(folder / "model-000001-of-999999.safetensors")
     assert "999995 more are missing" in reason(look)
 
 
 @pytest.mark.parametrize("index", [b"{", b"[]", b'{"weight_map": 5}', b'{"weight_map": {"a": []}}'])
-def test_a_broken_index_is_not_needed(root: Path, look: Look, index: bytes) -> None:
+def test_a_broken_index_makes_no_model_unloadable(root: Path, look: Look, index: bytes) -> None:
     folder = model(root / "odd" / "model")
     (folder / "model.safetensors.index.json").write_bytes(index)
     assert list(look()) == ["odd/model"]
@@ -333,7 +341,7 @@ def test_a_broken_index_is_not_needed(root: Path, look: Look, index: bytes) -> N
         "\0",
     ],
 )
-def test_a_template_that_would_never_end_is_only_looked_at(
+def test_a_chat_template_that_would_never_end_is_not_run(
     root: Path, look: Look, template: str
 ) -> None:
     text = template + "{% if enable_thinking %}<think>{% endif %}"
@@ -345,7 +353,7 @@ def test_a_template_that_would_never_end_is_only_looked_at(
     "value",
     [5, [], {}, [5], [{"name": []}], [{"name": "default"}], {"default": 5}, None, True, ["a", {}]],
 )
-def test_a_tokenizer_config_of_any_shape_is_survived(root: Path, look: Look, value: Any) -> None:
+def test_a_tokenizer_config_of_any_shape_breaks_nothing(root: Path, look: Look, value: Any) -> None:
     folder = model(root / "odd" / "model")
     keys = ("chat_template", "added_tokens_decoder", "auto_map", "chat_template_type")
     write(folder / "tokenizer_config.json", dict.fromkeys(keys, value))
@@ -353,13 +361,13 @@ def test_a_tokenizer_config_of_any_shape_is_survived(root: Path, look: Look, val
     assert found.reason is None
 
 
-def test_a_template_that_is_no_text_is_named(root: Path, look: Look) -> None:
+def test_a_chat_template_that_is_no_text_is_named_as_the_fault(root: Path, look: Look) -> None:
     folder = model(root / "bad" / "model")
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     assert reason(look) == "chat_template.jinja is not UTF-8 text."
 
 
-def test_numbers_of_thousands_of_digits_stand_for_nothing(root: Path, look: Look) -> None:
+def test_numbers_of_thousands_of_digits_are_ignored(root: Path, look: Look) -> None:
     names = [name for name, value in CONFIG.items() if isinstance(value, int)]
     model(root / "odd" / "model", config=dict.fromkeys(names, 10**4000))
     found = look()["odd/model"]
@@ -399,7 +407,7 @@ _KEYS = [
 
 @pytest.fixture(scope="module")
 def inspector() -> Inspector:
-    return Inspector(MlxLm())
+    return Inspector(Package())
 
 
 FUZZ = settings(
@@ -411,7 +419,7 @@ FUZZ = settings(
 
 @FUZZ
 @given(st.dictionaries(st.sampled_from(_KEYS), _json))
-def test_any_config_is_understood_or_refused(
+def test_any_generated_config_is_understood_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, inspector: Inspector, config: dict[str, Any]
 ) -> None:
     folder = model(tmp_path_factory.mktemp("any") / "model", config=config)
@@ -424,7 +432,7 @@ def test_any_config_is_understood_or_refused(
 
 @FUZZ
 @given(st.one_of(st.binary(max_size=200), _json.map(lambda it: json.dumps({"a": it}).encode())))
-def test_any_header_is_understood_or_refused(
+def test_any_generated_header_is_understood_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, inspector: Inspector, header: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("any")

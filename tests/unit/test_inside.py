@@ -16,10 +16,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlxproxy.engines.mlx_lm import engine
 from mlxproxy.engines.mlx_lm.inside import (
     detokenizer,
+    logprobs,
     pace,
     progress,
     prompt_cache,
@@ -27,13 +30,20 @@ from mlxproxy.engines.mlx_lm.inside import (
     quiet,
     run,
     sampling,
+    stop,
     tool_calls,
 )
-from mlxproxy.engines.mlx_lm.inside.gate import Unexpected, require, require_attributes
+from mlxproxy.engines.mlx_lm.inside.gate import (
+    Unexpected,
+    require,
+    require_attributes,
+    require_uses,
+)
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
 from mlxproxy.engines.mlx_lm.link import Link
 from mlxproxy.engines.mlx_lm.program import INSIDE, program_command
-from tests.conftest import SERVER_BIN, until
+from tests.support.server_process import SERVER_BIN
+from tests.support.waiting import until
 
 PIP = "import sys\nfrom mlx_lm.server import main\nsys.exit(main())\n"
 
@@ -108,17 +118,32 @@ def test_attributes_that_a_constructor_no_longer_sets_are_missed() -> None:
         require_attributes(Module(Batch=Batch), "Batch", ("waiting", "queue"))
 
 
+def test_a_function_that_goes_another_way_is_missed() -> None:
+    class Handler:
+        def answer(self, machine: Any) -> None:
+            machine.split()
+
+    require_uses(Module(Handler=Handler), "Handler.answer", ("split",))
+    with pytest.raises(Unexpected, match=r"Handler\.answer does not use flush"):
+        require_uses(Module(Handler=Handler), "Handler.answer", ("split", "flush"))
+    with pytest.raises(Unexpected, match=r"has no Handler\.reply"):
+        require_uses(Module(Handler=Handler), "Handler.reply", ())
+
+
 def test_the_options_have_one_name_on_both_sides() -> None:
     assert engine.INSIDE_OPTIONS == run.OPTIONS
 
 
-@pytest.mark.parametrize("feature", [prompt_cache, detokenizer, prompts, sampling, pace])
+@pytest.mark.parametrize(
+    "feature", [prompt_cache, detokenizer, prompts, sampling, pace, stop, logprobs]
+)
 def test_an_mlx_lm_of_another_layout_is_left_as_it_is(feature: ModuleType) -> None:
     other = Module()
     arguments: dict[ModuleType, tuple[Any, ...]] = {
         prompts: (other, None),
         sampling: (other, other, None),
         pace: (other, other),
+        logprobs: (other, other),
     }
     with pytest.raises(Unexpected):
         feature.arm(*arguments.get(feature, (other,)))
@@ -259,6 +284,170 @@ def test_a_call_without_arguments_has_none() -> None:
 def test_no_call_is_read_for_a_client_that_has_left() -> None:
     with pytest.raises(ConnectionError):
         calls_of({"name": "f"}, client_left=True)
+
+
+# -- stop words
+
+LETTERS = st.text("ab ", max_size=12)
+STOPS = st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def in_pieces(words: list[str], pieces: list[str]) -> tuple[str, bool]:
+    """What is left of a text that comes in these pieces, and whether a word was found."""
+    search, certain = stop.StopWords(words), ""
+    for piece in pieces:
+        text, behind = search.take(piece)
+        certain += text
+        if behind is not None:
+            return certain, True
+    return certain + search.release(), False
+
+
+@given(words=STOPS, pieces=st.lists(LETTERS, max_size=6))
+def test_a_text_ends_alike_however_it_is_cut(words: list[str], pieces: list[str]) -> None:
+    whole = "".join(pieces)
+    text, found = in_pieces(words, pieces)
+    assert (text, found) == in_pieces(words, list(whole)) == in_pieces(words, [whole])
+    assert found is any(word in whole for word in words)
+    assert not any(word in text for word in words)
+    assert whole.startswith(text)
+    assert found or text == whole
+
+
+@given(words=STOPS, pieces=st.lists(LETTERS, max_size=6))
+def test_only_what_may_be_a_stop_word_is_held(words: list[str], pieces: list[str]) -> None:
+    search, so_far, certain = stop.StopWords(words), "", ""
+    for piece in pieces:
+        text, behind = search.take(piece)
+        if behind is not None:
+            break
+        so_far, certain = so_far + piece, certain + text
+        held = so_far[len(certain) :]
+        assert not held or any(word.startswith(held) for word in words)
+        longer = (so_far[start:] for start in range(len(certain)))
+        assert not any(word.startswith(rest) for rest in longer for word in words)
+
+
+def test_the_generation_ends_at_the_token_after_a_stop_word() -> None:
+    """So its prompt cache is kept, as it is not for a client that has left."""
+
+    class Sequences:
+        def matcher(self) -> Sequences:
+            return self
+
+        def advance(self, token: int) -> bool:
+            return token == 0
+
+    class Machine:
+        def make_state(self, initial: str) -> str:
+            return initial
+
+        def split(self, state: str, text: str) -> Any:
+            return state, [(state, text)]
+
+        def flush(self, state: str) -> Any:
+            return state, "", state
+
+    answer = stop.Answer(["b"], Machine(), Sequences(), drops=False).make_state("normal")
+    matcher = answer.matcher()
+    given = [SimpleNamespace(text=text, finish_reason=None) for text in ("a", "xby", "c")]
+    sent = []
+    for response in answer.responses(iter(given)):
+        assert not matcher.advance(7)
+        sent += answer.split(response.text)[1]
+    assert sent == [("normal", "a"), ("normal", "x")]
+    assert matcher.advance(7)
+    assert answer.surplus == len("by")
+    assert stop.Answer(["b"], Machine(), Sequences(), drops=False).matcher().advance(0)
+
+
+# -- log probabilities
+
+
+def kept_of(*tokens: tuple[int, float, list[tuple[int, float]], str], surplus: int = 0) -> Any:
+    """The log probabilities of these tokens, whose bytes are their ids."""
+    kept = logprobs.Kept(lambda token: bytes([token]), lambda: surplus)
+    responses = [
+        SimpleNamespace(
+            token=token,
+            logprob=logprob,
+            top_tokens=tuple({"id": id, "logprob": number} for id, number in tops),
+            text=text,
+            finish_reason=None,
+        )
+        for token, logprob, tops, text in tokens
+    ]
+    assert list(kept.each(iter(responses))) == responses
+    return kept
+
+
+def test_the_token_that_was_chosen_is_told_and_not_the_likeliest() -> None:
+    entry = kept_of((66, -2.0, [(65, -3.0), (67, -0.1)], "B")).take(texts=False)["content"][0]
+    assert (entry["token"], entry["logprob"], entry["bytes"]) == ("B", -2.0, [66])
+    assert [top["token"] for top in entry["top_logprobs"]] == ["C", "A"]
+
+
+def test_numbers_that_json_has_not_are_not_sent() -> None:
+    tops = [(65, float("-inf")), (67, float("nan"))]
+    (entry,) = kept_of((66, float("-inf"), tops, "B")).take(texts=False)["content"]
+    numbers = [entry["logprob"], *(top["logprob"] for top in entry["top_logprobs"])]
+    assert numbers == [logprobs.LEAST] * 3
+
+
+def test_the_tokens_of_a_stop_word_are_not_told() -> None:
+    tokens: list[Any] = [
+        (65, 0.0, [], "A"),
+        (66, 0.0, [], "B"),
+        (0xF0, 0.0, [], ""),
+        (67, 0.0, [], "C"),
+    ]
+
+    def told(surplus: int) -> list[str]:
+        found = kept_of(*tokens, surplus=surplus).take(texts=True)
+        return found["tokens"] if found else []
+
+    assert told(0) == ["A", "B", "\ufffd", "C"]
+    assert told(1) == ["A", "B", "\ufffd"]
+    assert told(2) == ["A"]
+    assert told(3) == []
+
+
+@pytest.mark.backend
+@pytest.mark.parametrize(
+    ("kind", "names", "texts"),
+    [
+        (
+            "BPEStreamingDetokenizer",
+            ["\u0120a", "\u00f0", "<\uff5cx\uff5c>", None],
+            [b" a", b"\xf0", "<\uff5cx\uff5c>".encode(), b"", b""],
+        ),
+        (
+            "SPMStreamingDetokenizer",
+            ["\u2581a".encode(), b"\xf0", None],
+            [b" a", b"\xf0", b"", b""],
+        ),
+    ],
+)
+def test_the_bytes_of_a_token_are_those_that_it_adds(
+    kind: str, names: list[Any], texts: list[bytes]
+) -> None:
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils")
+    made = getattr(utils, kind).__new__(getattr(utils, kind))
+    made.tokenmap = names
+    to_bytes = logprobs.bytes_of(SimpleNamespace(detokenizer=made), utils)
+    assert [to_bytes(number) for number in range(len(texts))] == texts
+
+
+@pytest.mark.backend
+def test_where_no_text_of_a_tokens_own_is_known_its_bytes_are_not() -> None:
+    utils = pytest.importorskip("mlx_lm.tokenizer_utils")
+    tokenizer = SimpleNamespace(
+        detokenizer=object(),
+        convert_ids_to_tokens=["<0xF0>", "half", "whole"].__getitem__,
+        decode=lambda ids: {1: "\ufffd", 2: "wh\u00f6le"}[ids[0]],
+    )
+    to_bytes = logprobs.bytes_of(tokenizer, utils)
+    assert [to_bytes(number) for number in range(3)] == [b"\xf0", None, "wh\u00f6le".encode()]
 
 
 # -- the pace of reading prompts

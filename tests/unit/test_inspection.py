@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from mlxproxy.catalog import capabilities as rules
-from mlxproxy.catalog.inspection import Folder, Inspector
-from mlxproxy.catalog.mlxlm import MlxLm
+from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
 from mlxproxy.catalog.template import thinking_switch
 from mlxproxy.catalog.weights import missing_shards
+from mlxproxy.engines.mlx_lm import capabilities as rules
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
 from tests.support import tiny_models
 from tests.support.model_folders import model, raw_weights, weights, write
 
@@ -24,12 +25,12 @@ THINK = ("<think>", "</think>")
 
 
 @pytest.fixture(scope="module")
-def mlx_lm() -> MlxLm:
-    return MlxLm()
+def mlx_lm() -> Package:
+    return Package()
 
 
 @pytest.fixture
-def inspect(mlx_lm: MlxLm) -> Callable[[Path], Model]:
+def inspect(mlx_lm: Package) -> Callable[[Path], Model]:
     inspector = Inspector(mlx_lm)
 
     def inspect(folder: Path) -> Model:
@@ -53,14 +54,16 @@ def installed() -> Path:
 # -- what it is
 
 
-def test_a_chat_model(inspect: Inspect, tmp_path: Path) -> None:
+def test_a_chat_model_is_recognized(inspect: Inspect, tmp_path: Path) -> None:
     found = inspect(model(tmp_path / "model"))
     assert (found.type, found.compatibility_type, found.loadable) == ("llm", "mlx", True)
     assert (found.architecture, found.publisher) == ("qwen3", "publisher")
     assert (found.max_context_length, found.vocab_size) == (4096, 100)
 
 
-def test_a_model_with_eyes_that_the_backend_loads_as_text(inspect: Inspect, tmp_path: Path) -> None:
+def test_a_vision_model_that_the_backend_loads_as_text_has_no_vision(
+    inspect: Inspect, tmp_path: Path
+) -> None:
     config = {
         "model_type": "qwen3_5",
         "vision_config": {"depth": 2},
@@ -81,7 +84,7 @@ def test_a_model_with_eyes_that_the_backend_loads_as_text(inspect: Inspect, tmp_
         ("judge", {"architectures": ["Qwen2ForSequenceClassification"]}, "reranker"),
     ],
 )
-def test_a_model_that_makes_no_text_says_so(
+def test_a_model_that_generates_no_text_says_so(
     inspect: Inspect, tmp_path: Path, name: str, config: dict[str, Any], kind: str
 ) -> None:
     found = inspect(model(tmp_path / name, config=config))
@@ -169,7 +172,7 @@ def test_an_architecture_that_mlx_lm_knows_by_another_name_is_loadable(
     assert inspect(model(tmp_path / "model", config={"model_type": kind})).loadable
 
 
-def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: MlxLm) -> None:
+def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: Package) -> None:
     modules = {it.stem for it in (installed() / "models").glob("*.py")}
     helpers = {name for name in modules if mlx_lm.architecture({"model_type": name}) is None}
     assert {"llama", "qwen3", "gemma3", "deepseek_v3", "gpt_oss"} <= modules - helpers
@@ -191,7 +194,7 @@ def test_every_model_module_of_the_installed_mlx_lm_counts_as_known(mlx_lm: MlxL
 def test_a_missing_mlx_lm_makes_no_model_unloadable(tmp_path: Path) -> None:
     folder = model(tmp_path / "model", config={"model_type": "anything"})
     sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
-    assert Inspector(MlxLm(tmp_path / "none"))(Folder(str(folder), "a/b", sizes, 0)).loadable
+    assert Inspector(Package(tmp_path / "none"))(Folder(str(folder), "a/b", sizes, 0)).loadable
 
 
 def test_missing_weights_say_what_is_missing(inspect: Inspect, tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_shards_are_counted_by_their_names(files: list[str], missing: str) -> No
     assert missing_shards(files) == missing
 
 
-def test_an_index_tells_of_a_missing_file_without_a_number(
+def test_a_missing_weights_file_without_a_number_is_found_by_the_index(
     inspect: Inspect, tmp_path: Path
 ) -> None:
     folder = model(tmp_path / "model")
@@ -246,9 +249,7 @@ def test_an_index_tells_of_a_missing_file_without_a_number(
     assert inspect(folder).reason == "model-b.safetensors is missing."
 
 
-def test_an_index_left_from_before_a_conversion_harms_nothing(
-    inspect: Inspect, tmp_path: Path
-) -> None:
+def test_an_outdated_index_makes_no_model_unloadable(inspect: Inspect, tmp_path: Path) -> None:
     folder = model(tmp_path / "model")
     places = {"model.embed_tokens.weight": "model-00001-of-00009.safetensors"}
     write(folder / "model.safetensors.index.json", {"weight_map": places})
@@ -309,9 +310,7 @@ def test_the_defects_that_files_show_are_known_before_a_load(
 # -- how large it is
 
 
-def test_parameters_are_those_of_the_model_not_of_its_packing(
-    inspect: Inspect, tmp_path: Path
-) -> None:
+def test_parameters_are_counted_as_before_quantization(inspect: Inspect, tmp_path: Path) -> None:
     plain = inspect(tiny_models.build(tmp_path / "plain", hidden=128))
     packed = inspect(tiny_models.build(tmp_path / "packed", hidden=128, quantize=4))
     tensors = load_file(plain.path / "model.safetensors").values()
@@ -387,7 +386,7 @@ def _packed(rows: int, columns: int, bits: int, group: int, scales: str = "BF16"
         ),
     ],
 )
-def test_parameters_are_counted_in_every_packing(
+def test_parameters_are_counted_in_every_kind_of_quantization(
     inspect: Inspect,
     tmp_path: Path,
     config: dict[str, Any],
@@ -400,7 +399,9 @@ def test_parameters_are_counted_in_every_packing(
     assert (found.quantization or {}).get("name") == name
 
 
-def test_what_the_backend_leaves_out_takes_no_memory(inspect: Inspect, tmp_path: Path) -> None:
+def test_weights_that_the_backend_leaves_out_take_no_memory(
+    inspect: Inspect, tmp_path: Path
+) -> None:
     tensors = {
         "language_model.model.embed_tokens.weight": ("BF16", [100, 64]),
         "vision_tower.patch.weight": ("BF16", [100, 64]),
@@ -449,7 +450,7 @@ QWEN_LIKE = (
         pytest.param(None, THINK, False, None, False, id="no template"),
     ],
 )
-def test_thinking_is_told_by_vocabulary_and_template(
+def test_thinking_is_recognized_by_vocabulary_and_template(
     inspect: Inspect,
     tmp_path: Path,
     template: str | None,
@@ -522,7 +523,7 @@ NAMESPACE = """
         ("{% if enable_thinking %}" + "x" * 1_000_000 + "{% endif %}", (False, None)),
     ],
 )
-def test_the_default_of_thinking_is_what_the_template_writes_without_a_word(
+def test_the_default_of_thinking_is_what_the_template_does_without_an_option(
     template: str, expected: tuple[bool, bool | None]
 ) -> None:
     assert thinking_switch(template) == expected
@@ -542,7 +543,7 @@ def test_a_template_with_tool_calls_that_the_backend_reads_has_tools(
     assert inspect(by_config).capabilities.tools
 
 
-def test_the_template_that_the_backend_takes_is_looked_at(inspect: Inspect, tmp_path: Path) -> None:
+def test_the_template_that_the_backend_uses_is_inspected(inspect: Inspect, tmp_path: Path) -> None:
     tool = "<tool_call>{{ tool_call.name }}"
     folder = model(tmp_path / "model")
     write(folder / "chat_template.json", {"chat_template": tool})  # for processors only
@@ -561,7 +562,7 @@ def test_the_template_that_the_backend_takes_is_looked_at(inspect: Inspect, tmp_
     assert inspect(folder).capabilities.tools
 
 
-def test_a_token_on_the_border_of_two_pieces_of_a_large_vocabulary_is_seen(
+def test_a_token_across_two_pieces_of_a_large_vocabulary_is_found(
     inspect: Inspect, tmp_path: Path
 ) -> None:
     folder = model(tmp_path / "model", template=QWEN_LIKE)
@@ -624,7 +625,7 @@ def test_the_rules_for_tools_and_thinking_are_those_of_the_installed_mlx_lm() ->
             assert ours == thinks, (template, vocabulary)
 
 
-def test_a_header_without_tensors_is_no_fault(inspect: Inspect, tmp_path: Path) -> None:
+def test_a_weights_file_without_tensors_is_accepted(inspect: Inspect, tmp_path: Path) -> None:
     folder = model(tmp_path / "model", shards=2)
     raw_weights(folder / "model-00002-of-00002.safetensors", b'{"__metadata__": {}}')
     assert inspect(folder).loadable

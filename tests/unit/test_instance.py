@@ -13,11 +13,11 @@ import pytest
 from mlxproxy.backend import processes
 from mlxproxy.backend.lock import AlreadyRunning, PortLock
 from mlxproxy.backend.orphan import ChildRecord, Orphans, Record
-from mlxproxy.catalog import Catalog
 from mlxproxy.controller import History
 from mlxproxy.files import read_record
-from tests.conftest import until
 from tests.support.damaged_files import DAMAGES, FILES, damaged
+from tests.support.model_folders import catalog_of
+from tests.support.waiting import until
 
 # -- damaged files
 
@@ -25,7 +25,7 @@ from tests.support.damaged_files import DAMAGES, FILES, damaged
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_record_is_as_good_as_none(
+def test_a_damaged_file_of_the_instance_folder_counts_as_missing(
     name: str, kind: str, tmp_path: Path, models: Path
 ) -> None:
     path = damaged(tmp_path / name.format(1), kind)
@@ -43,28 +43,28 @@ def test_a_damaged_record_is_as_good_as_none(
     record.started(["x", "y"], os.getpid())
     record.stopped()
     lock.release()
-    catalog = Catalog([models], cache_file=tmp_path / "catalog.json", patience=10)
+    catalog = catalog_of([models], cache_file=tmp_path / "catalog.json", patience=10)
     assert [model.id for model in catalog.models()] == ["tiny/alpha", "tiny/beta"]
     if name in ("history.json", "catalog.json"):
         until(lambda: read_record(path), what="the new file in the old one's place")
 
 
-def test_a_catalogue_that_was_changed_by_another_is_read_anew(tmp_path: Path, models: Path) -> None:
+def test_a_catalog_cache_with_wrong_values_is_read_again(tmp_path: Path, models: Path) -> None:
     cache = tmp_path / "catalog.json"
-    assert len(Catalog([models], cache_file=cache, patience=10).models()) == 2
+    assert len(catalog_of([models], cache_file=cache, patience=10).models()) == 2
     until(cache.exists, what="the cache")
     stored = json.loads(cache.read_text())
     for entry in stored["roots"][str(models)].values():
         entry["model"]["size_bytes"] = "many"
     cache.write_text(json.dumps(stored))
-    models_found = Catalog([models], cache_file=cache, patience=10).models()
+    models_found = catalog_of([models], cache_file=cache, patience=10).models()
     assert all(isinstance(model.size_bytes, int) for model in models_found)
 
 
 # -- a wrapper whose child goes its own way
 
 
-def test_what_cannot_be_ended_is_waited_for_no_longer_than_told() -> None:
+def test_a_process_that_cannot_be_killed_is_waited_for_no_longer_than_configured() -> None:
     """A process that the system does not end (it waits for a lost disk) and one that was reaped."""
     immortal = psutil.Process()
     begun = time.monotonic()

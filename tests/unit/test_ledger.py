@@ -64,7 +64,7 @@ def whole(text: str, tokens: int = 3, **facts: Any) -> Seen:
         Seen("load", ID, "progress", **answered(event({"status": "loaded"}))),
     ],
 )
-def test_a_whole_answer_is_whole(seen: Seen) -> None:
+def test_a_complete_answer_is_counted_as_whole(seen: Seen) -> None:
     assert judge(seen).outcome == "whole", judge(seen).why
 
 
@@ -78,7 +78,7 @@ def test_a_whole_answer_is_whole(seen: Seen) -> None:
         Seen("load", ID, "progress", **answered(event({"status": "loading"}) + event(FAILED))),
     ],
 )
-def test_an_error_that_a_client_can_read_is_a_failure_with_its_code(seen: Seen) -> None:
+def test_a_readable_error_is_counted_as_a_failure_with_its_code(seen: Seen) -> None:
     verdict = judge(seen)
     assert (verdict.outcome, verdict.code) == ("failed", "backend_failed"), verdict.why
 
@@ -91,7 +91,7 @@ def test_an_error_that_a_client_can_read_is_a_failure_with_its_code(seen: Seen) 
         Seen("whole", ID, "whole", left=True),
     ],
 )
-def test_a_client_that_left_on_purpose_owes_nothing(seen: Seen) -> None:
+def test_a_disconnect_on_purpose_is_counted_as_such(seen: Seen) -> None:
     assert judge(seen).outcome == "left"
 
 
@@ -140,13 +140,13 @@ def test_a_client_that_left_on_purpose_owes_nothing(seen: Seen) -> None:
         (Seen("look", ID), "no answer"),
     ],
 )
-def test_anything_else_is_wrong_and_says_why(seen: Seen, why: str) -> None:
+def test_any_other_outcome_is_wrong_and_says_why(seen: Seen, why: str) -> None:
     verdict = judge(seen)
     assert verdict.outcome == "wrong"
     assert why in verdict.why
 
 
-def test_too_many_requests_must_say_when_to_try_again() -> None:
+def test_a_429_without_retry_after_is_wrong() -> None:
     body = json.dumps({"error": {**ERROR, "code": "too_many_requests"}}).encode()
     assert judge(Seen("x", ID, **answered(body, 429))).outcome == "wrong"
     assert judge(Seen("x", ID, **answered(body, 429, **{"retry-after": "5"}))).outcome == "failed"
@@ -158,7 +158,7 @@ def test_an_error_without_a_cause_is_wrong() -> None:
     assert "backend_failed has no cause" in verdict.why
 
 
-def test_it_balances_until_one_thing_is_wrong() -> None:
+def test_the_ledger_balances_until_one_entry_is_wrong() -> None:
     ledger = Ledger()
     assert not ledger.balanced  # nothing was asked
     ledger.enter("calm", stream(words(0, 1, 2) + end(3)))
@@ -173,7 +173,7 @@ def test_it_balances_until_one_thing_is_wrong() -> None:
     assert "backend_failed" in said.getvalue()
 
 
-def test_a_process_too_many_is_wrong_too() -> None:
+def test_the_ledger_does_not_balance_with_a_process_too_many() -> None:
     ledger = Ledger()
     ledger.enter("calm", stream(words(0, 1, 2) + end(3)))
     ledger.wrong("calm", "processes", "2 backends at once")
@@ -181,7 +181,9 @@ def test_a_process_too_many_is_wrong_too() -> None:
 
 
 @pytest.mark.parametrize(("begun", "balanced"), [(9.0, True), (12.5, False), (5.0, False)])
-def test_a_cancelled_request_needs_an_unload_at_the_same_time(begun: float, balanced: bool) -> None:
+def test_a_cancelled_request_is_wrong_without_an_unload_at_that_time(
+    begun: float, balanced: bool
+) -> None:
     ledger = Ledger()
     ledger.enter("calm", Seen("unload", ID, begun=10, seconds=2, **answered(b"{}")))
     body = json.dumps({"error": {**ERROR, "code": "load_cancelled"}}).encode()

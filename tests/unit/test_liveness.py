@@ -47,7 +47,7 @@ def test_a_step_that_computes_may_take_until_the_stall_limit() -> None:
     assert "STALL_TIMEOUT" in str(hang(beats(302, cpu=1), 302))
 
 
-def test_a_step_on_a_gpu_uses_no_processor_time() -> None:
+def test_a_long_step_on_a_gpu_without_processor_time_is_no_hang() -> None:
     assert hang(beats(299, gpu=True), 299) is None
     assert "STALL_TIMEOUT" in str(hang(beats(302, gpu=True), 302))
     assert "stalled" in str(hang(beats(11, gpu=True, doing="tokenize"), 11))
@@ -59,18 +59,18 @@ def test_a_process_that_waits_for_pages_from_the_disk_does_not_hang() -> None:
     assert hang(beats(200, faults=3), 200) is None
 
 
-def test_an_hour_without_requests_is_not_the_length_of_a_step() -> None:
+def test_an_hour_without_requests_is_no_hang() -> None:
     liveness = beats(3)  # the last beat came before the end of the step
     liveness.take(Beat(0, "step", busy=True, cpu=0, faults=0), 3600.0)
     assert hang(liveness, 3601, waiting_since=3599) is None
 
 
-def test_an_adapter_may_be_read_from_a_slow_disk() -> None:
+def test_a_slow_read_of_an_adapter_is_no_hang() -> None:
     assert hang(beats(590, doing="load"), 590) is None
     assert "LOAD_TIMEOUT" in str(hang(beats(602, doing="load"), 602))
 
 
-def test_a_process_that_no_longer_says_anything_is_a_hang() -> None:
+def test_a_process_without_heartbeats_is_a_hang() -> None:
     liveness = beats(100, steps=5, cpu=1)
     assert hang(liveness, 119) is None
     assert "no sign of life for 21 s" in str(hang(liveness, 121))
@@ -87,6 +87,6 @@ def test_nothing_is_expected_of_an_idle_thread() -> None:
 
 
 @pytest.mark.parametrize("report", [None, {}, {"steps": "x"}, {"steps": 1, "doing": None}])
-def test_a_report_that_is_no_beat_is_refused(report: object) -> None:
+def test_a_report_that_is_no_heartbeat_is_rejected(report: object) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         Beat.from_json(report)

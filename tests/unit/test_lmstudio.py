@@ -11,23 +11,23 @@ from mlxproxy.catalog.lmstudio import models_folder
 from tests.support.model_folders import write
 
 
-def test_a_new_installation_keeps_its_models_in_the_hidden_folder(tmp_path: Path) -> None:
+def test_a_new_lm_studio_keeps_its_models_in_the_hidden_folder(tmp_path: Path) -> None:
     assert models_folder(tmp_path) == tmp_path / ".lmstudio" / "models"
 
 
-def test_an_old_installation_keeps_them_in_its_cache_folder(tmp_path: Path) -> None:
+def test_an_old_lm_studio_keeps_its_models_in_its_cache_folder(tmp_path: Path) -> None:
     older = tmp_path / ".cache" / "lm-studio"
     older.mkdir(parents=True)
     assert models_folder(tmp_path) == older / "models"
 
 
-def test_a_moved_home_is_found_by_its_pointer(tmp_path: Path) -> None:
+def test_a_moved_lm_studio_home_is_found_by_its_pointer(tmp_path: Path) -> None:
     (tmp_path / ".cache" / "lm-studio").mkdir(parents=True)
     (tmp_path / ".lmstudio-home-pointer").write_text(f"{tmp_path}/elsewhere\n")
     assert models_folder(tmp_path) == tmp_path / "elsewhere" / "models"
 
 
-def test_a_downloads_folder_chosen_in_the_settings_is_used(tmp_path: Path) -> None:
+def test_the_downloads_folder_of_lm_studios_settings_is_used(tmp_path: Path) -> None:
     (tmp_path / ".lmstudio").mkdir()
     write(tmp_path / ".lmstudio" / "settings.json", {"downloadsFolder": "/Volumes/My SSD/Models"})
     assert models_folder(tmp_path) == Path("/Volumes/My SSD/Models")
@@ -60,14 +60,14 @@ def test_the_present_users_home_is_taken_where_none_is_given(
         b'{"downloadsFolder": "/a\\u0000b"}',
     ],
 )
-def test_broken_settings_count_as_none(tmp_path: Path, settings: bytes) -> None:
+def test_broken_lm_studio_settings_count_as_none(tmp_path: Path, settings: bytes) -> None:
     (tmp_path / ".lmstudio").mkdir()
     (tmp_path / ".lmstudio" / "settings.json").write_bytes(settings)
     assert models_folder(tmp_path) == tmp_path / ".lmstudio" / "models"
 
 
 @pytest.mark.parametrize("pointer", [b"", b"\n", b"relative", b"\xff", b"/a\0b"])
-def test_a_broken_pointer_counts_as_none(tmp_path: Path, pointer: bytes) -> None:
+def test_a_broken_lm_studio_pointer_counts_as_none(tmp_path: Path, pointer: bytes) -> None:
     (tmp_path / ".lmstudio-home-pointer").write_bytes(pointer)
     assert models_folder(tmp_path) == tmp_path / ".lmstudio" / "models"
 

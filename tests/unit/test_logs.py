@@ -11,7 +11,7 @@ from mlxproxy.observability.events import EventBus
 from tests.support.network import FORGED
 
 
-def test_a_long_line_of_a_librarys_is_cut_too() -> None:
+def test_a_long_log_line_of_a_library_is_cut() -> None:
     lines: list[str] = []
     file: Any = SimpleNamespace(put=lines.append)
     before = list(logging.getLogger().handlers)
@@ -24,7 +24,7 @@ def test_a_long_line_of_a_librarys_is_cut_too() -> None:
     assert len(lines[0]) < 5000
 
 
-def test_a_line_of_a_librarys_is_one_line_too() -> None:
+def test_a_log_record_of_a_library_stays_one_line() -> None:
     """waitress tells at INFO which path a client left, as the client wrote it."""
     lines: list[str] = []
     file: Any = SimpleNamespace(put=lines.append)

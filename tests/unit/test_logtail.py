@@ -11,7 +11,7 @@ from mlxproxy.logfile import LogFile
 from mlxproxy.observability.logtail import LogTail
 
 
-def test_no_line_is_lost_or_doubled_while_the_file_is_rotated(
+def test_no_log_line_is_lost_or_doubled_by_a_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxproxy.logfile.FILE_BYTES", 2000)
@@ -30,7 +30,7 @@ def test_no_line_is_lost_or_doubled_while_the_file_is_rotated(
     assert seen.splitlines() == [f"line {number}" for number in range(300)]
 
 
-def test_history_goes_back_beyond_the_last_rotation(tmp_path: Path) -> None:
+def test_a_logs_history_reaches_back_beyond_its_last_rotation(tmp_path: Path) -> None:
     path = tmp_path / "proxy.log"
     path.with_name("proxy.log.1").write_text("one\ntwo\n")
     path.write_text("three\nbegun")

@@ -15,8 +15,7 @@ import pytest
 
 from mlxproxy.backend import memory
 from mlxproxy.backend.memory import SMALLEST_CACHE_BYTES, Fit, Memory, fit, scarcity, working_set
-from mlxproxy.catalog.kvcache import KVCache
-from mlxproxy.catalog.model import DEFAULT_CONTEXT, Model
+from mlxproxy.catalog.model import DEFAULT_CONTEXT, KVCache, Model
 
 GB = 1 << 30
 
@@ -42,7 +41,7 @@ def test_a_cache_of_unknown_size_is_left_out() -> None:
     assert replace(MODEL, kv_cache=None).memory_bytes(50) == 1000
 
 
-def test_what_fits_and_what_does_not_is_told_with_the_numbers() -> None:
+def test_whether_a_model_fits_is_said_with_the_numbers() -> None:
     assert fit(MODEL, available=1500, context=50) == Fit(needed=1500, available=1500)
     assert fit(MODEL, available=1500, context=50).fits
     assert not fit(MODEL, available=1499, context=50).fits
@@ -63,7 +62,7 @@ def test_what_fits_and_what_does_not_is_told_with_the_numbers() -> None:
         (64 * GB, 10**9, 64 * GB),
     ],
 )
-def test_a_macs_share_for_models_is_metals_or_the_users_own(
+def test_a_macs_memory_for_models_is_metals_limit_or_the_users_own(
     total: int, limit_mb: int, expected: int
 ) -> None:
     assert working_set(total, limit_mb) == expected

@@ -44,7 +44,7 @@ def test_a_swap_is_counted_for_its_slot_whatever_another_slot_does() -> None:
     assert {name: sum(each.counts) for name, each in swaps.items()} == {"b": 1}
 
 
-def test_an_answer_that_failed_counts_as_far_as_it_came() -> None:
+def test_the_tokens_of_a_failed_answer_are_counted() -> None:
     metrics = Metrics()
     metrics.request(
         "/v1/chat/completions", 502, AnswerStats(model="a", outcome="backend_failed", tokens_out=3)

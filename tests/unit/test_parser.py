@@ -72,7 +72,7 @@ class Forbidden:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("piece", [None, 1])
-def test_no_byte_of_a_stranger_reaches_a_pattern_that_backtracks(
+def test_no_byte_of_a_request_reaches_a_pattern_that_backtracks(
     monkeypatch: pytest.MonkeyPatch, shape: str, piece: int | None
 ) -> None:
     for module in (waitress.parser, waitress.receiver):
@@ -136,7 +136,7 @@ def test_twice_the_bytes_are_twice_the_work(
 # -- what is a request
 
 
-def test_a_request_is_the_same_in_whatever_pieces_it_comes() -> None:
+def test_a_request_is_parsed_the_same_in_whatever_pieces_it_arrives() -> None:
     body = b"0123456789" * 300
     chunks = b"A;x=y\r\n0123456789\r\n" * 300 + b"0\r\nTrailer: x\r\n\r\n"
     head = b"\r\nPOST /v1/x%20y?a=b&c#d HTTP/1.1\r\nHost: localhost\r\nX-A: 1\r\nx-a:\t2 \r\n"
@@ -160,7 +160,7 @@ def test_a_request_is_the_same_in_whatever_pieces_it_comes() -> None:
     "sent",
     [START + b"\r\n", START + b"Content-Length: 2\r\n\r\n{}", CHUNKED + b"2\r\n{}\r\n0\r\n\r\n"],
 )
-def test_what_follows_a_request_is_left_for_the_next(sent: bytes) -> None:
+def test_bytes_after_a_request_are_left_for_the_next(sent: bytes) -> None:
     request, both = Parser(Adjustments()), sent + sent
     while not request.completed:
         both = both[request.received(both) :]
@@ -176,11 +176,11 @@ def test_what_follows_a_request_is_left_for_the_next(sent: bytes) -> None:
         (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n", False),
     ],
 )
-def test_a_connection_is_kept_as_its_version_says(line: bytes, close: bool) -> None:
+def test_a_connection_is_kept_open_as_its_http_version_says(line: bytes, close: bool) -> None:
     assert read(line + b"\r\n").connection_close is close
 
 
-def test_names_with_an_underscore_pass_for_no_others() -> None:
+def test_header_names_with_an_underscore_are_not_taken_for_others() -> None:
     request = read(START + b"X_Api_Key: forged\r\nContent_Length: 5\r\n\r\n")
     assert request.headers == {"HOST": "localhost"}
     assert request.completed
@@ -219,7 +219,7 @@ def test_names_with_an_underscore_pass_for_no_others() -> None:
         (CHUNKED + b"%x\r\n" % LIMIT + b" " * LIMIT, 413),
     ],
 )
-def test_what_is_refused(sent: bytes, status: int) -> None:
+def test_malformed_requests_are_rejected(sent: bytes, status: int) -> None:
     for piece in (None, 4000, 1) if len(sent) < 70_000 else (None, 4000):
         request = read(sent, piece)
         assert request.error is not None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, SupportsIndex
 
 import pytest
@@ -13,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxproxy import sse
-from mlxproxy.backend.protocol import Fields
+from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.engines.mlx_lm.completion import Completion
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import BackendFailed, InvalidRequest, ModelSwapped, ProxyError
+from mlxproxy.relay import pump
 from mlxproxy.relay.pump import HEARTBEAT
 from mlxproxy.relay.relay import OPENING, Relay, Stream
 from mlxproxy.relay.statistics import AnswerStats
@@ -101,7 +105,45 @@ def sent(*values: Any) -> list[bytes]:
     return [*map(event_of, values), DONE]
 
 
+LONG = "the prompt has 9 tokens, and the model's context is 8"
 COUNTED = usage(prompt_tokens=7, completion_tokens=1)
+
+
+def test_the_speed_is_told_from_the_end_of_the_prompt_on() -> None:
+    """A tool call's tokens come all at once: from its first byte on, they came in no time."""
+
+    def speed(prompt_read: float | None, unmeasured: int = 0) -> object:
+        stats = AnswerStats(started=0.0, prompt_read=prompt_read, first_byte=13.999, ended=14.0)
+        stats.tokens_out, stats.tokens_unmeasured = 40, unmeasured
+        return stats.figures()["tokens_per_second"]
+
+    assert speed(10.0) == 10.0
+    assert speed(10.0, unmeasured=4) == 9.0
+    assert speed(13.999, unmeasured=40) is None
+    assert speed(None) is None
+    assert speed(14.0) is None
+
+
+@pytest.mark.parametrize("answer", [events_of, whole_of], ids=["stream", "whole"])
+def test_the_last_keepalive_before_the_first_token_ends_the_prompt(
+    answer: Callable[[Scene], tuple[object, AnswerStats]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = map(float, range(100))
+    monkeypatch.setattr(pump, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    first, *others = (event_of(value) for value in (*HELLO, COUNTED))
+    half, end = b": keepalive 1/2\n\n", b": keepalive 2/2\n\n"
+
+    def noted(*opening: bytes) -> AnswerStats:
+        return answer(Scene(FakeConnection([*opening, *others, DONE])).grant())[1]
+
+    before = next(ticks)
+    stats = noted(half, end, first)
+    assert stats.prompt_read is not None
+    assert stats.first_byte is not None
+    assert stats.first_byte > stats.prompt_read > before + 1, "not the first keepalive"
+    stats = noted(half, end + first)
+    assert stats.prompt_read is not None
+    assert stats.tokens_unmeasured == 1, "nobody knows when it was sent"
 
 
 def test_a_place_that_is_free_costs_no_comment() -> None:
@@ -188,6 +230,8 @@ def test_a_lease_that_ends_while_the_connection_is_opened_closes_it(answer: Any)
     ("status", "text", "code"),
     [
         (404, "the prompt has no tokens", "invalid_request"),
+        (404, LONG, "context_length_exceeded"),
+        (404, LONG.replace("9", "more than 9"), "context_length_exceeded"),
         (400, "max_tokens must be an int", "invalid_request"),
         (404, "/secret/path", "internal_error"),
         (404, "generation thread died", "backend_failed"),
@@ -200,6 +244,17 @@ def test_the_backends_refusal_is_the_status(
 ) -> None:
     body = b"what?" if text is None else json.dumps({"error": text}).encode()
     assert refuses(Scene(FakeConnection([body], status)).grant(), answer) == (code, code)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_why_a_lease_was_ended_comes_before_what_the_backend_says_of_it(answer: Any) -> None:
+    connection = FakeConnection(status=404)
+    scene = Scene(connection).grant()
+    ends = after(
+        lambda: scene.end(ModelSwapped("swapped")), b'{"error": "the prompt has no tokens"}'
+    )
+    connection.pieces = iter([ends])
+    assert refuses(scene, answer) == ("model_swapped", "model_swapped")
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -337,6 +392,12 @@ def test_every_stream_is_counted_and_only_those_who_ask_are_told(wants: bool | N
     assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (30_733, 30_000, 12)
 
 
+def test_without_a_count_the_events_are_counted_but_for_the_last() -> None:
+    """It carries the reason of the end alone."""
+    _, stats = events_of(Scene(FakeConnection(sent(*HELLO))).grant())
+    assert (stats.tokens_in, stats.cached_tokens, stats.tokens_out) == (None, None, 1)
+
+
 @given(st.data())
 def test_the_count_is_taken_out_however_the_stream_is_cut(data: st.DataObject) -> None:
     stream = b"".join(sent(*HELLO, COUNTED))
@@ -463,6 +524,36 @@ def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
     answer, _ = whole_of(scene)
     assert answer["model"] == "org/name"
     assert asked(scene)["live"] is False
+
+
+def test_an_engine_that_speaks_http_1_1_in_chunks_is_relayed() -> None:
+    """Over a socket: no chunk begins or ends where an event does."""
+    events = [{**event, "model": "/models/org/name"} for event in (*HELLO, COUNTED)]
+    for event in events:
+        del event["system_fingerprint"]
+    data = b"".join(sent(*events))
+    wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for piece in cut(data, range(50, len(data), 70)):
+        wire += b"%x\r\n%b\r\n" % (len(piece), piece)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        scene = Scene(FakeConnection()).grant()
+        scene.backend.address = Address("127.0.0.1", listener.getsockname()[1])
+        scene.relay = Relay(300)
+        engine = threading.Thread(target=_answer_one, args=(listener, wire + b"0\r\n\r\n"))
+        engine.start()
+        items, stats = events_of(scene)
+        engine.join()
+    shown = sent(*({**event, "model": "org/name"} for event in events[:2]))
+    assert b"".join(items) == b"".join([OPENING, *shown])
+    assert (stats.outcome, stats.tokens_in) == ("done", 7)
+
+
+def _answer_one(listener: socket.socket, answer: bytes) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+        connection.recv(1)  # until the other side closes
 
 
 # -- whole events

@@ -19,9 +19,9 @@ import requests
 from waitress.channel import ClientDisconnected
 
 from mlxproxy.server import channel
-from tests.conftest import until
 from tests.support.bare_server import BareServer
 from tests.support.raw_http import CONTINUE, answers, connect, received, request
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def serve() -> Iterator[Callable[..., BareServer]]:
 
 
 @pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
+def test_a_client_that_reads_nothing_for_a_minute_is_disconnected(
     serve: Callable[..., BareServer],
     monkeypatch: pytest.MonkeyPatch,
     channel_class: type[channel.Channel],
@@ -71,7 +71,7 @@ def test_a_client_that_takes_nothing_for_a_minute_gives_its_place_back(
 
 
 @pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
+def test_a_client_that_reads_nothing_is_disconnected_although_more_is_always_sent(
     serve: Callable[..., BareServer],
     monkeypatch: pytest.MonkeyPatch,
     channel_class: type[channel.Channel],
@@ -97,7 +97,7 @@ def test_a_deaf_client_is_left_although_there_is_always_a_little_more_for_it(
         assert ended.wait(5)
 
 
-def test_clients_that_ask_again_and_again_and_read_nothing_hold_no_threads(
+def test_clients_that_send_requests_and_read_nothing_hold_no_threads(
     serve: Callable[..., BareServer],
 ) -> None:
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
@@ -118,7 +118,7 @@ def test_clients_that_ask_again_and_again_and_read_nothing_hold_no_threads(
             assert requests.get(f"http://127.0.0.1:{one.port}/", timeout=5).content == b"x"
 
 
-def test_a_connection_on_which_nothing_comes_for_two_minutes_is_closed(
+def test_a_connection_without_requests_for_two_minutes_is_closed(
     serve: Callable[..., BareServer],
 ) -> None:
     one = serve(lambda *_: [])
@@ -133,7 +133,7 @@ def test_a_connection_on_which_nothing_comes_for_two_minutes_is_closed(
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_no_question_gets_into_the_middle_of_an_answer(
+def test_no_probe_of_a_half_closed_client_lands_inside_an_event(
     serve: Callable[..., BareServer],
     monkeypatch: pytest.MonkeyPatch,
     channel_class: type[channel.Channel],
@@ -161,7 +161,7 @@ def test_no_question_gets_into_the_middle_of_an_answer(
 
 
 @pytest.mark.parametrize("channel_class", [channel.DirectChannel, channel.Channel])
-def test_nothing_may_be_asked_while_the_head_or_the_end_is_sent(
+def test_no_half_closed_client_is_probed_while_the_head_or_the_end_is_sent(
     serve: Callable[..., BareServer],
     monkeypatch: pytest.MonkeyPatch,
     channel_class: type[channel.Channel],
@@ -196,7 +196,7 @@ def half_closed(port: int, version: str) -> bytes:
         return received(connection, 20)
 
 
-def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(
+def test_a_disconnect_during_a_rejection_logs_no_traceback(
     serve: Callable[..., BareServer],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -219,7 +219,7 @@ def test_a_client_that_leaves_while_it_is_refused_leaves_no_traceback(
 # -- answers that come before the request is whole
 
 
-def test_what_comes_after_the_answer_is_read_for_a_while_only(
+def test_a_rejected_clients_bytes_are_read_for_a_limited_time(
     serve: Callable[..., BareServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert channel.LINGER <= 5
@@ -241,7 +241,7 @@ def test_what_comes_after_the_answer_is_read_for_a_while_only(
 
 
 @pytest.mark.parametrize("jump", [-7200.0, 7200.0])
-def test_a_jump_of_the_clock_cuts_no_stream_and_closes_no_connection(
+def test_a_jump_of_the_clock_ends_no_stream_and_closes_no_connection(
     serve: Callable[..., BareServer], monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     """As when a laptop wakes, or its clock is set."""
@@ -270,7 +270,7 @@ def test_a_jump_of_the_clock_cuts_no_stream_and_closes_no_connection(
 
 
 @pytest.mark.parametrize("jump", [-7200.0, 7200.0])
-def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_time(
+def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_time(
     serve: Callable[..., BareServer], monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
     one = serve(lambda *_: [])
@@ -282,7 +282,7 @@ def test_after_a_jump_of_the_clock_idle_connections_are_still_closed_in_their_ti
         assert received(connection, 3) == b""
 
 
-def test_the_system_asks_after_silent_clients_by_itself(serve: Callable[..., BareServer]) -> None:
+def test_tcp_keepalive_is_on_for_every_connection(serve: Callable[..., BareServer]) -> None:
     """One that was unplugged, or leaves long after the end of its sending, gives no other sign."""
     one = serve(lambda *_: [])
     with connect(one.port):

@@ -36,7 +36,7 @@ def test_the_launchd_file_is_a_property_list_with_everything_in_it(
         assert Path(agent[stream]).parent == home / "instance" / "logs"
 
 
-def test_the_unit_starts_again_and_stops_in_peace(home: Path) -> None:
+def test_the_systemd_unit_restarts_and_allows_time_to_stop(home: Path) -> None:
     unit = service.of("linux").render(service.plan({"STOP_TIMEOUT": "100"}))
     settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
     assert settings["Restart"] == "always"
@@ -47,7 +47,7 @@ def test_the_unit_starts_again_and_stops_in_peace(home: Path) -> None:
 
 
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
-def test_a_server_program_found_on_path_is_written_down(
+def test_the_service_file_names_the_server_program_found_on_path(
     platform: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service has another PATH."""

@@ -20,8 +20,10 @@ from mlxproxy.catalog.scanning import Inspect, Snapshot, scan
 from mlxproxy.commands.client import Client
 from mlxproxy.commands.ls import ls
 from mlxproxy.demo import provide
-from tests.conftest import free_port, until
 from tests.support import model_folders, tiny_models
+from tests.support.model_folders import catalog_of
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_with_only_gguf_models_the_demo_model_stands_beside_lm_studios_folder(
     assert provided
 
 
-def test_a_library_that_takes_long_to_read_is_not_taken_for_an_empty_one(
+def test_a_slow_library_is_not_taken_for_an_empty_one(
     home: Path, provided: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = home / ".lmstudio" / "models"
@@ -109,7 +111,7 @@ def test_a_folder_of_lm_studios_on_a_disk_that_is_not_mounted_gets_no_demo_model
     assert not provided
 
 
-def test_a_folder_that_is_set_is_taken_as_it_is(
+def test_a_models_root_that_is_set_gets_no_demo_model(
     home: Path, provided: list[Path], tmp_path: Path
 ) -> None:
     found = main.with_models(given(tmp_path, MODELS_ROOT="/nowhere"))
@@ -117,7 +119,7 @@ def test_a_folder_that_is_set_is_taken_as_it_is(
     assert not provided
 
 
-def test_where_the_demo_cannot_be_had_the_proxy_starts_all_the_same(
+def test_the_proxy_starts_although_the_demo_model_cannot_be_downloaded(
     home: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,11 +166,11 @@ def test_the_first_listing_waits_for_a_library_that_takes_longer_than_others_may
     assert [item["id"] for item in told["data"]] == ["publisher/model"]
 
 
-def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
+def test_a_library_that_has_not_been_read_yet_is_not_listed_as_empty(
     parts: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_end = slow_disk(monkeypatch)
-    hasty = catalog.Catalog(parts.roots, patience=0.05, first_patience=0.05)
+    hasty = catalog_of(parts.roots, patience=0.05, first_patience=0.05)
     parts = replace(parts, catalog=hasty)
     status, told = listing(parts)
     assert status == 503
@@ -179,13 +181,13 @@ def test_a_library_that_has_not_been_read_yet_is_never_told_as_an_empty_one(
     assert listing(parts)[1]["complete"] is True
 
 
-def test_a_model_is_found_though_its_folder_is_being_read_for_the_first_time(
+def test_a_model_is_found_while_its_folder_is_read_for_the_first_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first load after a start is not told to try again."""
     tiny_models.build(tmp_path / "tiny" / "alpha")
     may_end = slow_disk(monkeypatch)
-    library = catalog.Catalog([tmp_path], patience=0.05)
+    library = catalog_of([tmp_path], patience=0.05)
     end = threading.Timer(0.5, may_end.set)
     end.start()
     assert library.find("tiny/alpha").id == "tiny/alpha"
@@ -204,7 +206,7 @@ def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
         return scan(root, previous, inspect)
 
     monkeypatch.setattr(catalog, "scan", slow)
-    two_disks = catalog.Catalog(
+    two_disks = catalog_of(
         [tmp_path / "models", tmp_path / "disk"], patience=0.2, first_patience=0.2
     )
     parts = replace(parts, catalog=two_disks)
@@ -217,7 +219,7 @@ def test_a_listing_without_one_of_the_folders_says_that_it_is_not_complete(
     until(lambda: listing(parts)[1]["complete"], what="the whole listing")
 
 
-def test_ls_says_that_there_may_be_more(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_says_that_a_listing_may_be_incomplete(capsys: pytest.CaptureFixture[str]) -> None:
     class Answering:
         complete = False
 

@@ -52,7 +52,7 @@ def test_the_original_tools_assignments_work_when_pasted_into_the_file(tmp_path:
         ("'~/models'", (Path.home() / "models",)),
     ],
 )
-def test_models_folders_are_one_or_several(
+def test_models_root_takes_one_or_several_folders(
     tmp_path: Path, given: str, expected: tuple[Path, ...]
 ) -> None:
     assert load(tmp_path, f"MODELS_ROOT = {given}").models_root == expected
@@ -92,7 +92,7 @@ def test_a_wrong_value_names_the_setting_the_value_and_what_is_allowed(
     assert value in message or name == "API_KEY"
 
 
-def test_a_misspelled_name_is_told_with_the_right_one(tmp_path: Path) -> None:
+def test_a_misspelled_setting_is_answered_with_the_right_name(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="Did you mean MODELS_ROOT"):
         load(tmp_path, "MODEL_ROOT = '/models'")
     with pytest.raises(SettingError, match="Did you mean PROXY_PORT"):
@@ -101,14 +101,14 @@ def test_a_misspelled_name_is_told_with_the_right_one(tmp_path: Path) -> None:
         load(tmp_path, "DIRECT_SEND = False")
 
 
-def test_a_config_file_that_does_not_run_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_config_file_that_does_not_run_is_reported_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"config\.py failed to run: NameError"):
         load(tmp_path, "PROXY_PORT = port")
     with pytest.raises(SettingError, match=r"config\.py failed to run: SyntaxError"):
         load(tmp_path, "PROXY_PORT = = 1")
 
 
-def test_the_instance_folder_cannot_be_named_by_the_file_found_through_it(tmp_path: Path) -> None:
+def test_the_config_file_cannot_set_its_own_instance_folder(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="MLXPROXY_INSTANCE_PATH"):
         load(tmp_path, "INSTANCE_PATH = '/elsewhere'")
 
@@ -149,7 +149,7 @@ def test_a_key_is_a_whole_line_of_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["\u9375", "a\tb", "a\x1bb", "a\x00b", "a\x85b", "a\u2028b", "\ufeffa"]
 )
-def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(
+def test_a_key_that_no_header_can_carry_is_rejected_without_being_shown(
     tmp_path: Path, key: str
 ) -> None:
     file = tmp_path / "keys"
@@ -187,13 +187,13 @@ def test_the_example_configuration_is_one_that_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [f"1{' ' * 100}s", "9" * 100, " " * 100 + "1", [1] * 100])
-def test_a_text_far_too_long_for_a_duration_is_refused_before_it_is_read(text: object) -> None:
+def test_an_overlong_duration_is_rejected_before_it_is_parsed(text: object) -> None:
     assert settings.seconds("  90 s ") == 90
     with pytest.raises(ValueError, match="not a duration"):
         settings.seconds(text)
 
 
-def test_the_proxy_and_its_backend_need_a_port_each(tmp_path: Path) -> None:
+def test_one_port_for_both_proxy_and_backend_is_rejected(tmp_path: Path) -> None:
     environment = {"MLXPROXY_INSTANCE_PATH": str(tmp_path), "MLXPROXY_PROXY_PORT": "18080"}
     with pytest.raises(SettingError, match="both 18080"):
         settings.load({}, environment)

@@ -22,7 +22,7 @@ def read(sent: bytes) -> list[Event]:
         return list(client.events("GET", "/"))
 
 
-def test_each_kind_of_event_is_read_as_it_was_meant() -> None:
+def test_every_kind_of_server_sent_event_is_parsed() -> None:
     data = {"text": "two\nlines, and [DONE]"}
     assert read(sse.event(data)) == [Event("message", json.dumps(data))]
     assert read(sse.event(data, "state")) == [Event("state", json.dumps(data))]
@@ -31,7 +31,7 @@ def test_each_kind_of_event_is_read_as_it_was_meant() -> None:
     assert read(sse.comment("keepalive")) == [Event("comment", "keepalive")]
 
 
-def test_an_error_ends_a_stream_as_the_contracts_object() -> None:
+def test_a_streamed_error_is_the_contracts_error_object() -> None:
     error = NoModelLoaded("Load one.")
     assert read(sse.event(error.body())) == [Event("message", json.dumps(error.body()))]
 
@@ -39,14 +39,14 @@ def test_an_error_ends_a_stream_as_the_contracts_object() -> None:
 @pytest.mark.parametrize(
     "sent", [sse.event({"a": "b\n\nc"}), sse.event({}, "x"), sse.text("a\nb"), sse.comment("a")]
 )
-def test_what_is_written_is_one_whole_event(sent: bytes) -> None:
+def test_every_written_event_is_one_server_sent_event(sent: bytes) -> None:
     events = sse.Events()
     assert events.take(sent) == sent
     assert not events.pending
     assert sent.count(sse.BLANK) == 1
 
 
-def test_an_answer_of_events_is_neither_kept_nor_collected_on_its_way() -> None:
+def test_event_streams_are_sent_uncached_and_unbuffered() -> None:
     headers = Response(iter(()), headers=sse.HEADERS).headers
     assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert headers["Cache-Control"] == "no-cache"

@@ -17,9 +17,9 @@ from mlxproxy.backend.protocol import Address
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.errors import BackendFailed, BackendTimeout, ModelSwapped
 from mlxproxy.relay.stall import INTERVAL_SECONDS, SILENT_FACTOR, Patience, Silence, Verdict, judge
-from tests.conftest import until
 from tests.support.fake_backend import World, model_spec
 from tests.support.fake_connection import FakeConnection, Scene
+from tests.support.waiting import until
 
 LIMIT = 10.0
 GRANTED = 1000.0

@@ -30,7 +30,7 @@ HARMFUL = [*CONTROLS, *TURNING, *OTHERS]
 
 
 @pytest.mark.parametrize("character", HARMFUL, ids=ascii)
-def test_what_a_terminal_obeys_is_taken_out(character: str) -> None:
+def test_control_characters_are_removed(character: str) -> None:
     assert harmless(f"a{character}b") == "ab"
     value = {f"a{character}b": character}
     shown = harmless_json(json.dumps(value, indent=1, ensure_ascii=False))
@@ -38,14 +38,16 @@ def test_what_a_terminal_obeys_is_taken_out(character: str) -> None:
     assert character not in shown
 
 
-def test_what_people_write_stays() -> None:
+def test_text_in_any_language_is_kept() -> None:
     text = "Zoë 日本語 שלום العربية 👩‍👩‍👧 a\tb\nc ﷺ e\u0301 \u200f"
     assert harmless(text) == text
     assert harmless_json(text) == text
 
 
 @pytest.mark.parametrize("tty", [True, False])
-def test_no_way_of_printing_passes_it_on(tty: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_way_of_printing_passes_control_characters_on(
+    tty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = io.StringIO()
     monkeypatch.setattr(file, "isatty", lambda: tty)
     monkeypatch.setattr("sys.stdout", file)
@@ -79,5 +81,5 @@ def test_no_way_of_printing_passes_it_on(tty: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("error", [ClientError, ServiceError, lambda it: Refused({"message": it})])
-def test_the_sentence_that_ends_a_command_is_harmless(error: Callable[[str], Any]) -> None:
+def test_a_commands_error_message_has_no_control_characters(error: Callable[[str], Any]) -> None:
     assert error(NASTY).format_message() == CLEAN

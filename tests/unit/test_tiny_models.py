@@ -10,7 +10,7 @@ from tests.support import tiny_models
 
 
 @pytest.mark.parametrize("how", tiny_models.DEFECTS)
-def test_a_broken_model_differs_from_a_whole_one(tmp_path: Path, how: str) -> None:
+def test_a_broken_tiny_model_differs_from_a_whole_one(tmp_path: Path, how: str) -> None:
     def content(folder: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 

@@ -73,6 +73,14 @@ def body_of(answer: BackendConnection) -> bytes:
     return body
 
 
+def test_a_request_that_was_sent_is_kept_no_longer(wire: Wire) -> None:
+    """An answer may take hours, and a body 32 MiB."""
+    answer = wire(b"HTTP/1.0 200 OK\r\n\r\n")
+    answer.send("/", b"x" * 1000)
+    answer.read_head()
+    assert sum(len(it.obj) for it in vars(answer).values() if isinstance(it, memoryview)) == 0
+
+
 # -- heads
 
 

@@ -21,7 +21,7 @@ def descriptors() -> int:
     return len(os.listdir("/dev/fd"))
 
 
-def test_the_installed_waitress_suits_and_looking_leaves_nothing_open() -> None:
+def test_the_installed_waitress_suits_and_the_check_leaves_nothing_open() -> None:
     before = descriptors()
     waitress_check.require_suitable()
     assert descriptors() == before
@@ -47,7 +47,7 @@ def test_a_waitress_that_lacks_a_name_is_refused_before_anything_starts(
         main.serve(Settings(instance_path=tmp_path, models_root=(tmp_path,)))
 
 
-def test_a_name_that_waitress_sets_on_each_connection_is_looked_for_too(
+def test_attributes_that_waitress_sets_per_connection_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin = HTTPChannel.__init__
@@ -61,7 +61,7 @@ def test_a_name_that_waitress_sets_on_each_connection_is_looked_for_too(
         waitress_check.require_suitable()
 
 
-def test_the_sentence_names_the_versions_that_setup_cfg_takes() -> None:
+def test_the_error_names_the_waitress_versions_of_setup_cfg() -> None:
     config = configparser.ConfigParser()
     config.read(Path(__file__).parents[2] / "setup.cfg")
     required = config["options"]["install_requires"].splitlines()

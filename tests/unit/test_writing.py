@@ -13,10 +13,10 @@ import pytest
 
 from mlxproxy.logfile import LogFile
 from mlxproxy.writing import QUEUED_CHUNKS, Writer
-from tests.conftest import until
+from tests.support.waiting import until
 
 
-def test_a_place_that_takes_nothing_costs_lines_which_are_counted() -> None:
+def test_a_blocked_log_loses_lines_which_are_counted() -> None:
     stands, may_go_on = threading.Event(), threading.Event()
     written: list[str] = []
 
@@ -41,7 +41,7 @@ def test_a_place_that_takes_nothing_costs_lines_which_are_counted() -> None:
     assert text.endswith(f"{QUEUED_CHUNKS - 1}\n")
 
 
-def test_the_last_lines_are_written_at_the_end() -> None:
+def test_the_last_log_lines_are_written_at_the_end() -> None:
     written: list[str] = []
     writer = Writer("a place", written.append)
     for number in range(100):
@@ -50,7 +50,9 @@ def test_the_last_lines_are_written_at_the_end() -> None:
     assert "".join(written) == "".join(f"{number}\n" for number in range(100))
 
 
-def test_a_full_disk_is_told_once_and_its_lines_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_reported_once_and_its_lost_lines_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     full = True
     tries: list[str] = []
     written: list[str] = []
@@ -75,7 +77,7 @@ def test_a_full_disk_is_told_once_and_its_lines_counted(caplog: pytest.LogCaptur
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_in_place_of_a_log_keeps_nobody(
+def test_a_pipe_in_place_of_a_log_blocks_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "backend.log"

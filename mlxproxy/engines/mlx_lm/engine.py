@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage
+from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules
+from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
+from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
@@ -37,6 +39,11 @@ class MlxLm:
         self._server_bin = server_bin
         self._max_tokens = max_tokens
         self._cache_bytes = cache_bytes
+
+    @property
+    def inspector(self) -> Inspector:
+        """Reads model folders for the mlx-lm that the program belongs to."""
+        return Inspector(Package(program.package_of(self._server_bin)))
 
     def command(self, spec: ModelSpec, address: Address) -> Command:
         """Return the command line. Clients that stream from the backend's port rely on its options.
@@ -85,6 +92,12 @@ class MlxLm:
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
         """Return whether the backend answers this checked request alone."""
         return rules.is_exclusive(request, has)
+
+    def unmet(
+        self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
+    ) -> Iterable[Unmet]:
+        """Return what of a checked request the answer does without."""
+        return unmet.unmet(request, spec.model.capabilities, has)
 
     def examine(self) -> Examined:
         """Return whether the program works on this machine."""

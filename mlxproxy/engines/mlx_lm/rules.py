@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard import shapes
 from mlxproxy.guard.check import Kind, Rule, Rules
 from mlxproxy.guard.shapes import Limits
@@ -53,10 +54,16 @@ _COMMON: Final = {
     "enable_thinking": Rule(shapes.boolean, "becomes a template argument"),
     "reasoning_effort": Rule(shapes.one_of(shapes.EFFORTS), "becomes a template argument"),
 }
+_ELSEWHERE: Final = "belongs to the other endpoint: nothing has checked it"
 _CHAT: Final = {
     **_COMMON,
     "messages": Rule(shapes.messages, "what templates choke on; images from anywhere"),
     "logprobs": Rule(shapes.boolean, "400 for null and numbers"),
+    "functions": Rule(shapes.absent("use tools instead."), "ignored"),
+    "function_call": Rule(shapes.absent("use tool_choice instead."), "ignored"),
+    "modalities": Rule(shapes.only_text, "ignored"),
+    "audio": Rule(shapes.absent("the model can only write text."), "ignored"),
+    "web_search_options": Rule(shapes.absent("this server does not search."), "ignored"),
     "tools": Rule(shapes.tools, "an odd schema cuts the answer off when the model calls"),
     "tool_choice": Rule(shapes.tool_choice, "ignored"),
     "role_mapping": Rule(shapes.role_mapping, "repeated for each message"),
@@ -64,7 +71,9 @@ _CHAT: Final = {
 _TEXT: Final = {
     **_COMMON,
     "prompt": Rule(shapes.prompt, 'an empty one and ["a"] kill'),
-    "messages": Rule(shapes.drop, "belongs to the other endpoint: nothing has checked it"),
+    "messages": Rule(shapes.drop, _ELSEWHERE),
+    "tools": Rule(shapes.drop, _ELSEWHERE),
+    "tool_choice": Rule(shapes.drop, _ELSEWHERE),
     "logprobs": Rule(shapes.text_logprobs(MAX_TOP_LOGPROBS), "400 for null and numbers"),
     "best_of": Rule(
         shapes.only(1, "the backend gives one answer per request; leave it out."), "ignored"
@@ -91,8 +100,7 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
     """What one field says about another."""
     if "max_completion_tokens" in request:
         request["max_tokens"] = request.pop("max_completion_tokens")
-    if request.get("tool_choice") == "none":
-        request.pop("tools", None)
+    _choose_tools(request)
     if request.get("temperature") == 0:  # always the likeliest token: nothing is left to chance
         request.pop("seed", None)
     alternatives = request.get("logprobs")
@@ -110,6 +118,24 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
         template["enable_thinking"] = thinking
     if template:
         request["chat_template_kwargs"] = template | request.get("chat_template_kwargs", {})
+
+
+def _choose_tools(request: dict[str, Any]) -> None:
+    """Offer the model those tools alone that `tool_choice` leaves to it."""
+    choice = request.get("tool_choice")
+    if choice == "none":
+        request.pop("tools", None)
+    if choice in (None, "none", "auto"):
+        return
+    if "tools" not in request:
+        raise InvalidRequest("tool_choice is only possible with tools.", param="tool_choice")
+    if choice == "required":
+        return
+    names = shapes.chosen(choice)
+    tools = [tool for tool in request["tools"] if tool["function"]["name"] in names]
+    if len({tool["function"]["name"] for tool in tools}) < len(names):
+        raise InvalidRequest("tool_choice names a tool that is not in tools.", param="tool_choice")
+    request["tools"] = tools
 
 
 RULES: Final[Mapping[Kind, Rules]] = {

@@ -11,7 +11,13 @@ from typing import Any, Final
 from mlxproxy.backend.connection import parsed
 from mlxproxy.backend.protocol import Fields
 from mlxproxy.engines.mlx_lm.completion import Completion, usage_of
-from mlxproxy.errors import BackendFailed, InternalError, InvalidRequest, ProxyError
+from mlxproxy.errors import (
+    BackendFailed,
+    ContextLengthExceeded,
+    InternalError,
+    InvalidRequest,
+    ProxyError,
+)
 
 log = logging.getLogger("mlxproxy.relay")
 
@@ -23,10 +29,9 @@ _TEMPLATE = re.compile(
     r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
 )
 _EMPTY = "the prompt has no tokens"
-_PROMPT = re.compile(
-    rf"{_EMPTY}|the prompt has (?:more than )?\d+ tokens, and the model's context is \d+"
+_TOO_LONG = re.compile(
+    r"the prompt has ((?:more than )?\d+ tokens), and the model's context is (\d{1,18})"
 )
-_ADVICE = {True: "Send some text.", False: "Send less."}
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Try again; if the same request fails again, see the backend's log."
 _WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own does not
@@ -91,9 +96,10 @@ class MlxLmWire:
         log.debug("the backend answered %d: %s", status, text)  # may quote a prompt
         if status == 400:
             return InvalidRequest(_told("The backend rejected this request", text, _VALIDATION))
-        if status == 404 and _PROMPT.fullmatch(text):
-            advice = _ADVICE[text.startswith(_EMPTY)]
-            return InvalidRequest(f"{text[0].upper()}{text[1:]}. {advice}")
+        if status == 404 and text == _EMPTY:
+            return InvalidRequest("The prompt has no tokens. Send some text.")
+        if status == 404 and (found := _TOO_LONG.fullmatch(text)):
+            return ContextLengthExceeded.of(found[1], int(found[2]))
         if status == 404 and _TEMPLATE.search(text):
             what = "The model's chat template rejected these messages"
             return InvalidRequest(_told(what, text, _PLAIN))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
 from tests.support.network import ALICE, BOB, CARLA, MAX_BODY, PAGE, PLACES, QUEUE, ask, describe
+from tests.support.proxy import Proxy
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")

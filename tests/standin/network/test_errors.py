@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import PLACE, PROMPT, ask, chat
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
 
 
@@ -31,7 +31,7 @@ from tests.support.raw_http import shape
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_backends_errors_get_the_status_that_is_true(
+def test_the_backends_errors_get_the_correct_status(
     proxy: Proxy,
     script: Callable[..., None],
     status: int,
@@ -59,7 +59,7 @@ def test_the_backends_errors_get_the_status_that_is_true(
         f"unusual token near {PROMPT!r}",
     ],
 )
-def test_no_path_traceback_or_prompt_is_in_an_error_of_the_backends(
+def test_the_backends_errors_are_passed_on_without_paths_traceback_or_prompt(
     proxy: Proxy, script: Callable[..., None], text: str
 ) -> None:
     for status in (404, 400, 500):
@@ -72,7 +72,7 @@ def test_no_path_traceback_or_prompt_is_in_an_error_of_the_backends(
                 assert secret not in answer.text, answer.text
 
 
-def test_a_backend_that_breaks_the_protocol_is_the_one_to_blame(
+def test_a_backend_that_violates_the_protocol_gives_502(
     proxy: Proxy, script: Callable[..., None]
 ) -> None:
     for fault in ("garbled_after", "drop_after"):
@@ -108,7 +108,9 @@ def test_no_path_is_in_an_error_about_the_backend_itself(
         assert secret not in "".join(told)
 
 
-def test_an_error_names_no_log_that_says_nothing(proxy: Proxy, script: Callable[..., None]) -> None:
+def test_an_error_does_not_refer_to_a_log_that_says_nothing_about_it(
+    proxy: Proxy, script: Callable[..., None]
+) -> None:
     """`mlx_lm.server` logs nothing of what it answers with 404."""
     script(error="[broadcast_shapes] Shapes (1,2) and (3,4) cannot be broadcast.")
     message = shape(chat(proxy).json())["message"]

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Proxy, until
 from tests.support import scripted_server
 from tests.support.network import ALICE, BOB, CARLA, MAX_BODY, PLACES, QUEUE, ask, chat, describe
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
+from tests.support.waiting import until
 
 
 def outcome(proxy: Proxy, key: str, name: str, **fields: Any) -> str:
@@ -67,7 +68,7 @@ def test_a_client_with_many_large_bodies_leaves_memory_for_others(
     assert chat(proxy, ALICE, **large).ok, "all was given back"
 
 
-def test_an_unload_gets_through_whoever_waits_for_a_load(
+def test_an_unload_is_performed_although_many_wait_for_a_load(
     proxy: Proxy, script: Callable[..., None], pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     script(load_seconds=8)
@@ -79,7 +80,7 @@ def test_an_unload_gets_through_whoever_waits_for_a_load(
     assert codes == {"too_many_requests", "load_cancelled"}
 
 
-def test_a_seed_stops_nobody_elses_stream(
+def test_a_request_that_must_run_alone_waits_while_streams_continue(
     proxy: Proxy, script: Callable[..., None], pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     script(events=60, interval=0.05)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
 from tests.support.network import ALICE, HELLO, ask, describe, exchange, head, log
+from tests.support.proxy import Proxy
 from tests.support.raw_http import answers, connect, received
 
 
-def test_a_chunked_request_body_is_understood(proxy: Proxy, program: Path) -> None:
+def test_a_chunked_request_body_is_read(proxy: Proxy, program: Path) -> None:
     parts = [json.dumps(HELLO)[:20].encode(), json.dumps(HELLO)[20:].encode()]
     answer = ask(proxy, "POST", "/v1/chat/completions", data=iter(parts))
     assert answer.status_code == 200
@@ -44,7 +44,7 @@ def test_expect_100_continue_is_answered_before_the_body_comes(proxy: Proxy) -> 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not on this machine")
 @pytest.mark.parametrize("header", ["Expect: 100-continue", "Transfer-Encoding: chunked"])
-def test_curl_sends_a_body_either_way(proxy: Proxy, header: str) -> None:
+def test_curl_sends_a_body_with_expect_and_chunked(proxy: Proxy, header: str) -> None:
     url = proxy.url + "/v1/chat/completions"
     key = f"Authorization: Bearer {ALICE}"
     done = subprocess.run(
@@ -57,7 +57,7 @@ def test_curl_sends_a_body_either_way(proxy: Proxy, header: str) -> None:
     assert json.loads(done.stdout)["choices"]
 
 
-def test_expect_100_continue_without_a_body_is_simply_answered(proxy: Proxy) -> None:
+def test_expect_100_continue_without_a_body_is_answered_at_once(proxy: Proxy) -> None:
     (answer,) = exchange(
         proxy, head("GET", "/v1/models", expect="100-continue", connection="close")
     )
@@ -120,7 +120,9 @@ def test_http_1_0_may_keep_its_connection(proxy: Proxy) -> None:
         b"POST /v1/models/load HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n",
     ],
 )
-def test_what_is_no_http_is_refused_in_the_contracts_shape(proxy: Proxy, sent: bytes) -> None:
+def test_bytes_that_are_not_http_are_rejected_with_the_contracts_error(
+    proxy: Proxy, sent: bytes
+) -> None:
     said = len(log(proxy))
     (answer,) = exchange(proxy, sent)
     assert answer.status in (400, 413)
@@ -145,7 +147,7 @@ def test_what_is_no_http_is_refused_in_the_contracts_shape(proxy: Proxy, sent: b
     ],
 )
 @pytest.mark.parametrize("version", [b" HTTP/1.1", b" HTTP/1.0", b" HTTP/1.2", b""])
-def test_a_request_that_can_be_read_in_two_ways_is_refused_with_all_that_follows(
+def test_a_request_of_ambiguous_length_is_rejected_with_all_that_follows(
     proxy: Proxy, version: bytes, framing: bytes
 ) -> None:
     """Request smuggling: a proxy in front of this one might see the next request elsewhere."""

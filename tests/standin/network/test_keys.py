@@ -8,8 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe
+from tests.support.proxy import Proxy
 from tests.support.raw_http import shape
 
 NEARLY_HEALTH = [
@@ -37,12 +37,12 @@ def test_every_path_but_health_needs_a_key(proxy: Proxy, key: str | None) -> Non
 
 
 @pytest.mark.parametrize("key", [ALICE, BOB, CARLA])
-def test_every_key_opens_by_either_header(proxy: Proxy, key: str) -> None:
+def test_every_key_is_accepted_in_either_header(proxy: Proxy, key: str) -> None:
     assert ask(proxy, "GET", "/v1/models", key).ok
     assert ask(proxy, "GET", "/v1/models", None, headers={"x-api-key": key}).ok
 
 
-def test_the_openai_package_tells_a_wrong_key_as_such(proxy: Proxy) -> None:
+def test_the_openai_package_reports_a_wrong_key_as_an_authentication_error(proxy: Proxy) -> None:
     client = openai.OpenAI(base_url=proxy.url + "/v1", api_key=WRONG, max_retries=0)
     with pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()

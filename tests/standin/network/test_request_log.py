@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import Proxy, until
 from tests.support.network import (
     ALICE,
     CALLS,
@@ -27,10 +26,12 @@ from tests.support.network import (
     lines_of,
     log,
 )
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect
+from tests.support.waiting import until
 
 
-def test_every_answer_has_a_request_id_and_the_clients_own_if_it_is_sane(proxy: Proxy) -> None:
+def test_every_answer_has_a_request_id_and_keeps_a_valid_one_of_the_client(proxy: Proxy) -> None:
     own = {"X-Request-Id": "mine-1"}
     for method, path in [*CALLS, ("GET", "/health")]:
         for key in (ALICE, None):
@@ -57,7 +58,7 @@ def test_every_answer_has_a_request_id_and_the_clients_own_if_it_is_sane(proxy: 
         (head("POST", "/", transfer_encoding="gzip"), 501),
     ],
 )
-def test_what_the_server_itself_refuses_has_an_id_and_a_log_line_too(
+def test_requests_that_the_server_itself_rejects_have_an_id_and_a_log_line(
     proxy: Proxy, sent: bytes, status: int
 ) -> None:
     (answer,) = exchange(proxy, sent)
@@ -70,7 +71,7 @@ def test_what_the_server_itself_refuses_has_an_id_and_a_log_line_too(
     assert figures(line)["status"] == str(status)
 
 
-def test_each_request_has_one_line_with_its_figures(
+def test_each_request_has_one_log_line_with_its_figures(
     proxy: Proxy, script: Callable[..., None]
 ) -> None:
     script(events=5, interval=0.01)
@@ -113,7 +114,7 @@ def load(proxy: Proxy, headers: dict[str, str], **fields: Any) -> requests.Respo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_has_its_line_too(
+def test_a_request_whose_client_disconnects_has_a_log_line(
     proxy: Proxy, script: Callable[..., None], stream: bool
 ) -> None:
     script(events=1000, interval=0.02)
@@ -137,7 +138,7 @@ def test_a_client_that_leaves_has_its_line_too(
     assert describe(proxy)["in_flight"] == 0
 
 
-def test_nothing_a_client_sends_can_forge_a_line_or_reach_the_terminal(proxy: Proxy) -> None:
+def test_nothing_a_client_sends_can_forge_a_log_line_or_control_the_terminal(proxy: Proxy) -> None:
     for path in (
         f"/x%0a{FORGED.replace(' ', '%20')}",
         f"/x%0d%0a{FORGED.replace(' ', '%20')}",
@@ -159,7 +160,7 @@ def test_nothing_a_client_sends_can_forge_a_line_or_reach_the_terminal(proxy: Pr
     assert not any(line.startswith(FORGED[:8]) for line in log(proxy).splitlines())
 
 
-def test_nothing_long_that_is_sent_fills_the_log(proxy: Proxy) -> None:
+def test_nothing_a_client_sends_makes_a_log_line_long(proxy: Proxy) -> None:
     before = len(log(proxy))
     long = "x" * 30_000
     for sent in (

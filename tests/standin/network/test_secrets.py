@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import Proxy
 from tests.support import scripted_server
 from tests.support.network import ALICE, BOB, CARLA, PROMPT, WRONG, ask, chat, written
+from tests.support.proxy import Proxy
 
 
 def test_no_prompt_or_answer_is_in_any_log(proxy: Proxy, script: Callable[..., None]) -> None:

@@ -8,19 +8,19 @@ import json
 import openai
 import pytest
 
-from tests.conftest import Proxy
 from tests.support.network import ALICE, MAX_BODY, ask, exchange, head, others_are_served
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect, received, shape
 
 
-def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(proxy: Proxy) -> None:
+def test_a_body_announced_as_too_large_is_rejected_before_it_is_sent(proxy: Proxy) -> None:
     for length in (MAX_BODY + 1, 10**15):
         (answer,) = exchange(proxy, head("POST", "/v1/models/load", content_length=str(length)))
         assert answer.status == 413
         assert answer.error()["code"] == "request_too_large"
 
 
-def test_nobody_is_told_to_go_on_with_a_body_that_is_too_large(proxy: Proxy) -> None:
+def test_a_body_that_is_too_large_gets_413_instead_of_100_continue(proxy: Proxy) -> None:
     sent = head("POST", "/v1/models/load", content_length=str(10**9), expect="100-continue")
     with connect(proxy.port) as connection:
         connection.sendall(sent)
@@ -28,14 +28,14 @@ def test_nobody_is_told_to_go_on_with_a_body_that_is_too_large(proxy: Proxy) -> 
     assert found.startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_of_just_the_allowed_size_is_read(proxy: Proxy) -> None:
+def test_a_body_of_exactly_the_allowed_size_is_read(proxy: Proxy) -> None:
     body = b"{}".ljust(MAX_BODY)
     answer = ask(proxy, "POST", "/v1/models/load", data=body)
     assert answer.json()["error"]["param"] == "model_id"
     assert ask(proxy, "POST", "/v1/models/load", data=body + b" ").status_code == 413
 
 
-def test_a_chunked_body_that_grows_too_large_is_refused(proxy: Proxy) -> None:
+def test_a_chunked_body_that_grows_too_large_is_rejected(proxy: Proxy) -> None:
     before = proxy.resident_mib()
     block = b"10000\r\n" + b" " * 65536 + b"\r\n"
     sent = head("POST", "/v1/models/load", transfer_encoding="chunked") + block * 1000  # 64 MB
@@ -46,7 +46,7 @@ def test_a_chunked_body_that_grows_too_large_is_refused(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_BODY + 1, 10 * MAX_BODY])
-def test_the_usual_clients_read_why_their_body_was_refused(proxy: Proxy, size: int) -> None:
+def test_requests_and_openai_read_why_their_body_was_rejected(proxy: Proxy, size: int) -> None:
     answer = ask(proxy, "POST", "/v1/models/load", data=b"x" * size)
     assert (answer.status_code, shape(answer.json())["code"]) == (413, "request_too_large")
     client = openai.OpenAI(base_url=proxy.url + "/v1", api_key=ALICE, max_retries=0)
@@ -55,7 +55,7 @@ def test_the_usual_clients_read_why_their_body_was_refused(proxy: Proxy, size: i
     assert (caught.value.status_code, caught.value.code) == (413, "request_too_large")
 
 
-def test_a_head_that_never_ends_is_refused(proxy: Proxy) -> None:
+def test_a_head_that_never_ends_is_rejected(proxy: Proxy) -> None:
     sent = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-Long: " + b"x" * (1 << 20)
     (answer,) = exchange(proxy, sent)
     assert answer.status == 431
@@ -83,7 +83,7 @@ def test_a_head_that_never_ends_is_refused(proxy: Proxy) -> None:
         "a trailer as long as the body",
     ],
 )
-def test_a_chunked_body_that_is_all_chunks_and_no_body_is_refused(
+def test_a_chunked_body_with_more_framing_than_content_is_rejected(
     proxy: Proxy, body: bytes
 ) -> None:
     """Taking it apart costs the one thread that reads for everybody far more than its length."""
@@ -109,7 +109,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_body_of_a_million_values_holds_nobody_up(
+def test_a_body_of_a_million_values_is_rejected_and_delays_nobody(
     proxy: Proxy, pool: concurrent.futures.ThreadPoolExecutor, kind: str
 ) -> None:
     """Parsed, it is thirty times as large, and nothing else runs while it is parsed."""
@@ -126,7 +126,7 @@ def test_a_body_of_a_million_values_holds_nobody_up(
     assert proxy.resident_mib() - before < 200
 
 
-def test_a_long_text_is_no_such_body(proxy: Proxy) -> None:
+def test_a_long_text_full_of_brackets_is_not_taken_for_a_million_values(proxy: Proxy) -> None:
     text = ('say "a, b, c" and [x, {y: z}], \\"\\\n' * 10**6)[: MAX_BODY // 3]
     body = {"model": "any", "prompt": text}
     answer = ask(proxy, "POST", "/v1/completions", json=body)

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable
 
-from tests.conftest import Proxy
 from tests.support.network import (
     HELLO,
     MAX_BODY,
@@ -18,10 +17,11 @@ from tests.support.network import (
     head,
     others_are_served,
 )
+from tests.support.proxy import Proxy
 from tests.support.raw_http import connect
 
 
-def test_two_hundred_idle_and_many_slow_connections_hold_nobody_up(proxy: Proxy) -> None:
+def test_two_hundred_idle_and_many_slow_connections_delay_nobody(proxy: Proxy) -> None:
     before = proxy.resident_mib()
     with contextlib.ExitStack() as held, others_are_served(proxy):
         connections = [held.enter_context(connect(proxy.port)) for _ in range(290)]
@@ -38,7 +38,7 @@ def test_two_hundred_idle_and_many_slow_connections_hold_nobody_up(proxy: Proxy)
     assert proxy.resident_mib() - before < 100, "60 bodies of 3 MB were held in memory"
 
 
-def test_clients_that_read_a_byte_a_second_hold_nobody_up(
+def test_clients_that_read_a_byte_a_second_delay_nobody(
     proxy: Proxy, script: Callable[..., None]
 ) -> None:
     script(events=2000, event_bytes=20_000)

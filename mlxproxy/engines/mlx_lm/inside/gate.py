@@ -26,6 +26,22 @@ def require_attributes(module: Any, name: str, attributes: tuple[str, ...]) -> N
             raise Unexpected(f"{module.__name__}.{name} has no {attribute}")
 
 
+def require_uses(module: Any, dotted: str, names: tuple[str, ...]) -> None:
+    """Check that a function uses these globals, attributes and methods by name.
+
+    Raises:
+        Unexpected: it does not use one of them.
+    """
+    require(module, {dotted: ()})
+    function = module
+    for name in dotted.split("."):
+        function = getattr(function, name)
+    known = inspect.unwrap(function).__code__.co_names
+    for name in names:
+        if name not in known:
+            raise Unexpected(f"{module.__name__}.{dotted} does not use {name}")
+
+
 def require(module: Any, names: Names) -> None:
     """Check that each name exists in `module` and takes the parameters, in this order.
 

@@ -22,12 +22,14 @@ from . import (
     departures,
     detokenizer,
     gate,
+    logprobs,
     pace,
     progress,
     prompt_cache,
     prompts,
     quiet,
     sampling,
+    stop,
     tool_calls,
 )
 from .gate import Unexpected
@@ -52,6 +54,8 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "detokenizer": lambda: detokenizer.arm(tokenizer_utils),
         "sampling": lambda: sampling.arm(server, sample_utils, mx),
         "tool_calls": lambda: tool_calls.arm(server, watched.check_client),
+        "logprobs": lambda: logprobs.arm(server, tokenizer_utils),
+        "stop": lambda: stop.arm(server),
         "prompts": lambda: prompts.arm(server, options.get("context")),
         "progress": lambda: progress.arm(server),
         "pace": lambda: pace.arm(server, generate),

@@ -1,6 +1,6 @@
 """The proxy with waitress's own way to a client's socket, through its buffers.
 
-``python -m tests.support.buffered serve`` is ``python -m mlxproxy serve`` without the direct path.
+``python -m tests.support.buffered_proxy serve`` is ``mlxproxy serve`` without the direct path.
 """
 
 from __future__ import annotations

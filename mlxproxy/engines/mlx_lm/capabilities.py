@@ -12,12 +12,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlxproxy.catalog.layout import TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from mlxproxy.catalog.model import Capabilities
 from mlxproxy.catalog.template import SWITCH, thinking_switch
 from mlxproxy.files import MB, Unreadable, open_regular, read_object, read_text
 
-TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
 # Any one of these makes a tokenizer; without one the first chat ends the backend's thread.
 _VOCABULARY = re.compile(
     r"tokenizer\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|spiece\.model|"
@@ -56,30 +55,6 @@ _QUOTED = re.compile(b"|".join(re.escape(json.dumps(it).encode()) for it in sort
 _OTHER_SWITCH = re.compile(r"\bthinking\b")  # of templates that the backend cannot switch
 _CHUNK = 1 << 20
 _LONGEST = max(map(len, _TOKENS)) + 2
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a client can ask of a model.
-
-    Attributes:
-        tools: the backend tells tool calls apart from text.
-        vision: the backend gives the model images.
-        thinking: the model thinks, or can.
-        thinking_default: whether its template has it think when nothing is said; None if that
-            cannot be told, or it never thinks.
-        thinking_switch: `enable_thinking` changes that.
-    """
-
-    tools: bool = False
-    vision: bool = False
-    thinking: bool = False
-    thinking_default: bool | None = None
-    thinking_switch: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object of a model's listing."""
-        return vars(self).copy()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What the installed mlx-lm can load, read from its source: importing it would cost the proxy
-two seconds and hundreds of megabytes."""
+"""What the installed mlx-lm package can load, read from its source: importing it would cost the
+proxy two seconds and hundreds of megabytes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Architecture:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
-class MlxLm:
+class Package:
     """The tables of one installed mlx-lm.
 
     Args:

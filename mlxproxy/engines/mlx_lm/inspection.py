@@ -1,26 +1,24 @@
-"""One model folder: what its files say, and whether the backend can load it."""
+"""One model folder: what its files say, and whether mlx-lm can load it."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.catalog.capabilities import Capabilities, TokenizerFiles, capabilities
-from mlxproxy.catalog.kvcache import kv_cache, number
-from mlxproxy.catalog.mlxlm import Architecture, MlxLm
-from mlxproxy.catalog.model import Model
-from mlxproxy.catalog.weights import INDEX, Quantization, read_headers
+from mlxproxy.catalog.layout import CONFIG, DIFFUSERS, INDEX, MODELOPT, Folder
+from mlxproxy.catalog.model import Capabilities, Model
+from mlxproxy.catalog.weights import Quantization, read_headers
+from mlxproxy.engines.mlx_lm.capabilities import TokenizerFiles, capabilities
+from mlxproxy.engines.mlx_lm.kvcache import kv_cache, number
+from mlxproxy.engines.mlx_lm.package import Architecture, Package
+from mlxproxy.engines.mlx_lm.program import NAME
 from mlxproxy.files import MB, Unreadable, read_object
 
-log = logging.getLogger("mlxproxy.catalog")
-
-CONFIG = "config.json"
-MODELOPT = "hf_quant_config.json"
-DIFFUSERS = "model_index.json"
+log = logging.getLogger("mlxproxy.engines.mlx_lm")
 
 _EMBEDDING = re.compile(r"(^|[^a-z])embed(ding|dings|der)?([^a-z]|$)", re.IGNORECASE)
 _RERANKER = re.compile(r"rerank", re.IGNORECASE)
@@ -43,36 +41,39 @@ _CONTEXT = (
     "model_max_length",
 )
 
-
-@dataclass(frozen=True)
-class Folder:
-    """A model folder as the scan found it.
-
-    Attributes:
-        path: without a trailing slash.
-        id: the id that the model gets.
-        sizes: bytes of each of its relevant files, by name; None where the size is unknown.
-        changed: when its config or the folder last changed, in nanoseconds.
-    """
-
-    path: str
-    id: str
-    sizes: Mapping[str, int | None]
-    changed: int
-
-    def named(self, *endings: str) -> list[str]:
-        """The files whose names end so."""
-        return sorted(name for name in self.sizes if name.endswith(endings))
+# Parts of multi-modal and multi-token models that mlx-lm drops before it loads a tensor.
+LEFT_OUT = (
+    "vision_tower.",
+    "vision_model.",
+    "vision_embedder.",
+    "visual.",
+    "multi_modal_projector.",
+    "mm_projector.",
+    "patch_merge_mlp.",
+    "audio_tower.",
+    "embed_audio.",
+    "embed_vision.",
+    "mtp.",
+)
 
 
 class Inspector:
-    """Reads model folders for one mlx-lm."""
+    """Reads model folders for one mlx-lm.
 
-    def __init__(self, mlx_lm: MlxLm) -> None:
-        self._mlx_lm = mlx_lm
+    Args:
+        package: what is installed.
+    """
+
+    def __init__(self, package: Package) -> None:
+        self._package = package
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where another mlx-lm may judge otherwise."""
+        return self._package.fingerprint
 
     def __call__(self, folder: Folder) -> Model:
-        """The model in a folder. Whatever is wrong with it stands in its `reason`."""
+        """Return the model in a folder. Whatever is wrong with it stands in its `reason`."""
         publisher, slash, _ = folder.id.partition("/")
         weights = folder.named(".safetensors", ".gguf", *_PYTORCH)
         model = Model(
@@ -80,6 +81,7 @@ class Inspector:
             path=Path(folder.path),
             publisher=publisher if slash else "",
             created=folder.changed // 1_000_000_000,
+            engine=NAME,
             size_bytes=sum(folder.sizes[name] or 0 for name in weights),
         )
         try:
@@ -108,21 +110,23 @@ class Inspector:
             config = read_object(f"{folder.path}/{CONFIG}", 4 * MB)
         except Unreadable as error:
             return replace(model, reason=_sentence(str(error)))
-        return _Reading(model, folder, config, self._mlx_lm).model()
+        return _Reading(model, folder, config, self._package).model()
 
 
 class _Reading:
     """A model with a config, read part by part."""
 
-    def __init__(self, model: Model, folder: Folder, config: dict[str, Any], mlx_lm: MlxLm) -> None:
+    def __init__(
+        self, model: Model, folder: Folder, config: dict[str, Any], package: Package
+    ) -> None:
         self._model = model
         self._folder = folder
         self._config = config
         self._text = _text_part(config)
-        self._mlx_lm = mlx_lm
-        self._known = mlx_lm.architecture(config)
+        self._package = package
+        self._known = package.architecture(config)
         self._architecture = self._known or Architecture(str(config.get("model_type")))
-        self._vision = mlx_lm.sees_images(config, self._architecture)
+        self._vision = package.sees_images(config, self._architecture)
 
     def model(self) -> Model:
         kind = self._type()
@@ -132,7 +136,7 @@ class _Reading:
             self._folder.path,
             self._shards(),
             packing,
-            leaves_out=not self._vision and self._has_more_than_text(),
+            left_out=LEFT_OUT if not self._vision and self._has_more_than_text() else (),
             indexed=INDEX in self._folder.sizes,
         )
         foreign = packing.method in ("awq", "gptq") and any(
@@ -147,7 +151,7 @@ class _Reading:
             bad_tokenizer,
         ]
         reason = next(filter(None, faults), None)
-        text = self._mlx_lm.text_architecture(self._architecture, self._text)
+        text = self._package.text_architecture(self._architecture, self._text)
         values = {**self._architecture.defaults, **text.defaults, **self._text}
         windowed = self._architecture.makes_cache and (self._architecture.windowed or text.windowed)
         architecture = self._config.get("model_type")

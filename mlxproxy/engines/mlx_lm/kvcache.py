@@ -1,35 +1,17 @@
-"""How much memory a model's key-value cache takes for each token, as its config tells."""
+"""How much memory mlx-lm's key-value cache takes for each token, as a model's config tells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from mlxproxy.catalog.model import KVCache
 
 Kind = Literal["full", "window", "none"]
 
 # Modules that keep keys and values in full although their attention has a compressed form.
 _UNCOMPRESSED = frozenset({"deepseek_v2", "minicpm3", "youtu_llm"})
 _MAX_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """The growth of a cache, in bytes.
-
-    Attributes:
-        per_token: of the layers that remember everything.
-        windowed_per_token: of the layers that remember the last `window` tokens.
-        window: in tokens.
-    """
-
-    per_token: int
-    windowed_per_token: int = 0
-    window: int = 0
-
-    def bytes(self, context: int) -> int:
-        """The size for a context of that many tokens."""
-        return self.per_token * context + self.windowed_per_token * min(context, self.window)
 
 
 def kv_cache(config: Mapping[str, Any], module: str, *, windowed: bool) -> KVCache | None:

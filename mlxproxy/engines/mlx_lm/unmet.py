@@ -1,0 +1,57 @@
+"""What `mlx_lm.server` answers without, though a request asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from mlxproxy.backend.protocol import Unmet
+from mlxproxy.catalog.model import Capabilities
+from mlxproxy.catalog.template import SWITCH
+
+
+def unmet(
+    request: Mapping[str, Any], can: Capabilities, has: Callable[[str], bool]
+) -> Iterator[Unmet]:
+    """Yield what of a checked request the answer does without.
+
+    Args:
+        request: as it was checked, see `rules.py`.
+        can: what the model that answers can do.
+        has: whether its backend has a feature of `engines/mlx_lm/inside/`.
+    """
+    if request.get("tools"):
+        yield from _unmet_tools(request, can)
+    thinking = request.get("chat_template_kwargs", {}).get(SWITCH)
+    if thinking is not None:
+        yield from _unmet_thinking(thinking, can)
+    if "stop" in request and not has("stop"):
+        yield Unmet(
+            "stop",
+            "with this mlx-lm, the answer may go on after a stop word, which is cut out of it.",
+        )
+    if request.get("logprobs") and request.get("stream") and not has("logprobs"):
+        yield Unmet("logprobs", "with this mlx-lm, a stream carries none.")
+
+
+def _unmet_thinking(thinking: bool, can: Capabilities) -> Iterator[Unmet]:
+    if thinking and not can.thinking:
+        yield Unmet("enable_thinking", "this model cannot think, as far as its files tell.")
+    if not thinking and can.thinking and not can.thinking_switch:
+        yield Unmet("enable_thinking", "this model's thinking probably cannot be turned off.")
+
+
+def _unmet_tools(request: Mapping[str, Any], can: Capabilities) -> Iterator[Unmet]:
+    if not can.tools:
+        yield Unmet("tools", "mlx-lm knows no tool calls of this model; it may answer in text.")
+    elif _is_forced(request.get("tool_choice")):
+        yield Unmet("tool_choice", "the model is offered these tools, but not forced to call one.")
+    if request.get("parallel_tool_calls") is False:
+        yield Unmet("parallel_tool_calls", "the model may call several tools at once.")
+
+
+def _is_forced(choice: object) -> bool:
+    """Return whether a checked `tool_choice` demands a call."""
+    if isinstance(choice, dict):
+        return bool(choice.get("allowed_tools", {}).get("mode") != "auto")
+    return choice == "required"

@@ -1,0 +1,21 @@
+"""What goes on beside the clients."""
+
+from __future__ import annotations
+
+import threading
+
+
+class Meanwhile:
+    """What goes on in a thread of its own until it is told to end."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self.over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        raise NotImplementedError

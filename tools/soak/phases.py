@@ -1,0 +1,38 @@
+"""The lives of a proxy that the soak goes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.soak.ledger import STATUS
+
+MODELS = ("alpha", "beta", "gamma")
+BROKEN = "broken"  # its load always fails
+PLACES, QUEUE = 8, 16
+IDLE = 5.0  # seconds
+
+# Nobody unloads and nothing dies: no other error has a cause.
+CALM = frozenset({"too_many_requests", "model_swapped", "load_failed", "no_model_loaded"})
+ANY = frozenset(STATUS) - {"shutting_down"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One life of a proxy: whether backends die and somebody unloads, and the errors that may be.
+
+    Attributes:
+        selection: the setting MODEL_SELECTION.
+        codes: of the errors that clients may get.
+    """
+
+    name: str
+    selection: str
+    faults: bool
+    codes: frozenset[str]
+
+
+PHASES = (
+    Phase("swaps", "requested", False, CALM),
+    Phase("faults-requested", "requested", True, ANY),
+    Phase("faults-loaded", "loaded", True, ANY),
+)

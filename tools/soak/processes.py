@@ -1,0 +1,93 @@
+"""The processes of a proxy, and what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+from tests.support.proxy import Proxy
+from tools.soak.meanwhile import Meanwhile
+
+SAMPLE = 0.25
+
+
+@dataclass
+class Figures:
+    """What the proxy's process holds."""
+
+    threads: int
+    files: int
+    sockets: int
+    rss: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> Figures:
+        with process.oneshot():
+            return cls(
+                process.num_threads(),
+                process.num_fds(),
+                len(process.net_connections("all")),
+                process.memory_info().rss,
+            )
+
+    @classmethod
+    def at_rest(cls, process: psutil.Process) -> Figures:
+        """The figures once they have stood still for a second."""
+        figures, since = cls.of(process), time.monotonic()
+        while time.monotonic() - since < 1:
+            time.sleep(0.1)
+            if (now := cls.of(process)).held() != figures.held():
+                figures, since = now, time.monotonic()
+        return figures
+
+    def held(self) -> tuple[int, int, int]:
+        """What must be the same again when nothing goes on."""
+        return self.threads, self.files, self.sockets
+
+
+@dataclass
+class Samples(Meanwhile):
+    """The proxy, looked at from outside all the while."""
+
+    proxy: Proxy
+    process: psutil.Process
+    rss: list[int] = field(default_factory=list)
+    threads: int = 0
+    files: int = 0
+    excess: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def _run(self) -> None:
+        while not self.over.wait(SAMPLE):
+            with contextlib.suppress(psutil.Error):
+                self.rss.append(self.process.memory_info().rss)
+                self.threads = max(self.threads, self.process.num_threads())
+                self.files = max(self.files, self.process.num_fds())
+                if len(running := backends(self.proxy)) > 1:
+                    self.excess.append(f"{len(running)} backends at once: {running}")
+
+
+def alive(proxy: Proxy) -> list[psutil.Process]:
+    """The processes that the proxy has started, and theirs in turn, if they are no corpses."""
+    found = []
+    for child in proxy.children():
+        with contextlib.suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
+def backends(proxy: Proxy) -> list[psutil.Process]:
+    """The backends alone: the proxy's own children, and not the compilers that MLX starts."""
+    assert proxy.process is not None
+    found = []
+    for process in alive(proxy):
+        with contextlib.suppress(psutil.Error):
+            if process.ppid() == proxy.process.pid:
+                found.append(process)
+    return found
