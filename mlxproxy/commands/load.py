@@ -20,7 +20,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
     """Loads a model and tells of it.
 
     Args:
-        options: `enable_thinking`, `ttl`, `force`; None: the server's setting.
+        options: `enable_thinking`, `ttl`, `force`, `pin`; None: the server's setting.
 
     Raises:
         ClientError: it was not loaded.
@@ -66,24 +66,29 @@ def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
     raise ClientError("The connection was closed before the model was ready.")
 
 
-def unload(client: Client, as_json: bool) -> None:
-    """Unloads what is loaded.
+def unload(client: Client, model: str | None, as_json: bool) -> None:
+    """Unloads a model.
+
+    Args:
+        model: its name; None: the one that answers requests without a name.
 
     Raises:
-        ClientError: no server, or it is about to stop.
+        ClientError: no server, it is about to stop, or it has no such model.
     """
     console = terminal.messages()
     before = client.get("/v1/models/loaded")
     busy = before.get("in_flight") or 0
     waiting = f"waiting for answers in flight: {busy}" if busy else "unloading"
     with terminal.spinner(console, waiting):
-        answer = client.post("/v1/models/unload", {})
+        answer = client.post("/v1/models/unload", {} if model is None else {"model_id": model})
     if as_json:
         terminal.print_json(answer)
     elif answer["status"] == "already_unloaded":
-        terminal.output().print("No model was loaded.")
+        said = f"{model} was not loaded." if model else "No model was loaded."
+        terminal.output().print(said, soft_wrap=True)
     else:
-        what = before.get("id") or (before.get("transition") or {}).get("id") or "the model"
+        loading = (before.get("transition") or {}).get("id")
+        what = model or before.get("id") or loading or "the model"
         terminal.output().print(f"Unloaded {what}.", soft_wrap=True)
 
 

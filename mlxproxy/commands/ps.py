@@ -1,4 +1,4 @@
-"""`mlxproxy ps`: what is loaded and how it does."""
+"""`mlxproxy ps`: what is loaded, and its figures."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ def ps(client: Client, as_json: bool) -> None:
         return
     console = terminal.output()
     transition = state["transition"]
-    if state["id"]:
-        console.print(state["id"], style="bold")
-        terminal.show(console, _figures(state))
-    elif not transition:
+    models = [model for model in state["models"] if model["loaded_at"] is not None]
+    for model in models:
+        console.print(model["id"], style="bold")
+        terminal.show(console, _figures(model))
+    if not models and not transition:
         console.print("No model is loaded.")
     if transition and transition["id"]:
         phase, seconds = transition["phase"], duration(transition["seconds"])
         console.print(f"{transition['id']} is being loaded: {phase}, {seconds}", soft_wrap=True)
-    elif not state["id"] and state["last_failure"]:
+    elif not models and state["last_failure"]:
         console.print(state["last_failure"]["reason"], soft_wrap=True)
 
 
-def _figures(state: dict[str, Any]) -> Table:
+def _figures(model: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2), pad_edge=True)
     rows = {
-        "state": state["state"],
-        "loaded": duration(max(0.0, time.time() - state["loaded_at"])) + " ago",
-        "thinking": switch(state["enable_thinking"]),
-        "in flight": str(state["in_flight"]),
-        "waiting": str(state["waiting"]),
-        "tokens/s": _speed(state["tokens_per_second"]),
-        "memory": f"{size(state['memory_bytes'])} resident, {size(state['weights_bytes'])} weights",
-        "idle unload": _idle(state),
+        "state": model["state"],
+        "loaded": duration(max(0.0, time.time() - model["loaded_at"])) + " ago",
+        "thinking": switch(model["enable_thinking"]),
+        "in flight": str(model["in_flight"]),
+        "waiting": str(model["waiting"]),
+        "tokens/s": _speed(model["tokens_per_second"]),
+        "memory": f"{size(model['memory_bytes'])} resident, {size(model['weights_bytes'])} weights",
+        "idle unload": _idle(model),
+        **({"pinned": "never evicted for another model"} if model["pinned"] else {}),
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -57,7 +59,7 @@ def _speed(speed: dict[str, float | None]) -> str:
     )
 
 
-def _idle(state: dict[str, Any]) -> str:
-    if state["idle_unload_in"] is not None:
-        return f"in {duration(state['idle_unload_in'])}"
-    return "not while requests are in flight" if state["in_flight"] or state["waiting"] else "never"
+def _idle(model: dict[str, Any]) -> str:
+    if model["idle_unload_in"] is not None:
+        return f"in {duration(model['idle_unload_in'])}"
+    return "not while requests are in flight" if model["in_flight"] or model["waiting"] else "never"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import requests
 from tests.conftest import Proxy, until
 from tests.support import scripted_server, tiny_models
 from tests.support.following import Following
+from tests.support.pty import environment
 
 Start = Callable[..., Proxy]
 NAMES = ("alpha", "beta", "gamma")
@@ -235,6 +238,48 @@ def test_where_memory_runs_out_the_longest_unused_model_goes(
     proxy = several(MODEL_SELECTION="requested")
     proxy.load("tiny/alpha", pin=True)
     proxy.load("tiny/beta")
-    until(lambda: len(proxy.children()) == 1, what="the unload")
-    assert [each["id"] for each in proxy.loaded()["models"]] == ["tiny/alpha"]
+    until(
+        lambda: [each["id"] for each in proxy.loaded()["models"]] == ["tiny/alpha"],
+        what="the unload",
+    )
+    assert len(proxy.children()) == 1
     assert answering(proxy, "tiny/beta") == "beta"  # it comes back when somebody asks for it
+
+
+def run(proxy: Proxy, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command, run as its user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "mlxproxy", *arguments],
+        env=environment(proxy.instance.parent, proxy.url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_commands_know_of_all_models(several: Callable[..., Proxy]) -> None:
+    proxy = several()
+    assert run(proxy, "load", "alpha", "--pin").returncode == 0
+    assert run(proxy, "load", "beta").returncode == 0
+    listed = run(proxy, "ps").stdout
+    assert listed.index("tiny/alpha") < listed.index("pinned") < listed.index("tiny/beta")
+    assert listed.count("pinned") == 1
+    assert run(proxy, "unload", "gamma").stdout == "gamma was not loaded.\n"
+    assert run(proxy, "load", "beta", "--pin").returncode == 0
+    refused = run(proxy, "load", "gamma")
+    assert refused.returncode == 1
+    assert "load it without `--pin` (`mlxproxy load`)" in refused.stderr
+    assert run(proxy, "unload", "alpha").stdout == "Unloaded alpha.\n"
+    assert run(proxy, "unload").stdout == "Unloaded tiny/beta.\n"
+    assert proxy.children() == []
+
+
+def test_the_speed_of_each_model_is_told(several: Callable[..., Proxy]) -> None:
+    proxy = several({"interval": 0.01})
+    proxy.load("tiny/alpha")
+    proxy.load("tiny/beta")
+    answering(proxy, "tiny/alpha")
+    alpha, beta = proxy.get("/v1/events?follow=false").json()["models"]
+    assert alpha["tokens_per_second"]["last"] > 0
+    assert beta["tokens_per_second"] == {"now": None, "last": None}
+    assert alpha["memory_bytes"] > 1_000_000
