@@ -283,3 +283,24 @@ def test_the_speed_of_each_model_is_told(several: Callable[..., Proxy]) -> None:
     assert alpha["tokens_per_second"]["last"] > 0
     assert beta["tokens_per_second"] == {"now": None, "last": None}
     assert alpha["memory_bytes"] > 1_000_000
+
+
+def test_models_beside_each_other_answer_many_streams_at_once_and_none_is_lost(
+    several: Callable[..., Proxy],
+) -> None:
+    proxy = several({"events": 20, "interval": 0.02}, MAX_LOADED=3)
+    for name in NAMES:
+        assert proxy.load(f"tiny/{name}").ok
+
+    def stream(number: int) -> str:
+        name = NAMES[number % 3]
+        with proxy.chat(model=f"tiny/{name}", stream=True, max_tokens=100) as answer:
+            text = answer.text
+        assert text.endswith("data: [DONE]\n\n"), text
+        assert f"{name}19 " in text
+        return name
+
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        answered = list(pool.map(stream, range(60)))
+    assert len(answered) == 60
+    assert len(proxy.children()) == 3
