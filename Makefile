@@ -1,28 +1,39 @@
-# `make run` and `make test` need nothing but Python 3.10 to 3.13 and this folder.
+# `make run` and `make test` need nothing but Python 3.10 or later and this folder.
 
-VENV   := .venv
-PYTHON := $(VENV)/bin/python
+# The virtual environment is made with the first suitable Python of PYTHONS. `make test
+# PYTHON=python3.12` uses that one instead, in an environment of its own (.venv-python3.12), so that
+# several can be tested side by side.
+PYTHONS := python3 python3.14 python3.13 python3.12 python3.11 python3.15 python3.10
+VENV    := .venv
+ifeq ($(origin PYTHON),command line)
+PYTHONS := $(PYTHON)
+VENV    := .venv-$(notdir $(PYTHON))
+endif
+IN_VENV := $(VENV)/bin/python
+PIP      = $(IN_VENV) -m pip install --disable-pip-version-check
 
 # Settings given on make's command line (`make run PROXY_PORT=9000`) reach the program as
 # MLXPROXY_PROXY_PORT; make itself has put the values into the recipe's environment.
-GIVEN    := $(foreach o,$(MAKEOVERRIDES),$(if $(findstring =,$(o)),$(firstword $(subst =, ,$(o)))))
+GIVEN    := $(filter-out PYTHON PYTHONS VENV,$(foreach o,$(MAKEOVERRIDES),\
+            $(if $(findstring =,$(o)),$(firstword $(subst =, ,$(o))))))
 SETTINGS  = env -u MAKEFLAGS -u MFLAGS $(foreach n,$(GIVEN),-u $(n)) \
             $(foreach n,$(GIVEN),MLXPROXY_$(n)="$$$(n)")
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint format bench fuzz soak clean
+.DELETE_ON_ERROR:
+.PHONY: help run install test lint format bench fuzz soak reference clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 run: $(VENV)/.installed ## Set up and start the proxy; settings as NAME=value
-	@$(SETTINGS) $(PYTHON) -m mlxproxy serve
+	@$(SETTINGS) $(IN_VENV) -m mlxproxy serve
 
 install: $(VENV)/.installed ## Only set up
 
 test: $(VENV)/.dev ## Set up and run all tests
-	$(PYTHON) -m pytest tests/unit -n 2
-	$(PYTHON) -m pytest --ignore tests/unit -n 2 --dist loadfile
+	$(IN_VENV) -m pytest tests/unit -n 2
+	$(IN_VENV) -m pytest --ignore tests/unit -n 2 --dist loadfile
 
 lint: $(VENV)/.dev ## Formatting, lint, types
 	$(VENV)/bin/ruff format --check .
@@ -34,35 +45,41 @@ format: $(VENV)/.dev ## Format the code
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.bench ## Measure the proxy against nginx and a direct connection
-	$(PYTHON) -m benchmarks
+	$(IN_VENV) -m benchmarks
 
 fuzz: $(VENV)/.dev ## A thousand generated requests against the real backend
-	FUZZ_CASES=1000 $(PYTHON) -m pytest tests/backend/test_fuzz.py
+	FUZZ_CASES=1000 $(IN_VENV) -m pytest tests/backend/test_fuzz.py
 
 soak: $(VENV)/.dev ## Ten minutes of clients, swaps, kills and disconnects
-	$(PYTHON) -m tools.soak
+	$(IN_VENV) -m tools.soak
+
+reference: $(VENV)/.dev ## Rewrite the generated parts of docs/
+	$(IN_VENV) -m tools.reference
 
 clean: ## Remove what `make` has made (not the instance folder)
-	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/bin/python:
-	@for python in python3 python3.13 python3.12 python3.11 python3.10; do \
-	  if $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+# A Python from 3.11 up gets the newest mlx-lm; 3.10 gets 0.31, the last one made for it. An
+# environment whose own Python is gone (after an upgrade) is made anew.
+$(IN_VENV):
+	@for oldest in 11 10; do for python in $(PYTHONS); do \
+	  if $$python -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, $$oldest))" \
 	    >/dev/null 2>&1; then echo "Setting up $(VENV) with $$($$python --version)"; \
-	    exec $$python -m venv $(VENV); fi; \
-	done; \
-	echo "mlxproxy needs Python 3.10 to 3.13: install one (on a Mac: brew install python@3.12)"; exit 1
+	    exec $$python -m venv --clear $(VENV); fi; \
+	done; done; \
+	echo "mlxproxy needs Python 3.10 or later, with venv; none was found as: $(PYTHONS)"; \
+	echo "Install one (on a Mac: brew install python; on Debian: apt install python3-venv)."; exit 1
 
-$(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
-	@echo "Installing mlxproxy and mlx-lm"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+$(VENV)/.installed: setup.cfg pyproject.toml $(IN_VENV)
+	@echo "Installing mlxproxy, mlx-lm and what they need into $(VENV): about 400 MB, only once"
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(PIP) --editable '.[bench]'
 	@touch $@
 
-$(VENV)/.dev: setup.cfg pyproject.toml | $(VENV)/bin/python
-	@echo "Installing mlxproxy, mlx-lm and what the tests need"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(VENV)/.dev: setup.cfg pyproject.toml $(IN_VENV)
+	@echo "Installing mlxproxy, mlx-lm and what the tests need into $(VENV): about 500 MB, only once"
+	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed

@@ -15,7 +15,8 @@ from benchmarks.contestants import Proxy
 from benchmarks.figures import Figure, percentile
 from benchmarks.processes import accepts, free_port, resident_bytes, running, until
 from mlxproxy.catalog import Catalog
-from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.engines.mlx_lm.inspection import Inspector
+from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.program import server_program
 from tests.support import tiny_models
 
@@ -114,7 +115,7 @@ def _library(folder: Path, models: Path, measured: Lifecycle) -> None:
     root = folder / "models"
     generate(root, models / "bench" / "alpha", measured.library)
     begin = time.monotonic()
-    listed = Catalog((root,), MlxLm(None, 0).inspector, patience=60).models()
+    listed = Catalog((root,), Inspector(Package(None)), patience=60).models()
     measured.scan_seconds.append(time.monotonic() - begin)
     if not len(listed) == sum(model.loadable for model in listed) == measured.library:
         raise RuntimeError(f"{len(listed)} models listed, or not all loadable")

@@ -1,22 +1,37 @@
-"""The run as a picture."""
+"""The run as a picture: what a person waits for, and what the proxy adds to it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.figures import Figure
-from benchmarks.report import GO, Report, machine
-from benchmarks.rounds import MAIN
-from mlxproxy import __version__
+from benchmarks.report import Report
+from benchmarks.rounds import WHOLE_TOKENS
 
-COLOURS = {"nginx": "#8a8f98", "threads": "#c9ccd1", "mlxproxy": "#2f6fde"}
-LABELS = {"nginx": "nginx", "threads": "bare Python\nthreads", "mlxproxy": "mlxproxy"}
+TOKEN_MILLISECONDS = 10.0  # of a model that generates a hundred tokens a second
+MODEL, PROXY, OTHER = "#c9ccd1", "#2f6fde", "#8a8f98"
+NAMES = {"mlxproxy": "mlxproxy adds", "nginx": "nginx would add"}
+
+
+def panels(report: Report) -> list[tuple[str, dict[str, float]]]:
+    """Return each panel's title and its bars' lengths in milliseconds, the model's first.
+
+    A token's is taken with one stream: it is what somebody alone in front of the screen has, and
+    the least favourable (more streams keep the processor awake).
+    """
+    added = [name for name in NAMES if name in report.contestants]
+    per_token = {NAMES[name]: report.added(name, "p50", 1).median / 1000 for name in added}
+    per_answer = {NAMES[name]: report.whole_added(name).median for name in added}
+    return [
+        ("One token", {"the model takes": TOKEN_MILLISECONDS, **per_token}),
+        (
+            f"An answer of {WHOLE_TOKENS} tokens",
+            {"the model takes": TOKEN_MILLISECONDS * WHOLE_TOKENS, **per_answer},
+        ),
+    ]
 
 
 def draw(report: Report, file: Path) -> None:
-    """Writes the picture.
+    """Write the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,58 +41,34 @@ def draw(report: Report, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in report.contestants if name != "direct"]
-    rounds = report.rounds
-    cpu = rounds.of(MAIN, "nginx", "cpu_per_event").median
-    p50 = rounds.of(MAIN, "nginx", "p50").median
-    first = rounds.first_byte("nginx").median
-    panels: list[tuple[str, str, Callable[[str], Figure], dict[str, float]]] = [
-        (
-            "Processor time per event",
-            "µs",
-            lambda name: rounds.of(MAIN, name, "cpu_per_event"),
-            {"goal": 2 * cpu, "Go": GO * cpu},
-        ),
-        (
-            "Time of an event, median",
-            "µs",
-            lambda name: rounds.of(MAIN, name, "p50"),
-            {"goal": 1.2 * p50},
-        ),
-        (
-            f"First byte, {MAIN} starting at once",
-            "ms",
-            rounds.first_byte,
-            {"goal": 3 * first},
-        ),
-        ("Added to a whole answer", "ms", report.whole_added, {"goal": 1.5}),
-    ]
-    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 3.2), layout="constrained")
-        for axis, (title, unit, measured, lines) in zip(axes, panels, strict=True):
-            values = [measured(name) for name in names]
-            axis.bar(
-                [LABELS[name] for name in names],
-                [value.median for value in values],
-                color=[COLOURS[name] for name in names],
-                yerr=[
-                    [value.median - value.low for value in values],
-                    [value.high - value.median for value in values],
-                ],
-                error_kw={"elinewidth": 0.8, "ecolor": "#444444", "capsize": 2},
-            )
-            axis.set_title(title, loc="left", fontsize=9)
-            axis.set_ylabel(unit)
-            axis.set_ylim(bottom=0)
-            for label, height in lines.items():
-                if math.isfinite(height):
-                    axis.axhline(height, color="#444444", linewidth=0.8, linestyle=":")
-                    axis.annotate(label, (-0.45, height), va="bottom", fontsize=8)
-        figure.suptitle(
-            f"{MAIN} streams, an event each 10 ms; mlxproxy {__version__}; {machine()}",
+    style = {"font.size": 10, **{f"axes.spines.{side}": False for side in ("top", "right", "left")}}
+    with pyplot.rc_context(style):
+        shown = panels(report)
+        figure, axes = pyplot.subplots(1, len(shown), figsize=(11, 2.3), layout="constrained")
+        for axis, (title, lengths) in zip(axes, shown, strict=True):
+            names, values = list(lengths), list(lengths.values())
+            colours = [MODEL, PROXY, OTHER][: len(names)]
+            axis.barh(names, values, color=colours, height=0.6)
+            for name, value in lengths.items():
+                digits = 2 if value < TOKEN_MILLISECONDS else 0
+                axis.annotate(
+                    f" {value:.{digits}f} ms",
+                    (max(value, 0.0), name),
+                    va="center",
+                    fontweight="bold" if name == NAMES["mlxproxy"] else None,
+                )
+            axis.invert_yaxis()
+            axis.set_xlim(0, values[0] * 1.12)
+            axis.tick_params(axis="y", length=0)
+            axis.set_title(title, loc="left", fontsize=11)
+            axis.set_xlabel("milliseconds")
+        figure.supxlabel(
+            f"Measured: {report.origin}. The model is taken to generate "
+            f"{1000 / TOKEN_MILLISECONDS:.0f} tokens/s.",
             x=0.01,
             ha="left",
-            fontsize=9,
+            fontsize=8,
+            color="#555555",
         )
         figure.savefig(file, dpi=150)
         pyplot.close(figure)

@@ -6,7 +6,8 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from typing import Any
 
 from benchmarks.figures import Figure, Goal
@@ -18,13 +19,36 @@ GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (
 MANY = 256
 
 
+def machine() -> str:
+    """Return what it is measured on."""
+    return (
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
+    )
+
+
 @dataclass(frozen=True)
 class Report:
-    """The figures of one run; `contestants` are their names in order, nginx perhaps missing."""
+    """The figures of one run.
+
+    Attributes:
+        contestants: their names in order; nginx may be missing.
+        version: mlxproxy's.
+        machine: what it was measured on.
+        day: when, as in ISO 8601.
+    """
 
     contestants: Sequence[str]
     rounds: Rounds
     lifecycle: Lifecycle
+    version: str = __version__
+    machine: str = field(default_factory=machine)
+    day: str = field(default_factory=lambda: date.today().isoformat())
+
+    @property
+    def origin(self) -> str:
+        """Where the figures come from, for the head of a table or the foot of a picture."""
+        return f"mlxproxy {self.version}, {self.machine}, {self.day}"
 
     def added(self, name: str, attribute: str, streams: int = MAIN) -> Figure:
         """Microseconds by which an event is later than by a direct connection."""
@@ -73,11 +97,24 @@ class Report:
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
         ]
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Report:
+        """Return the report that `to_json` has stored."""
+        return cls(
+            stored["contestants"],
+            Rounds.from_json(stored["rounds"]),
+            Lifecycle(**stored["lifecycle"]),
+            stored["mlxproxy"],
+            stored["machine"],
+            stored["day"],
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Everything, the values of each round included."""
         return {
-            "mlxproxy": __version__,
-            "machine": machine(),
+            "mlxproxy": self.version,
+            "machine": self.machine,
+            "day": self.day,
             "contestants": list(self.contestants),
             "rounds": asdict(self.rounds),
             "lifecycle": asdict(self.lifecycle),
@@ -90,11 +127,3 @@ class Report:
                 for goal in self.goals()
             ],
         }
-
-
-def machine() -> str:
-    """What it was measured on."""
-    return (
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}"
-    )

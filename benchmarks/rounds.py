@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks import load
 from benchmarks.contestants import Contestant
@@ -14,6 +14,7 @@ from benchmarks.figures import Figure
 from benchmarks.load import FirstBytes, Outcome, Work
 
 T = TypeVar("T")
+Say = Callable[[str], None]
 
 # Up to 32 streams have an event each 10 ms; more of them share the same 3,200 events a second,
 # which is what two cores sustain with the backend and the load generator beside the contestant.
@@ -43,6 +44,24 @@ class Rounds:
     whole: dict[str, list[float]] = field(default_factory=dict)
     whole_at_once: dict[str, list[float]] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Rounds:
+        """Return what `dataclasses.asdict` and JSON have made of rounds, as rounds again."""
+
+        def outcomes(by_name: dict[str, list[Any]]) -> dict[str, list[Outcome]]:
+            return {name: [Outcome(**one) for one in some] for name, some in by_name.items()}
+
+        return cls(
+            streams={int(number): outcomes(some) for number, some in stored["streams"].items()},
+            together=outcomes(stored["together"]),
+            first_bytes={
+                name: [FirstBytes(**one) for one in some]
+                for name, some in stored["first_bytes"].items()
+            },
+            whole=stored["whole"],
+            whole_at_once=stored["whole_at_once"],
+        )
+
     def of(self, streams: int, name: str, attribute: str) -> Figure:
         """One attribute of a contestant's outcomes."""
         outcomes = self.streams.get(streams, {}).get(name, [])
@@ -61,7 +80,7 @@ class Rounds:
         return Figure(self.whole_at_once.get(name, []))
 
 
-def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str], None]) -> Rounds:
+def measure(contestants: Sequence[Contestant], quick: bool, say: Say) -> Rounds:
     """All works by all contestants; `quick` does one round of the least that shows something.
 
     The bare threads take part only where the goals are: they are there for comparison.
@@ -80,7 +99,7 @@ def measure(contestants: Sequence[Contestant], quick: bool, say: Callable[[str],
         for number, work in WORKS.items():
             if quick and number not in (MAIN, 256):
                 continue
-            say(f"{number} streams, an event each {work.interval:g} ms")
+            say(f"{number} streams, one event every {work.interval:g} ms")
             who = contestants if number == MAIN else main
             measured.streams[number] = _turns(who, 1 if quick else ROUNDS[number], streams(work))
         say(f"{TOGETHER.streams} streams in step")

@@ -3,35 +3,84 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Figure
-from benchmarks.report import Report, machine
+from benchmarks.report import Report
 from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
-from mlxproxy import __version__
 
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTES = f"""\
-The time of an event is from the backend's sending to the client's receiving; "added" is what is
-more than by the direct connection, whose own figures show how quiet the machine was. In step: all
-{TOGETHER.streams} at the same moment, as a batch of the backend's. nginx: one worker, no buffering.
-"threads" passes bytes on without HTTP, one Python thread a stream: the floor of the language.
-A whole answer has {WHOLE_TOKENS} tokens, one each {WHOLE_INTERVAL} ms, and is there when its last
-byte is; mlxproxy asks for it as a stream and puts it together."""
+The time of an event runs from the backend's send to the client's receive. "Added" is the difference
+from a direct connection, whose own figures show how quiet the machine was. "In step" means that all
+{TOGETHER.streams} streams have their event at the same moment, like a batch of the backend's. nginx
+has one worker and no buffering. "threads" passes bytes on without HTTP, one Python thread per
+stream: the floor of the language. A whole (unstreamed) answer has {WHOLE_TOKENS} tokens, one every
+{WHOLE_INTERVAL} ms, and is complete when its last byte is there; mlxproxy requests it as a stream
+and assembles it."""
+
+
+@dataclass
+class Sheet:
+    """A table before it is shown anywhere."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        self.rows.append(cells)
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints all tables."""
-    console.print(f"\nmlxproxy {__version__}, {machine()}; median (least-most) of the rounds\n")
-    for table in (_comparison, _by_streams, _by_itself, _goals):
-        console.print(table(report))
+    """Print all tables."""
+    console.print(f"\n{report.origin}; median (least-most) of the rounds\n")
+    for sheet in sheets(report):
+        table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for number, column in enumerate(sheet.columns):
+            table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(NOTES, highlight=False)
 
 
-def _comparison(report: Report) -> Table:
+def markdown(report: Report) -> str:
+    """Return all tables as a document has them."""
+    parts = [f"{report.origin}. Each cell: median (least-most) of the rounds."]
+    for sheet in sheets(report):
+        head = "| " + " | ".join(column.replace("\n", " ") for column in sheet.columns) + " |"
+        rule = "|---|" + "--:|" * (len(sheet.columns) - 1)
+        rows = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in sheet.rows)
+        parts.append("\n".join((f"**{sheet.title}**", "", head, rule, *rows)))
+    return "\n\n".join((*parts, NOTES))
+
+
+def put(document: str, report: Report) -> str:
+    """Return the document with the tables between its two markers.
+
+    Raises:
+        ValueError: it has no markers.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise ValueError(f"there is no {BEGIN} … {END}")
+    return f"{head}{begin}\n{markdown(report)}\n{end}{tail}"
+
+
+def sheets(report: Report) -> Iterator[Sheet]:
+    """Yield all tables."""
+    for sheet in (_comparison, _by_streams, _by_itself, _goals):
+        yield sheet(report)
+
+
+def _comparison(report: Report) -> Sheet:
     rounds = report.rounds
     figures: list[tuple[str, Callable[[str], Figure], int]] = [
         ("CPU per event, µs", lambda name: rounds.of(MAIN, name, "cpu_per_event"), 1),
@@ -49,9 +98,9 @@ def _comparison(report: Report) -> Table:
         ("  of it added", report.whole_added, 2),
         ("  added, all tokens at once", report.whole_at_once_added, 2),
     ]
-    table = _table(
-        f"{MAIN} streams, an event each 10 ms, in front of the same backend",
-        *("", *report.contestants, "x nginx", "x direct"),
+    table = Sheet(
+        f"{MAIN} streams, one event every 10 ms, in front of the same backend",
+        ("", *report.contestants, "x nginx", "x direct"),
     )
     for head, figure, digits in figures:
         ours = figure("mlxproxy")
@@ -59,7 +108,7 @@ def _comparison(report: Report) -> Table:
             ours.ratio(figure(name)) if name in report.contestants else math.nan
             for name in ("nginx", "direct")
         ]
-        table.add_row(
+        table.add(
             head,
             *(_spread(figure(name), digits) for name in report.contestants),
             *("" if math.isnan(share) else f"{share:.2f}" for share in shares),
@@ -67,7 +116,7 @@ def _comparison(report: Report) -> Table:
     return table
 
 
-def _by_streams(report: Report) -> Table:
+def _by_streams(report: Report) -> Sheet:
     names = [name for name in report.contestants if name != "threads"]
     columns = [
         (what, attribute, name)
@@ -76,9 +125,9 @@ def _by_streams(report: Report) -> Table:
         if (name, attribute) != ("direct", "cpu_per_event")
     ]
     heads = (f"{what}\n{name}" for what, _, name in columns)
-    table = _table("By the number of streams, µs", "streams", *heads, "memory\nMB", "not\nwhole")
+    table = Sheet("By the number of streams, µs", ("streams", *heads, "memory\nMB", "not\nwhole"))
     for streams, outcomes in report.rounds.streams.items():
-        table.add_row(
+        table.add(
             str(streams),
             *(f"{report.rounds.of(streams, name, it).median:.0f}" for _, it, name in columns),
             f"{report.rounds.of(streams, 'mlxproxy', 'resident').high:.0f}",
@@ -87,9 +136,9 @@ def _by_streams(report: Report) -> Table:
     return table
 
 
-def _by_itself(report: Report) -> Table:
+def _by_itself(report: Report) -> Sheet:
     life = report.lifecycle
-    table = _table("mlxproxy by itself", "", "")
+    table = Sheet("mlxproxy by itself", ("", ""))
     for head, name, digits in (
         ("start to the first answer, s", "start_seconds", 2),
         ("memory when idle, MB", "idle_megabytes", 0),
@@ -98,22 +147,15 @@ def _by_itself(report: Report) -> Table:
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
-        table.add_row(head, _spread(life.figure(name), digits))
+        table.add(head, _spread(life.figure(name), digits))
     return table
 
 
-def _goals(report: Report) -> Table:
-    table = _table("Goals", "", "measured", "at most", "")
+def _goals(report: Report) -> Sheet:
+    table = Sheet("Goals", ("", "measured", "at most", ""))
     for goal in report.goals():
         value = "" if math.isnan(goal.value) else f"{goal.value:.2f} {goal.unit}"
-        table.add_row(goal.name, value, f"{goal.limit:.4g} {goal.unit}", goal.verdict)
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        table.add(goal.name, value, f"{goal.limit:.4g} {goal.unit}", goal.verdict)
     return table
 
 

@@ -6,14 +6,18 @@ A command imports what it needs when it runs, so that `mlxproxy --version` answe
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxproxy import __version__
-from mlxproxy.text import harmless
+from mlxproxy.text import harmless, wrapped
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
@@ -24,6 +28,12 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError:
+            raise
+        except click.ClickException as error:
+            start = "Error: "  # which click puts before it
+            message = wrapped(start + error.message, sys.stderr).removeprefix(start)
+            raise click.ClickException(message) from None
         except KeyboardInterrupt:
             if sys.stderr.isatty():
                 click.echo(err=True)  # the line that has the ^C
@@ -32,6 +42,18 @@ class Commands(click.Group):
 
 class SettingOption(click.Option):
     """A setting's flag."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete one of few values, or a path."""
+        from click.shell_completion import CompletionItem
+
+        kind = self.metavar or ""
+        if kind.startswith("PATH"):
+            return [CompletionItem(incomplete, type="file")]
+        if "|" not in kind:
+            return []
+        words = set(kind.split("|")) - {"INTEGER"}
+        return [CompletionItem(word) for word in sorted(words) if word.startswith(incomplete)]
 
 
 class SettingsCommand(click.Command):
@@ -43,11 +65,18 @@ class SettingsCommand(click.Command):
         *own, help_ = super().get_params(ctx)
         flags = [
             SettingOption(
-                ["--" + name.lower().replace("_", "-"), name.lower()], help=f"{meaning}. [{shown}]"
+                ["--" + name.lower().replace("_", "-"), name.lower()],
+                metavar=settings.metavar(name),
+                help=f"{meaning}. [default: {_spaced(shown)}]",
             )
             for name, shown, meaning in settings.describe()
         ]
         return [*own, *flags, help_]
+
+
+def _spaced(names: str) -> str:
+    """Return a list with a space after each comma, where a line of help may end."""
+    return re.sub(",(?! )", ", ", names)
 
 
 def _given(flags: dict[str, str | None]) -> dict[str, str]:
@@ -95,10 +124,7 @@ def main() -> None:
     `mlxproxy serve` starts the server. Most other commands talk to a running server: the one on
     this machine, unless --host or MLXPROXY_URL names another.
 
-    Shell completion: add this line to ~/.zshrc (for bash: bash_source, in ~/.bashrc).
-
-    \b
-    eval "$(_MLXPROXY_COMPLETE=zsh_source mlxproxy)"
+    `mlxproxy completion` makes the shell complete commands and the names of models.
     """
 
 
@@ -147,7 +173,9 @@ def ps(client: Any, as_json: bool) -> None:
 @click.argument("model", shell_complete=_models)
 @_thinking
 @click.option(
-    "--ttl", metavar="30m", help="Unload after this much idle time (90, 30m, 2h); 0: never."
+    "--ttl",
+    metavar="DURATION",
+    help="Unload after this much idle time (90, 30m, 2h); 0: never.",
 )
 @click.option("--force", is_flag=True, help="Load even if it is not expected to fit in memory.")
 @click.option("--pin", is_flag=True, help="Never evict it for another model.")
@@ -193,21 +221,28 @@ def unload(client: Any, model: str | None, as_json: bool) -> None:
 @click.option(
     "-p", "--prompt", metavar="TEXT", help="Answer this prompt and exit; piped input is appended."
 )
+@click.option("-s", "--system", metavar="TEXT", help="Instructions for the model.")
 @_thinking
 @_server
-def chat(client: Any, model: str | None, prompt: str | None, thinking: bool | None) -> None:
+def chat(
+    client: Any,
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    thinking: bool | None,
+) -> None:
     """Chat with a model in the terminal.
 
-    If MODEL is given, it is loaded first. In the chat, /think and /no_think turn thinking on and
-    off, /clear clears the conversation, and /quit leaves. Ctrl-C stops an answer.
+    If MODEL is given, it is loaded first. If no model is loaded, the only one is, or you are asked
+    which. In the chat, /help lists what you can do; Ctrl-C stops an answer.
 
     \b
-    mlxproxy chat alpha
+    mlxproxy chat
     git diff | mlxproxy chat -p "review this"
     """
     from mlxproxy.commands import chat
 
-    chat.chat(client, model, prompt, thinking)
+    chat.chat(client, model, prompt, thinking, system)
 
 
 @main.command()
@@ -241,7 +276,7 @@ def status(ctx: click.Context, client: Any, as_json: bool) -> None:
     \b
     0  the server is running, with or without a model
     1  the server cannot be reached
-    3  a models folder is missing, or the backend or its last load failed
+    3  a models folder is missing, the backend crashed, or a load failed
     """
     from mlxproxy.commands import status
 
@@ -259,6 +294,28 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from mlxproxy.commands import doctor
 
     ctx.exit(doctor.doctor(as_json))
+
+
+@main.command()
+@click.argument("shell", required=False, type=click.Choice(["zsh", "bash", "fish"]))
+def completion(shell: str | None) -> None:
+    """Print the line that turns on completion in your shell.
+
+    Add the line to your shell's start-up file. With SHELL, the script that this line loads is
+    printed.
+    """
+    from mlxproxy.commands import completion
+
+    completion.completion(shell)
+
+
+@main.command(hidden=True)
+@click.argument("words", nargs=-1)
+def complete(words: tuple[str, ...]) -> None:
+    """Print what the last of WORDS may become, for the scripts of `mlxproxy completion`."""
+    from mlxproxy.commands import completion
+
+    completion.complete(main, words)
 
 
 @main.group()

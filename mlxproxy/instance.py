@@ -51,3 +51,7 @@ class Instance:
     def proxy(self, port: int) -> Path:
         """The record of the proxy that has this backend port."""
         return self.folder / f"proxy-{port}.json"
+
+    def proxies(self) -> list[Path]:
+        """The records of all proxies that share the folder."""
+        return sorted(self.folder.glob("proxy-*.json"))

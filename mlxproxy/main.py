@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlxproxy.backend.lock import AlreadyRunning
+from mlxproxy import banner
+from mlxproxy.backend.lock import AlreadyRunning, PortLock
 from mlxproxy.backend.protocol import Engine
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import is_loopback
@@ -18,11 +20,11 @@ from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability import logs
 from mlxproxy.server import allocator
-from mlxproxy.server.server import CannotListen, Server
+from mlxproxy.server.server import CannotListen, Server, listen
 from mlxproxy.server.waitress_check import UnsuitableWaitress, require_suitable
 from mlxproxy.settings import Settings
-from mlxproxy.text import harmless
-from mlxproxy.wiring import build, catalog_of
+from mlxproxy.text import harmless, wrapped
+from mlxproxy.wiring import Proxy, build, catalog_of
 
 log = logging.getLogger("mlxproxy")
 
@@ -50,34 +52,58 @@ def serve(settings: Settings, engines: Sequence[Engine] = ()) -> None:
 def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
     logs.to_terminal(settings.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
+    with _address(settings) as listener:
+        settings = with_models(settings)
+        proxy = _proxy(settings, engines)
+        services = proxy.services
+        proxy_log = LogFile(settings.instance.log("proxy"))
+        app = create_app(services)
+        try:
+            server = Server(app, settings, listener, proxy.close, services.controller.force_stop)
+        except CannotListen as error:
+            proxy.close()
+            raise CannotServe(str(error)) from None
+        logs.to_followers(proxy_log, services.bus)
+        try:
+            _announce(services)
+            services.selection.preload(lambda: services.bus.closed)
+            server.run()
+        finally:
+            proxy_log.close()
+    log.info("stopped")
+
+
+def _address(settings: Settings) -> socket.socket:
+    """Return the socket to listen on.
+
+    Whatever keeps the proxy from starting is found here, before a model is downloaded for it.
+
+    Raises:
+        CannotServe: as for :func:`serve`.
+        SettingError: as for :func:`serve`.
+    """
     try:
         require_suitable()
-    except UnsuitableWaitress as error:
+        _ = settings.keys
+        PortLock(settings.instance_path, settings.backend_ports).require_alone()
+        return listen(settings.proxy_host, settings.proxy_port)
+    except (UnsuitableWaitress, AlreadyRunning, CannotListen) as error:
         raise CannotServe(str(error)) from None
-    settings = with_models(settings)
+    except OSError as error:
+        raise _unusable(settings, error) from None
+
+
+def _proxy(settings: Settings, engines: Sequence[Engine]) -> Proxy:
     try:
-        proxy = build(settings, engines)
+        return build(settings, engines)
     except AlreadyRunning as error:
         raise CannotServe(str(error)) from None
     except OSError as error:
-        raise CannotServe(
-            f"INSTANCE_PATH = {settings.instance_path} cannot be used: {error}."
-        ) from None
-    proxy_log = LogFile(settings.instance.log("proxy"))
-    try:
-        app = create_app(proxy.services)
-        server = Server(app, settings, proxy.close, proxy.services.controller.force_stop)
-    except CannotListen as error:
-        proxy.close()
-        raise CannotServe(str(error)) from None
-    logs.to_followers(proxy_log, proxy.services.bus)
-    try:
-        _announce(proxy.services, server.address)
-        proxy.services.selection.preload(lambda: proxy.services.bus.closed)
-        server.run()
-    finally:
-        proxy_log.close()
-    log.info("stopped")
+        raise _unusable(settings, error) from None
+
+
+def _unusable(settings: Settings, error: OSError) -> CannotServe:
+    return CannotServe(f"INSTANCE_PATH = {settings.instance_path} cannot be used: {error}.")
 
 
 def with_models(settings: Settings) -> Settings:
@@ -111,30 +137,17 @@ def _may_have_models(folder: Path, settings: Settings) -> bool:
     return found or not catalog.known
 
 
-def _announce(parts: Services, address: tuple[str, int]) -> None:
-    """Where it listens, what it found, what to try next."""
-    host, port = address
-    local = f"http://localhost:{port}"
-    models = [model for model in parts.catalog.models() if model.loadable]
-    print(f"mlxproxy listens on http://{host}:{port}")
-    for root in parts.roots:
-        print(harmless(f"models folder: {root}"))
-    for root in parts.catalog.missing_roots():
-        log.warning("%s does not exist (yet): its models will appear when it is mounted", root)
-    more = "" if parts.catalog.known else " (a folder is still being read)"
-    print(f"models found: {len(models)}{more}")
-    if not parts.access.keys and not is_loopback(host):
-        print(
-            "no API_KEY is set: anyone on your network can list, load and use the models "
-            "(PROXY_HOST=127.0.0.1 restricts it to this machine)"
-        )
-    name = models[0].id if models else "publisher/name"
-    key = ' -H "Authorization: Bearer $KEY"' if parts.access.keys else ""
-    print("try next:")
-    print(f"  curl {local}/v1/models{key}")
-    print(harmless(f'  curl {local}/v1/models/load{key} -d \'{{"model_id": "{name}"}}\''))
-    print(
-        f"  curl -N {local}/v1/chat/completions{key} -d "
-        '\'{"stream": true, "messages": [{"role": "user", "content": "Hello!"}]}\'',
-        flush=True,
+def _announce(services: Services) -> None:
+    missing = services.catalog.missing_roots()  # of which the catalogue has warned
+    said = banner.lines(
+        services.settings,
+        [root for root in services.roots if root not in missing],
+        sum(model.loadable for model in services.catalog.models()),
+        services.catalog.known,
+        services.settings.keys,
+        is_loopback(services.settings.proxy_host),
     )
+    for line in said:
+        command = line.startswith(" ")
+        print(harmless(line if command else wrapped(line, sys.stdout)))
+    sys.stdout.flush()

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mlxproxy.files import MB, Missing, Unreadable, read_text
 from mlxproxy.instance import Instance
@@ -30,20 +30,42 @@ class SettingError(ValueError):
     """A setting has a value it cannot have; the message is the sentence for the user."""
 
 
-def _setting(default: T, parse: Callable[[Any], T], meaning: str, **extra: Any) -> T:
-    """A field of Settings; `parse` takes text or a Python value, raises ValueError(allowed)."""
+@dataclass(frozen=True)
+class Parser(Generic[T]):
+    """How a value is read, from text or a Python value.
+
+    Attributes:
+        read: returns the value, or raises ValueError with a phrase that says what is allowed.
+        metavar: what a flag's help shows in the value's place.
+    """
+
+    read: Callable[[Any], T]
+    metavar: str
+
+    def __call__(self, value: Any) -> T:
+        return self.read(value)
+
+
+def _shown_as(metavar: str) -> Callable[[Callable[[Any], T]], Parser[T]]:
+    return lambda read: Parser(read, metavar)
+
+
+def _setting(default: T, parse: Parser[T], meaning: str, **extra: Any) -> T:
+    """Return a field of Settings."""
     metadata = {"parse": parse, "meaning": meaning, **extra}
     return field(default=default, metadata=metadata)
 
 
-# -- parsers: each returns the value, or raises ValueError with a phrase that says what is allowed
+# -- parsers
 
 
+@_shown_as("PORT")
 def _port(value: Any) -> int:
     return _whole(1, 65535, "a port number from 1 to 65535")(value)
 
 
-def _whole(low: int, high: int, allowed: str) -> Callable[[Any], int]:
+def _whole(low: int, high: int, allowed: str) -> Parser[int]:
+    @_shown_as("INTEGER")
     def parse(value: Any) -> int:
         try:
             number = int(str(value).strip())
@@ -56,18 +78,24 @@ def _whole(low: int, high: int, allowed: str) -> Callable[[Any], int]:
     return parse
 
 
-def _whole_or_auto(low: int, high: int, allowed: str) -> Callable[[Any], int]:
+def _whole_or_auto(low: int, high: int, allowed: str) -> Parser[int]:
     """A whole number, or 0 for `auto`."""
     whole = _whole(low, high, allowed)
-    return lambda value: 0 if str(value).strip().lower() == "auto" else whole(value)
+
+    @_shown_as("INTEGER|auto")
+    def parse(value: Any) -> int:
+        return 0 if str(value).strip().lower() == "auto" else whole(value)
+
+    return parse
 
 
 _LONGEST_DURATION = 50  # characters
 
 
-def _duration(low: float = 0.0) -> Callable[[Any], float]:
+def _duration(low: float = 0.0) -> Parser[float]:
     allowed = f"seconds ({low:g} or more), or a duration such as 90s, 30m, 2h"
 
+    @_shown_as("DURATION")
     def parse(value: Any) -> float:
         try:
             return seconds(value, low)
@@ -95,6 +123,7 @@ def seconds(value: Any, low: float = 0.0) -> float:
     return result
 
 
+@_shown_as("SIZE")
 def _size(value: Any) -> int:
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", str(value).upper())
@@ -103,6 +132,7 @@ def _size(value: Any) -> int:
     return int(match[1]) * units[match[2]]
 
 
+@_shown_as("SIZE|PERCENT")
 def _budget(value: Any) -> int | float | None:
     """Bytes (an int), or a share of the machine's memory (a float)."""
     if value is None:
@@ -118,6 +148,7 @@ def _budget(value: Any) -> int | float | None:
     raise ValueError("a size such as 24GB, or a percentage of the memory such as 60%")
 
 
+@_shown_as("true|false")
 def _boolean(value: Any) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True}
     words |= {"false": False, "no": False, "off": False, "0": False}
@@ -127,7 +158,8 @@ def _boolean(value: Any) -> bool:
         raise ValueError("true or false") from None
 
 
-def _choice(*names: str) -> Callable[[Any], str]:
+def _choice(*names: str) -> Parser[str]:
+    @_shown_as("|".join(names))
     def parse(value: Any) -> str:
         for name in names:
             if str(value).strip().lower() == name.lower():
@@ -143,10 +175,12 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
+@_shown_as("TEXT")
 def _optional_text(value: Any) -> str | None:
     return None if value is None or str(value).strip() in ("", "none", "None") else _text(value)
 
 
+@_shown_as("ADDRESS")
 def _host(value: Any) -> str:
     text = _text(value)
     try:
@@ -158,6 +192,7 @@ def _host(value: Any) -> str:
     return text
 
 
+@_shown_as("PATH")
 def _path(value: Any) -> Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ValueError("a path")
@@ -168,6 +203,7 @@ def _path(value: Any) -> Path:
     return Path(os.path.abspath(path))
 
 
+@_shown_as("PATH")
 def _optional_path(value: Any) -> Path | None:
     return None if value is None else _path(value)
 
@@ -183,6 +219,7 @@ def _items(value: Any, separator: str, allowed: str) -> Iterator[Any]:
         raise ValueError(allowed)
 
 
+@_shown_as("PATH[:PATH]")
 def _paths(value: Any) -> tuple[Path, ...]:
     allowed = "a folder or several (a list, or separated by ':')"
     if isinstance(value, os.PathLike):
@@ -190,6 +227,7 @@ def _paths(value: Any) -> tuple[Path, ...]:
     return tuple(_path(item) for item in _items(value, ":", allowed))
 
 
+@_shown_as("TEXT[,TEXT]")
 def _texts(value: Any) -> tuple[str, ...]:
     allowed = "one value or several (a list, or separated by ',')"
     items = tuple(_items(value, ",", allowed))
@@ -355,6 +393,13 @@ class Settings:
         return range(first, first + self.slots)
 
     @property
+    def local_url(self) -> str:
+        """The proxy's URL for this machine."""
+        everywhere = ("0.0.0.0", "::", "127.0.0.1", "::1")
+        host = "localhost" if self.proxy_host in everywhere else self.proxy_host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.proxy_port}"
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """All accepted API keys, those of the file included.
 
@@ -408,6 +453,12 @@ def describe() -> list[tuple[str, str, str]]:
             shown = _shown(item.default)
         rows.append((item.name.upper(), shown, item.metadata["meaning"]))
     return rows
+
+
+def metavar(name: str) -> str:
+    """Return what stands for the value of the setting NAME in a flag's help."""
+    (parser,) = (item.metadata["parse"] for item in fields(Settings) if item.name == name.lower())
+    return str(parser.metavar)
 
 
 def _shown(value: Any) -> str:

@@ -1,8 +1,11 @@
-"""Text that somebody else has written, made fit for a terminal, a log and an error message."""
+"""Text made fit for a terminal, a log and an error message, whoever has written it."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
+from typing import IO
 
 # What a terminal would obey (C0 and C1 but for the line's end and the tab), what turns the
 # direction of the text around it (Unicode's embeddings, overrides and isolates), what other
@@ -28,3 +31,30 @@ def harmless_json(text: str) -> str:
 def without_paths(text: str) -> str:
     """Return the text with each path of this machine as an ellipsis."""
     return _PATH.sub("…", text)
+
+
+def wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
+    """Return the text in lines that fit the stream's terminal; unchanged if it has none.
+
+    Lines end between words: a path or a command that is cut in two cannot be copied.
+
+    Args:
+        indent: spaces before each line but the first of its paragraph.
+    """
+    if not stream.isatty():
+        return text
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width(),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
+
+
+def width() -> int:
+    """Return the columns of the terminal."""
+    return shutil.get_terminal_size().columns

@@ -20,7 +20,7 @@ from tests.support import scripted_server, tiny_models
 from tests.support.following import Following
 from tests.support.ports import free_port as free_port
 from tests.support.proxy import Proxy
-from tests.support.pty import Terminal, environment
+from tests.support.pty import COMMAND, Terminal, environment
 from tests.support.server_process import SERVER_BIN as SERVER_BIN
 from tests.support.server_process import Server, serve
 from tests.support.waiting import until as until
@@ -126,8 +126,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
     """Starts commands at a terminal and leaves nothing of them behind."""
     opened: list[Terminal] = []
 
-    def opener(*arguments: str, env: dict[str, str]) -> Terminal:
-        opened.append(Terminal(*arguments, env=env))
+    def opener(*arguments: str, env: dict[str, str], program: str | Path = COMMAND) -> Terminal:
+        opened.append(Terminal(*arguments, env=env, program=program))
         return opened[-1]
 
     yield opener

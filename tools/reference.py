@@ -1,26 +1,31 @@
-"""The README's command section, made from the commands themselves.
+"""The parts of docs/ that are made from the program itself: its commands and its settings.
 
-``python -m tools.reference`` prints it; with a file's name, puts it into the file
-between the two markers.
+``python -m tools.reference`` (or ``make reference``) rewrites them between their markers.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
 
+from mlxproxy import settings
 from mlxproxy.cli import SettingOption, main
 
+DOCS = Path(__file__).parents[1] / "docs"
 SHARED = 5  # commands that take an option, for it to be told once for all
-BEGIN, END = "<!-- commands -->", "<!-- /commands -->"
 
 
-def markdown() -> str:
-    """All commands with their options."""
+def settings_table() -> str:
+    """Return the table of all settings."""
+    rows = (f"| `{name}` | {shown} | {meaning} |\n" for name, shown, meaning in settings.describe())
+    return "| Name | Default | Meaning |\n|---|---|---|\n" + "".join(rows)
+
+
+def commands() -> str:
+    """Return all commands with their options."""
     with click.Context(main, info_name="mlxproxy") as context:
         every = list(contexts(context))
         lines = Counter(_option(option) for it in every for option in options(it))
@@ -28,17 +33,21 @@ def markdown() -> str:
         return "\n".join(part for it in every for part in _command(it, shared))
 
 
-def put(text: str) -> str:
-    """The text with what stands between the markers made anew.
+PARTS: Mapping[str, Callable[[], str]] = {"commands": commands, "settings": settings_table}
+
+
+def rewritten(text: str, part: str) -> str:
+    """Return a document's text with the part made anew.
 
     Raises:
-        ValueError: it has no markers.
+        ValueError: it does not have the part's two markers.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        raise ValueError(f"there is no {BEGIN} … {END}")
-    return f"{head}{begin}\n{markdown()}{end}{tail}"
+    begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
+    head, found, rest = text.partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"there is no {begin} … {end}")
+    return f"{head}{begin}\n{PARTS[part]()}{end}{tail}"
 
 
 def contexts(context: click.Context) -> Iterator[click.Context]:
@@ -48,6 +57,8 @@ def contexts(context: click.Context) -> Iterator[click.Context]:
         for name in context.command.list_commands(context):
             child = context.command.get_command(context, name)
             assert child is not None
+            if child.hidden:
+                continue
             with click.Context(child, info_name=name, parent=context) as inner:
                 yield from contexts(inner)
 
@@ -63,13 +74,13 @@ def _command(context: click.Context, shared: list[str]) -> Iterator[str]:
     if context.parent is not None:
         arguments = [it for it in command.params if isinstance(it, click.Argument)]
         words = [it.name.upper() if it.required else f"[{it.name.upper()}]" for it in arguments]
-        yield f"#### `{' '.join((context.command_path, *words))}`\n"
+        yield f"## `{' '.join((context.command_path, *words))}`\n"
     yield _text(command.help or "") + "\n"
     own = [it for it in options(context) if not isinstance(it, SettingOption)]
     lines = [line for it in own if (line := _option(it)) not in shared]
     if len(own) < len(options(context)):
         lines.append(
-            "- `--NAME VALUE`: any setting from the table above, such as `--proxy-port 9000`"
+            "- `--NAME VALUE`: any of the [settings](settings.md), such as `--proxy-port 9000`"
         )
     common = [f"`{it.opts[0]}`" for it in own if _option(it) in shared]
     if common:
@@ -100,8 +111,6 @@ def _text(help_: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        file = Path(sys.argv[1])
-        file.write_text(put(file.read_text()))
-    else:
-        sys.stdout.write(markdown())
+    for part in PARTS:
+        document = DOCS / f"{part}.md"
+        document.write_text(rewritten(document.read_text(), part))

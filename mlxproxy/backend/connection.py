@@ -1,9 +1,9 @@
 """One connection to the backend: a request out, an answer read as its bytes arrive.
 
-`mlx_lm.server` speaks HTTP/1.0 with one request per connection: the head, then bytes until it
-closes. Reading that from the socket itself costs one `recv` per event and delivers each event when
-it comes; `requests` and `urllib3` add 45 µs to each (see `make bench`), or wait to fill a buffer.
-A body that the head frames in another way (a length, chunks) ends where its frame does.
+There is one request per connection: the head, then the body until its frame (a length, chunks) or
+the connection ends. A backend may speak HTTP/1.0 or 1.1. Reading from the socket itself costs one
+`recv` per event and delivers each event when it comes; `requests` and `urllib3` add 45 µs to each
+(see `make bench`), or wait to fill a buffer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,18 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5]\d\d)(?: |$)", re.ASCII)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
+
+
+class BrokenConnection(BackendFailed):
+    """The backend does not accept a connection, or does not keep to HTTP on it.
+
+    Attributes:
+        what: what the backend does or did ("closed the connection without an answer").
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"The backend {what}. Try again; GET /health shows its state.")
+        self.what = what
 
 
 class ReadTimeout(Exception):
@@ -78,7 +90,7 @@ class Chunked:
         """Return what of these bytes belongs to the body, without its frames.
 
         Raises:
-            BackendFailed: they are no chunks.
+            BrokenConnection: they are no chunks.
         """
         body = []
         position = 0
@@ -92,7 +104,7 @@ class Chunked:
             end = data.find(b"\n", position)
             self._line += data[position : end if end >= 0 else len(data)]
             if len(self._line) > LINE_LIMIT:
-                raise _broken("sent an endless line between two chunks")
+                raise BrokenConnection("sent an endless line between two chunks")
             if end < 0:
                 break
             position = end + 1
@@ -104,13 +116,13 @@ class Chunked:
     def _read_size(self, line: bytes) -> None:
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
-            raise _broken("sent a chunk without a size")
+            raise BrokenConnection("sent a chunk without a size")
         self._left = int(match[1], 16)
         self._read_line = self._read_end_of_chunk if self._left else self._read_trailer
 
     def _read_end_of_chunk(self, line: bytes) -> None:
         if line:
-            raise _broken("sent a chunk longer than its stated size")
+            raise BrokenConnection("sent a chunk longer than its stated size")
         self._read_line = self._read_size
 
     def _read_trailer(self, line: bytes) -> None:
@@ -128,7 +140,7 @@ class BackendConnection:
         connect_seconds: for which a backend may not accept; None: see CONNECT_SECONDS.
 
     Raises:
-        BackendFailed: nothing accepts connections there.
+        BrokenConnection: nothing accepts connections there.
     """
 
     def __init__(
@@ -149,7 +161,7 @@ class BackendConnection:
         self._lets_go = lets_go
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._host = address.host
+        self._host = f"{address.host}:{address.port}"
         self._socket = _connect(address, connect_seconds or CONNECT_SECONDS)
         # Timeouts of the kernel's: Python's own cost a poll() before every recv().
         whole = int(interval)
@@ -160,7 +172,7 @@ class BackendConnection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         except OSError as error:  # macOS, where the backend has reset the connection already
             self._socket.close()
-            raise _broken(f"closed the connection ({error.strerror or error})") from None
+            raise BrokenConnection(f"closed the connection ({error.strerror or error})") from None
 
     def send(self, path: str, body: bytes | None) -> None:
         """Take one request, which :meth:`read_head` sends before it waits.
@@ -172,7 +184,7 @@ class BackendConnection:
         if body is not None:
             about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             method = "POST"
-        head = f"{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n{about}\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{about}\r\n"
         self._unsent = memoryview(head.encode("ascii") + (body or b""))
 
     def read_head(self) -> None:
@@ -182,7 +194,7 @@ class BackendConnection:
 
         Raises:
             ReadTimeout: nothing was taken, or the head did not come to its end, for the interval.
-            BackendFailed: the connection ended before the head, or it is not HTTP.
+            BrokenConnection: the connection ended before the head, or it is not HTTP.
         """
         try:
             while self._unsent:
@@ -191,7 +203,9 @@ class BackendConnection:
         except BlockingIOError:
             raise ReadTimeout from None
         except OSError as error:
-            raise _broken(f"did not accept the request ({error.strerror or error})") from None
+            raise BrokenConnection(
+                f"did not accept the request ({error.strerror or error})"
+            ) from None
         head = self._head
         deadline = time.monotonic() + self._interval
         while True:
@@ -202,13 +216,13 @@ class BackendConnection:
                 self._begin = self._searched = end.end()
                 continue
             if len(head) > HEAD_LIMIT:
-                raise _broken("sent an endless head")
+                raise BrokenConnection("sent an endless head")
             self._searched = max(self._begin, len(head) - 3)
             if time.monotonic() > deadline:
                 raise ReadTimeout
             data = self._recv()
             if not data:
-                raise _broken("closed the connection without an answer")
+                raise BrokenConnection("closed the connection without an answer")
             head += data
 
     def _understand(self, head: str) -> bool:
@@ -217,10 +231,10 @@ class BackendConnection:
         first, *lines = head.split("\n")
         match = _STATUS.match(first.removesuffix("\r"))
         if match is None:
-            raise _broken("does not speak HTTP")
+            raise BrokenConnection("does not speak HTTP")
         self.status = int(match[1])
         if self.status == 101:
-            raise _broken("switched to a protocol that was not requested")
+            raise BrokenConnection("switched to a protocol that was not requested")
         if self.status < 200:
             return False
         for line in lines:
@@ -234,11 +248,11 @@ class BackendConnection:
             self._frame = Sized(0)
         elif coding is not None:
             if coding.lower() != "chunked":
-                raise _broken("sent an answer in a transfer coding that was not requested")
+                raise BrokenConnection("sent an answer in a transfer coding that was not requested")
             self._frame = Chunked()
         elif length is not None:
             if _LENGTH.fullmatch(length) is None:
-                raise _broken("sent an answer with an invalid Content-Length")
+                raise BrokenConnection("sent an answer with an invalid Content-Length")
             self._frame = Sized(int(length))
         return True
 
@@ -253,7 +267,7 @@ class BackendConnection:
 
         Raises:
             ReadTimeout: nothing came for the interval.
-            BackendFailed: what came are no chunks, where there should be some.
+            BrokenConnection: what came are no chunks, where there should be some.
         """
         if self._frame is not None:
             return self._framed(self._frame)
@@ -266,7 +280,7 @@ class BackendConnection:
         """Return the body's first `limit` bytes, or what comes of them in that time.
 
         Raises:
-            BackendFailed: see :meth:`read`.
+            BrokenConnection: see :meth:`read`.
         """
         body = bytearray()
         deadline = time.monotonic() + seconds
@@ -336,10 +350,12 @@ def _connect(address: Address, seconds: float) -> socket.socket:
             connection.close()
             wait = min(wait * 1.5, 0.5)
             if time.monotonic() > deadline:
-                raise _broken("does not accept connections") from None
+                raise BrokenConnection("does not accept connections") from None
         except OSError as error:
             connection.close()
-            raise _broken(f"does not accept connections ({error.strerror or error})") from None
+            raise BrokenConnection(
+                f"does not accept connections ({error.strerror or error})"
+            ) from None
 
 
 def parsed(data: bytes) -> Any:
@@ -352,7 +368,3 @@ def parsed(data: bytes) -> Any:
         return json.loads(data)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
-
-
-def _broken(what: str) -> BackendFailed:
-    return BackendFailed(f"The backend {what}. Try again; GET /health shows its state.")

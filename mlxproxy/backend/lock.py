@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,16 @@ class PortLock:
         self._orphans = Orphans(instance, ports)
         self._holders = {port: files.proxy(port) for port in ports}
         self._locks = {port: FileLock(files.lock(port)) for port in ports}
+
+    def require_alone(self) -> None:
+        """Return if no other proxy is known to have one of the ports; take nothing.
+
+        Raises:
+            AlreadyRunning: another proxy has one of them.
+        """
+        holder = self.holder()
+        if holder is not None:
+            raise _taken(next(iter(self._locks)), holder.pid)
 
     def acquire(self) -> None:
         """Take all the ports for this process.
@@ -63,11 +74,7 @@ class PortLock:
 
     def holder(self) -> psutil.Process | None:
         """Return the living proxy, other than this process, that has recorded one of the ports."""
-        for path in self._holders.values():
-            process = Record.read(path).process()
-            if process is not None and process.pid != os.getpid():
-                return process
-        return None
+        return next(_living(self._holders.values()), None)
 
     def release(self) -> None:
         """Give the ports up."""
@@ -78,6 +85,24 @@ class PortLock:
     def _let_go(self) -> None:
         for lock in self._locks.values():
             lock.release()
+
+
+def holder(instance: Path, ports: range) -> psutil.Process | None:
+    """Return the living proxy that has recorded one of the ports; touch nothing."""
+    return next(_living(Instance(instance).proxy(port) for port in ports), None)
+
+
+def any_proxy(instance: Path) -> psutil.Process | None:
+    """Return a living proxy of this instance folder, whatever its ports."""
+    return next(_living(Instance(instance).proxies()), None)
+
+
+def _living(records: Iterable[Path]) -> Iterator[psutil.Process]:
+    """Yield the other proxies of these records that live."""
+    for path in records:
+        process = Record.read(path).process()
+        if process is not None and process.pid != os.getpid():
+            yield process
 
 
 def _taken(port: int, pid: int | None) -> AlreadyRunning:

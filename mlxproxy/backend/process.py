@@ -22,13 +22,12 @@ from typing import TypeVar
 import psutil
 
 from mlxproxy.backend import memory, ports, processes
-from mlxproxy.backend.connection import BackendConnection, ReadTimeout
+from mlxproxy.backend.connection import BackendConnection, BrokenConnection, ReadTimeout
 from mlxproxy.backend.output import Listener, OutputPump
 from mlxproxy.backend.processes import Mark, ask
 from mlxproxy.backend.protocol import Address, Command, Engine, Fault, Link, Probe, Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import (
-    BackendFailed,
     LoadCancelled,
     LoadFailed,
     LoadTimeout,
@@ -44,6 +43,7 @@ LOG_LINES_IN_ERRORS = 12
 MAKE_VARIABLES = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
 KILL_SECONDS = 5.0  # from SIGKILL to the end; a process that waits for a lost disk has none
 POLL_SECONDS = 0.05
+PROBE_INTERVAL_SECONDS = 0.1  # between two looks at what may end the wait for an answer
 HEALTH_SECONDS = 2.0
 EXIT_REASON_SECONDS = 0.5  # in which the reason of an exit follows the end of a connection
 ANSWER_BYTES = 1 << 20  # of an answer to a probe
@@ -99,7 +99,6 @@ class Backend:
         self._ended: str | None = None
         self._end = threading.Event()
         self._exited = threading.Event()
-        self._probes: set[BackendConnection] = set()  # under way
         self._read_before: int | None = None
         self._launch: Command | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -198,30 +197,12 @@ class Backend:
             PortInUse: another process holds the port.
         """
         command = self._command()
-        if not ports.is_free(self.port):
-            holder = ports.describe(ports.listener(self.port))
-            raise PortInUse(
-                f"Port {self.port} on {self.address.host} is in use by {holder}, which does not "
-                "belong to this proxy. Stop it, or set MLX_BACKEND_PORT to a free port."
-            )
+        self._require_free_port()
         self._oom_kills = memory.oom_kills()
         read_end, write_end = os.pipe()
         link = command.link(self._ends) if command.link is not None else None
         try:
-            self._process = subprocess.Popen(
-                command.argv,
-                stdin=link.fileno() if link else subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=write_end,
-                env={
-                    **_environment(),
-                    **command.environment,
-                    **self.config.mark.environment(),
-                },
-                # A session of its own: Ctrl-C at the terminal is ours to handle, and a stop
-                # reaches whatever the backend has started (`mlx.launch` does).
-                start_new_session=True,
-            )
+            self._process = self._spawn(command, link, write_end)
         except OSError as error:
             os.close(read_end)
             if link:
@@ -242,6 +223,26 @@ class Backend:
             read_end, self.config.log_file, self._look_for_death, self.config.on_log
         )
         threading.Thread(target=self._wait, name="backend-wait", daemon=True).start()
+
+    def _require_free_port(self) -> None:
+        if not ports.is_free(self.port):
+            holder = ports.describe(ports.listener(self.port))
+            raise PortInUse(
+                f"Port {self.port} on {self.address.host} is in use by {holder}, which does not "
+                "belong to this proxy. Stop it, or set MLX_BACKEND_PORT to a free port."
+            )
+
+    def _spawn(self, command: Command, link: Link | None, output: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command.argv,
+            stdin=link.fileno() if link else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**_environment(), **command.environment, **self.config.mark.environment()},
+            # A session of its own: Ctrl-C at the terminal is ours to handle, and a stop reaches
+            # whatever the backend has started (`mlx.launch` does).
+            start_new_session=True,
+        )
 
     def wait_ready(
         self, cancelled: threading.Event, on_phase: Callable[[str], None] = lambda _: None
@@ -285,7 +286,6 @@ class Backend:
         """
         with self._lock:
             self._stopping = True
-        self._abort_probes()
         process = self._process
         if process is None:
             return
@@ -321,9 +321,10 @@ class Backend:
         """
         if self._ended is None:
             try:
-                if fault := self._ask(self.engine.health, HEALTH_SECONDS):
+                fault = self._ask(self.engine.health, HEALTH_SECONDS)
+                if fault is not None and fault.is_final:
                     self._ends(fault.reason)
-            except (BackendFailed, ReadTimeout):
+            except (BrokenConnection, ReadTimeout):
                 self._end.wait(EXIT_REASON_SECONDS)  # going down: the thread that reaps it tells
         return self._ended
 
@@ -337,7 +338,7 @@ class Backend:
         try:
             probe = self.engine.stages(self.spec)[-1].probe
             answered = self._ask(probe, patience) is None
-        except (BackendFailed, ReadTimeout):
+        except (BrokenConnection, ReadTimeout):
             return False
         finally:
             self._probing.release()
@@ -386,7 +387,6 @@ class Backend:
                 self._ended = reason
             stopping = self._stopping
         self._end.set()
-        self._abort_probes()
         if first and not stopping:
             self._on_end(reason)
 
@@ -429,16 +429,16 @@ class Backend:
                     return probe.judge(status, answer)
                 check()
                 self._end.wait(POLL_SECONDS)
-        except BackendFailed:
-            self._end.wait(2 * EXIT_REASON_SECONDS)  # it has just ended: its own words come
+        except BrokenConnection as error:
+            self._end.wait(2 * EXIT_REASON_SECONDS)  # if it has just ended, its own words come
             check()
-            raise self.failure("it closed the connection without an answer") from None
+            raise self.failure(f"it {error.what}") from None
 
     def _ask(self, probe: Probe, seconds: float) -> Fault | None:
         """Return what is wrong with the answer to a probe of a process that serves.
 
         Raises:
-            BackendFailed, ReadTimeout: there is none, or none within that time.
+            BrokenConnection, ReadTimeout: there is none, or none within that time.
         """
         deadline = time.monotonic() + seconds
 
@@ -458,13 +458,11 @@ class Backend:
             check: called again and again; raises to give up.
 
         Raises:
-            BackendFailed: the process does not accept it, or the answer is cut off or no HTTP.
+            BrokenConnection: the process does not accept it, or the answer is cut off or no HTTP.
         """
         connection = BackendConnection(
-            self.address, POLL_SECONDS * 4, connect_seconds=connect_seconds
+            self.address, PROBE_INTERVAL_SECONDS, connect_seconds=connect_seconds
         )
-        with self._lock:
-            self._probes.add(connection)
         try:
             body = None if probe.body is None else json.dumps(probe.body).encode()
             connection.send(probe.path, body)
@@ -474,14 +472,7 @@ class Backend:
                 answer += data
             return connection.status, answer
         finally:
-            with self._lock:
-                self._probes.remove(connection)
             connection.close()
-
-    def _abort_probes(self) -> None:
-        with self._lock:
-            for connection in self._probes:
-                connection.abort(backend_lives=False)
 
     def failure(self, reason: str) -> ProxyError:
         """Return a failed load in words, with the last lines of the backend's log."""

@@ -221,8 +221,8 @@ class Engine(Protocol):
 
     @property
     def health(self) -> Probe:
-        """Finds out whether a process can still generate, without generating. What does not answer
-        it at all is not judged by it."""
+        """Finds out whether a process can still generate, without generating. Only a final fault
+        counts, and a process that does not answer is not judged."""
 
     @property
     def trusts_output(self) -> bool:

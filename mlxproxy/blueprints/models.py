@@ -100,10 +100,10 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     body = _body()
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
+    parts = services()
     if (thinking := body.get("enable_thinking")) is not None:
         asked = {"chat_template_kwargs": {"enable_thinking": thinking}}
-        warn(services().selection.engine_of(wanted).unmet(asked, wanted, lambda _: True))
-    parts = services()
+        warn(parts.selection.engine_of(wanted).unmet(asked, wanted, lambda _: True))
     controller, claim = parts.controller, Claim(client(), waits=wait)
     controller.load(wanted, claim)
     if not wait:

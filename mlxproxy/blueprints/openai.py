@@ -9,7 +9,6 @@ from mlxproxy.blueprints.services import services
 from mlxproxy.guard.check import Kind
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
-from mlxproxy.relay.relay import Stream
 from mlxproxy.relay.statistics import AnswerStats
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
@@ -42,15 +41,12 @@ def _complete(kind: Kind) -> Response:
         client(), disconnect(), lambda: selection.named_spec(fields.get("model")), exclusive
     )
     request = Request(PATHS[kind], body)
-    answer: Stream | bytes
     if fields.get("stream") is True:
-        answer = relay.stream(lease, request, stats)
+        response = streamed(relay.stream(lease, request, stats), stats)
     else:
-        answer = relay.whole(lease, request, stats)
+        response = Response(relay.whole(lease, request, stats), mimetype="application/json")
     backend = lease.backend  # not there yet, where the wait for it is long
     if (spec := backend.spec if backend else lease.target or known) is not None:
         has = backend.has if backend else lambda _: True
         warn(selection.engine_of(spec).unmet(fields, spec, has))
-    if isinstance(answer, bytes):
-        return Response(answer, mimetype="application/json")
-    return streamed(answer, stats)
+    return response

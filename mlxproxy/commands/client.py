@@ -208,13 +208,11 @@ def connect(host: str | None, key: str | None) -> Client:
             key = next(iter(own.keys), None)
     except settings.SettingError as error:
         raise ClientError(str(error)) from None
-    is_own = host is None
-    everywhere = ("0.0.0.0", "::", "127.0.0.1", "::1")
     if host is None:
-        host = "localhost" if own.proxy_host in everywhere else own.proxy_host
+        return Client(own.local_url, key, is_own=True)
     host = host.rstrip("/")
     if host.count(":") > 1 and not host.startswith("["):
         host = f"[{host}]"  # IPv6
     if not re.search(r":\d+$", host):
         host = f"{host}:{own.proxy_port}"
-    return Client(f"http://{host}", key, is_own)
+    return Client(f"http://{host}", key)

@@ -1,33 +1,41 @@
-"""`mlxproxy doctor`: what keeps the proxy from working on this machine, and what mends it."""
+"""`mlxproxy doctor`: what keeps the proxy from working on this machine, and what fixes it.
+
+If a proxy runs with this instance folder, the checks are about that proxy: its settings are those
+that it was started with, and its models are those that it says it has.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 
 from mlxproxy import settings
 from mlxproxy.backend import ports
-from mlxproxy.backend.lock import PortLock
+from mlxproxy.backend.lock import any_proxy, holder
 from mlxproxy.backend.orphan import Orphans
 from mlxproxy.backend.processes import ask
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.commands import service, terminal
-from mlxproxy.commands.client import ClientError, connect
+from mlxproxy.commands.client import Client, ClientError
 from mlxproxy.settings import SettingError, Settings
+from mlxproxy.text import harmless, wrapped
 from mlxproxy.wiring import engines_of, inspector_of
 
-PYTHONS = ((3, 10), (3, 13))
-ROOM = 500_000_000  # bytes: logs, the demo model
-SCAN = 30.0  # seconds for a models folder
+OLDEST_PYTHON = (3, 10)
+ROOM_BYTES = 500_000_000  # for logs and the demo model
+SCAN_SECONDS = 30.0  # for a models folder
+INDENT = 7  # columns of the word before a finding
 
 
 @dataclass(frozen=True)
@@ -37,69 +45,86 @@ class Finding:
     Attributes:
         check: its name.
         sentence: what was found.
-        mend: the command that mends it; None where nothing is wrong.
+        fix: the command that fixes it; None if nothing is wrong.
     """
 
     check: str
     sentence: str
-    mend: str | None = None
+    fix: str | None = None
 
     @property
-    def fine(self) -> bool:
-        return self.mend is None
+    def ok(self) -> bool:
+        return self.fix is None
+
+
+class Folder(NamedTuple):
+    """A models folder: how many models are in it, and how many of them can be loaded."""
+
+    path: Path
+    exists: bool
+    models: int
+    usable: int
 
 
 def doctor(as_json: bool) -> int:
-    """Prints what was found; returns the exit status: 1 if anything is wrong."""
+    """Print what was found; return the exit status: 1 if anything is wrong."""
     console = terminal.output()
     findings = []
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            word, style = ("ok   ", "green") if finding.fine else ("wrong", "bold red")
-            console.print(word, style=style, end="  ")
-            console.print(f"{finding.check}: {finding.sentence}", soft_wrap=True)
-            if finding.mend:
-                console.print(f"       fix: {finding.mend}", soft_wrap=True)
+            word, style = ("ok", "green") if finding.ok else ("wrong", "bold red")
+            text = f"{word:{INDENT}}{finding.check}: {harmless(finding.sentence)}"
+            console.print(word, style=style, end="")
+            console.print(wrapped(text, console.file, INDENT).removeprefix(word), soft_wrap=True)
+            if finding.fix:
+                console.print(f"{'':{INDENT}}fix: {finding.fix}", soft_wrap=True)
     if as_json:
-        terminal.print_json([{**asdict(it), "fine": it.fine} for it in findings])
-    return 0 if all(finding.fine for finding in findings) else 1
+        terminal.print_json([{**asdict(finding), "ok": finding.ok} for finding in findings])
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 def examine() -> Iterator[Finding]:
-    """All checks, as they end; no server is needed, and none is started."""
+    """Yield the outcome of each check, as it ends; no server is needed, and none is started."""
     yield _python()
     try:
-        found = settings.load()
+        given = settings.load()
     except SettingError as error:
         yield Finding("settings", str(error), _where_set(str(error)))
         return
-    yield Finding("settings", f"valid; the instance folder is {found.instance_path}")
+    proxy = holder(given.instance_path, given.backend_ports) or any_proxy(given.instance_path)
+    found = given if proxy is None else _settings_of(proxy) or given
+    yield Finding("settings", f"valid{_differences(given, found)}")
+    client = None
+    if proxy is None:
+        yield Finding("server", "not running (`make run` or `mlxproxy serve` starts it)")
+    else:
+        client = Client(found.local_url, _key(found))
+        yield _server(proxy, client)
     yield from (Finding(*engine.examine()) for engine in engines_of(found))
-    yield from _models(found)
+    yield from _models(found, client)
     yield _disk(found)
-    proxy = _running(found)
-    yield _lock(found, proxy)
-    yield _orphan(found, proxy)
+    yield _leftovers(found, proxy)
     yield _port(found.proxy_port, "PROXY_PORT", proxy)
-    yield _port(found.mlx_backend_port, "MLX_BACKEND_PORT", proxy)
+    for port in found.backend_ports:
+        yield _port(port, "MLX_BACKEND_PORT", proxy)
     yield _service()
 
 
 def _python() -> Finding:
     version = platform.python_version()
     sentence = f"{version} ({sys.executable})"
-    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+    if sys.version_info[:2] < OLDEST_PYTHON:
         return Finding(
             "Python",
-            f"{sentence}, but 3.10 to 3.13 is needed",
-            "brew install python@3.12 && make clean install",
+            f"{sentence}, but 3.10 or newer is needed",
+            "brew install python && make clean install",
         )
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Finding(
             "Python",
             f"{sentence} is built for Intel, but MLX needs Apple silicon",
-            "/opt/homebrew/bin/brew install python@3.12 && make clean install",
+            "/opt/homebrew/bin/brew install python && make clean install",
         )
     return Finding("Python", sentence)
 
@@ -108,26 +133,115 @@ def _where_set(error: str) -> str:
     name = error.split()[0]
     if "the environment" in error:
         return f"unset {settings.ENV_PREFIX}{name}"
-    return "correct it in config.py"
+    file = re.search(r"\(from (/.*)\)", error)
+    return f"correct it in {file[1] if file else 'config.py'}"
 
 
-def _models(found: Settings) -> Iterator[Finding]:
-    demo = not found.models_root
+# -- the running proxy
+
+
+def _settings_of(proxy: psutil.Process) -> Settings | None:
+    """Return what the proxy was started with, None if that cannot be told."""
+    environment, command = ask(proxy.environ), ask(proxy.cmdline)
+    if environment is None or command is None or "serve" not in command:
+        return None
+    words = iter(command[command.index("serve") + 1 :])
+    flags = {}
+    for word in words:
+        name, is_joined, value = word.partition("=")
+        value = value if is_joined else next(words, "")
+        flags[name.lstrip("-").replace("-", "_").upper()] = value
+    try:
+        return settings.load(flags, environment)
+    except SettingError:
+        return None
+
+
+def _differences(given: Settings, found: Settings) -> str:
+    """Return in words which settings of the running proxy a command here does not know of."""
+    own = [
+        _shown(item.name.upper(), value)
+        for item in fields(Settings)
+        if (value := getattr(found, item.name)) != getattr(given, item.name)
+    ]
+    started = f"; the running mlxproxy was started with {', '.join(own)}" if own else ""
+    return f"; the instance folder is {found.instance_path}{started}"
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "API_KEY":
+        return name
+    if isinstance(value, tuple):
+        value = (":" if name == "MODELS_ROOT" else ",").join(map(str, value))
+    return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def _key(found: Settings) -> str | None:
+    try:
+        return next(iter(found.keys), None)
+    except SettingError:
+        return None
+
+
+def _server(proxy: psutil.Process, client: Client) -> Finding:
+    who = f"running (pid {proxy.pid})"
+    try:
+        client.get("/health")
+    except ClientError as error:
+        return Finding("server", f"{who}, but: {error.message}", f"kill {proxy.pid}")
+    return Finding("server", f"{who} and answers at {client.url}")
+
+
+# -- the models
+
+
+def _models(found: Settings, client: Client | None) -> Iterator[Finding]:
+    folders = _served(client) if client is not None else None
+    folders = folders if folders is not None else list(_on_disk(found))
+    is_default = client is None and not found.models_root
+    for folder in folders:
+        path = folder.path
+        if folder.usable:
+            yield Finding("models", f"{folder.usable} of {folder.models} in {path} can be loaded")
+        elif is_default and path.is_relative_to(Path.home()):
+            yield Finding("models", f"none in {path}, so `mlxproxy serve` downloads a demo model")
+        elif not folder.exists:
+            fix = "connect its disk, or run: mlxproxy serve --models-root FOLDER"
+            yield Finding("models", f"{path} does not exist", fix)
+        elif any(other.usable for other in folders):
+            yield Finding("models", f"none of {folder.models} in {path} can be loaded")
+        else:
+            fix = "`mlxproxy ls --all` shows why; download a model in MLX format in LM Studio"
+            yield Finding("models", f"none of {folder.models} in {path} can be loaded", fix)
+
+
+def _served(client: Client) -> list[Folder] | None:
+    """Return the folders as the server sees them, None if it does not answer."""
+    try:
+        health = client.get("/health")
+        models = client.get("/v1/models?all=true")["data"]
+    except (ClientError, KeyError):
+        return None
+    missing = health.get("models_root_missing", ())
+    return [
+        _folder(Path(root), root not in missing, models) for root in health.get("models_root", ())
+    ]
+
+
+def _folder(root: Path, exists: bool, models: Sequence[dict[str, Any]]) -> Folder:
+    inside = [model for model in models if Path(model["path"]).is_relative_to(root)]
+    return Folder(root, exists, len(inside), sum(model["loadable"] for model in inside))
+
+
+def _on_disk(found: Settings) -> Iterator[Folder]:
     inspector = inspector_of(engines_of(found))
     for root in found.models_root or (models_folder(),):
-        models = Catalog((root,), inspector, patience=SCAN).models() if root.is_dir() else []
-        usable = sum(model.loadable for model in models)
-        if usable:
-            yield Finding("models", f"{usable} of {len(models)} in {root} can be loaded")
-        elif demo and root.is_relative_to(Path.home()):
-            yield Finding("models", f"none in {root}, so `mlxproxy serve` downloads a demo model")
-        elif not root.is_dir():
-            mend = "connect its disk, or run: mlxproxy serve --models-root FOLDER"
-            yield Finding("models", f"{root} does not exist", mend)
-        else:
-            sentence = f"none of {len(models)} in {root} can be loaded"
-            mend = "`mlxproxy ls --all` shows why; download a model in MLX format in LM Studio"
-            yield Finding("models", sentence, mend)
+        exists = root.is_dir()
+        models = Catalog((root,), inspector, patience=SCAN_SECONDS).models() if exists else []
+        yield Folder(root, exists, len(models), sum(model.loadable for model in models))
+
+
+# -- the machine
 
 
 def _disk(found: Settings) -> Finding:
@@ -138,42 +252,21 @@ def _disk(found: Settings) -> Finding:
         return Finding("disk", f"{folder} is not writable", f"chmod u+rwx {folder}")
     free = shutil.disk_usage(folder).free
     sentence = f"{terminal.size(free)} free in {folder}"
-    if free < ROOM:
-        needed = f"{sentence}, but {terminal.size(ROOM)} is needed"
+    if free < ROOM_BYTES:
+        needed = f"{sentence}, but {terminal.size(ROOM_BYTES)} is needed"
         return Finding("disk", needed, "free some space, or: export MLXPROXY_INSTANCE_PATH=FOLDER")
     return Finding("disk", sentence)
 
 
-def _running(found: Settings) -> psutil.Process | None:
-    """The proxy that runs with our instance folder and backend port."""
-    if not found.instance_path.is_dir():
-        return None
-    return PortLock(found.instance_path, found.backend_ports).holder()
-
-
-def _lock(found: Settings, proxy: psutil.Process | None) -> Finding:
-    if proxy is None:
-        return Finding("lock", "free: no mlxproxy is running with these settings")
-    who = f"mlxproxy is running (pid {proxy.pid})"
-    holder = ports.listener(found.proxy_port)
-    if holder is None or not _is_family(holder, proxy):
-        return Finding("lock", f"{who} with a PROXY_PORT other than {found.proxy_port}")
-    try:
-        client = connect(None, None)
-        client.get("/health")
-    except ClientError as error:
-        return Finding("lock", f"{who}, but: {error.message}", f"kill {proxy.pid}")
-    return Finding("lock", f"{who} and answers at {client.url}")
-
-
-def _orphan(found: Settings, proxy: psutil.Process | None) -> Finding:
+def _leftovers(found: Settings, proxy: psutil.Process | None) -> Finding:
+    check = "leftovers"
     if proxy is None and found.instance_path.is_dir():
         orphans = Orphans(found.instance_path, found.backend_ports).find()
         if orphans:
             pids = " ".join(str(orphan.pid) for orphan in orphans)
-            sentence = f"the backend of a killed proxy is still running (pid {pids})"
-            return Finding("orphan", sentence, f"kill {pids}")
-    return Finding("orphan", "none")
+            sentence = f"the backend of a killed mlxproxy is still running (pid {pids})"
+            return Finding(check, sentence, f"kill {pids}")
+    return Finding(check, "no backend of a killed mlxproxy is running")
 
 
 def _port(port: int, setting: str, proxy: psutil.Process | None) -> Finding:
@@ -182,12 +275,12 @@ def _port(port: int, setting: str, proxy: psutil.Process | None) -> Finding:
         return Finding(check, "free")
     holder = ports.listener(port)
     if holder is None:
-        mend = f"sudo lsof -nP -iTCP:{port} -sTCP:LISTEN   (or set {setting} to another port)"
-        return Finding(check, "in use by another user's process", mend)
+        fix = f"sudo lsof -nP -iTCP:{port} -sTCP:LISTEN   (or set {setting} to another port)"
+        return Finding(check, "in use by another user's process", fix)
     if proxy is not None and _is_family(holder, proxy):
         return Finding(check, f"in use by this mlxproxy (pid {holder.pid})")
-    mend = f"kill {holder.pid}   (or set {setting} to another port)"
-    return Finding(check, f"in use by {ports.describe(holder)}", mend)
+    fix = f"kill {holder.pid}   (or set {setting} to another port)"
+    return Finding(check, f"in use by {ports.describe(holder)}", fix)
 
 
 def _is_family(process: psutil.Process, proxy: psutil.Process) -> bool:

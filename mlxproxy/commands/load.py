@@ -1,10 +1,11 @@
-"""`mlxproxy load` and `unload`, with what is known of their progress."""
+"""`mlxproxy load` and `unload`, with their progress as far as it is known."""
 
 from __future__ import annotations
 
 import time
 from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,8 +17,8 @@ from mlxproxy.commands.client import Client, ClientError, Refused
 from mlxproxy.commands.terminal import duration, size, switch
 
 
-def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
-    """Loads a model and tells of it.
+def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str, Any]:
+    """Load a model and say so; return the server's last event.
 
     Args:
         options: `enable_thinking`, `ttl`, `force`, `pin`; None: the server's setting.
@@ -26,20 +27,31 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> None:
         ClientError: it was not loaded.
     """
     started = time.monotonic()
-    loaded = bring(client, model, **options)
+    loaded = load_with_progress(client, model, **options)
     if as_json:
         terminal.print_json(loaded)
-        return
+        return loaded
     thinking = f"thinking {switch(loaded['enable_thinking'])}"
+    if loaded["enable_thinking"] and not can_think(client, loaded["id"]):
+        thinking = "but it has no thinking mode"
     if loaded.get("changed"):
         said = f"Loaded {loaded['id']} in {duration(time.monotonic() - started)}, {thinking}."
     else:
         said = f"{loaded['id']} is already loaded, {thinking}."
-    terminal.output().print(said, soft_wrap=True)
+    terminal.say(terminal.output(), said)
+    return loaded
 
 
-def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
-    """Loads a model behind a progress bar; returns the server's last word.
+def can_think(client: Client, id_: str) -> bool:
+    """Return whether the model has a thinking mode; True if that is not known."""
+    try:
+        return bool(client.get(f"/v1/models/{quote(id_)}")["capabilities"]["thinking"])
+    except (ClientError, KeyError):
+        return True
+
+
+def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, Any]:
+    """Load a model behind a progress bar; return the server's last event.
 
     Raises:
         ClientError: it was not loaded.
@@ -67,7 +79,7 @@ def bring(client: Client, model: str, **options: Any) -> dict[str, Any]:
 
 
 def unload(client: Client, model: str | None, as_json: bool) -> None:
-    """Unloads a model.
+    """Unload a model.
 
     Args:
         model: its name; None: the one that answers requests without a name.
@@ -85,15 +97,15 @@ def unload(client: Client, model: str | None, as_json: bool) -> None:
         terminal.print_json(answer)
     elif answer["status"] == "already_unloaded":
         said = f"{model} was not loaded." if model else "No model was loaded."
-        terminal.output().print(said, soft_wrap=True)
+        terminal.say(terminal.output(), said)
     else:
         loading = (before.get("transition") or {}).get("id")
         what = model or before.get("id") or loading or "the model"
-        terminal.output().print(f"Unloaded {what}.", soft_wrap=True)
+        terminal.say(terminal.output(), f"Unloaded {what}.")
 
 
 class _Bar:
-    """What the server tells of a load: a share only where it counts bytes, else just the time."""
+    """The progress of a load: a share only if the server counts bytes, else the time alone."""
 
     def __init__(self, console: Console) -> None:
         self._shown = console.is_terminal
@@ -115,7 +127,7 @@ class _Bar:
         self._live.stop()
 
     def update(self, told: dict[str, Any]) -> None:
-        """Shows a progress event."""
+        """Show a progress event."""
         self._heading.plain = f"Loading {told['id']} ({size(told['bytes_total'])})"
         facts = [f"{told['seconds']:.0f} s"]
         read, total = told["bytes_read"], told["bytes_total"]

@@ -1,27 +1,31 @@
-"""`mlxproxy ls`: what is on disk."""
+"""`mlxproxy ls`: the models on disk."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from mlxproxy.commands import terminal
 from mlxproxy.commands.client import Client, ClientError, connect
+from mlxproxy.commands.terminal import Row
 from mlxproxy.text import harmless
 
-HEADINGS = ("MODEL", "SIZE", "QUANT", "CTX", "CAN", "STATE")
+HEAD = Row("MODEL", ("SIZE", "QUANT", "CTX", "CAN", "STATE"), "bold")
+NUMBERS = (0, 2)  # the columns of SIZE and CTX
 
 
 def ls(client: Client, everything: bool, as_json: bool) -> None:
-    """Prints the models."""
+    """Print the models.
+
+    Raises:
+        ClientError: no server, or it refuses.
+    """
     listed = client.get("/v1/models" + ("?all=true" if everything else ""))
     models = listed["data"]
-    if not listed.get("complete", True):
-        terminal.messages().print(
-            "A models folder is still being read, so the list may be incomplete."
+    complete = listed.get("complete", True)
+    if not complete:
+        terminal.say(
+            terminal.messages(),
+            "A models folder is still being read, so the list may be incomplete.",
         )
     if as_json:
         terminal.print_json(models)
@@ -30,47 +34,39 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     usable = [model for model in models if model["loadable"]]
     others = [model for model in models if not model["loadable"]]
     if usable:
-        terminal.show(console, _listing(console, usable))
-    elif listed.get("complete", True):
-        _say_where(client, console)
+        terminal.table(console, HEAD, [row(model) for model in usable], NUMBERS)
+    _say_folders(client, nothing=not usable and complete)
     if others:
         console.print("\nCannot be loaded:", style="bold")
         for model in others:
-            console.print(f"{model['id']}: {model['reason']}")
+            terminal.say(console, f"{model['id']}: {model['reason']}")
 
 
 def completions(host: str | None, key: str | None, begun: str) -> list[str]:
-    """The ids that begin so, for the shell; none where no server answers."""
-    with contextlib.suppress(ClientError):
+    """Return the names that begin so, for the shell; none if no server answers.
+
+    A name is an id, or the last part of one, which a load takes as well if it is the only one.
+    """
+    try:
         models = connect(host, key).get("/v1/models")["data"]
-        return [harmless(model["id"]) for model in models if model["id"].startswith(begun)]
-    return []
+    except ClientError:
+        return []
+    ids = [harmless(model["id"]) for model in models]
+    short = [id_.rpartition("/")[2] for id_ in ids]
+    names = [*ids, *(name for name in short if begun and short.count(name) == 1)]
+    return [name for name in names if name.casefold().startswith(begun.casefold())]
 
 
-def _listing(console: Console, models: list[dict[str, Any]]) -> Table:
-    """The table; ids that leave the other columns no room are folded after the publisher."""
-    table = _table(models, 0)
-    longest = max(len("MODEL"), *(len(model["id"]) for model in models))
-    excess = terminal.natural_width(console, table) - console.width
-    return _table(models, longest - excess) if excess > 0 else table
-
-
-def _table(models: list[dict[str, Any]], room: int) -> Table:
-    table = terminal.table(*HEADINGS, right=("SIZE", "CTX"))
-    for model in models:
-        id_ = model["id"]
-        if 0 < room < len(id_):
-            id_ = id_.replace("/", "/\n", 1)
-        table.add_row(
-            id_,
-            terminal.size(model["size_bytes"]),
-            _quantization(model["quantization"]),
-            _tokens(model["max_context_length"]),
-            _abilities(model["capabilities"]),
-            _state(model),
-            style="green" if model["loaded"] else None,
-        )
-    return table
+def row(model: dict[str, Any]) -> Row:
+    """Return the table's line about a model."""
+    cells = (
+        terminal.size(model["size_bytes"]),
+        _quantization(model["quantization"]),
+        _tokens(model["max_context_length"]),
+        _abilities(model["capabilities"]),
+        _state(model),
+    )
+    return Row(model["id"], cells, "green" if model["loaded"] else None)
 
 
 def _state(model: dict[str, Any]) -> str:
@@ -94,10 +90,24 @@ def _abilities(found: dict[str, Any]) -> str:
     return " ".join(word for name, word in words if found[name])
 
 
-def _say_where(client: Client, console: Console) -> None:
-    folders = " and ".join(client.get("/health").get("models_root", ()))
-    console.print(
-        f"No model in {folders or 'the models folder'} can be loaded. Download an MLX model in LM "
-        "Studio, or set MODELS_ROOT.",
-        soft_wrap=True,
-    )
+def _say_folders(client: Client, nothing: bool) -> None:
+    """Say which models folders are missing, and which hold nothing that can be loaded.
+
+    Args:
+        nothing: whether no folder holds a model that can be loaded.
+    """
+    health = client.get("/health")
+    missing = health.get("models_root_missing", ())
+    for folder in missing:
+        terminal.say(
+            terminal.messages(),
+            f"The models folder {folder} does not exist. Connect its disk, or set MODELS_ROOT.",
+        )
+    there = [folder for folder in health.get("models_root", ()) if folder not in missing]
+    if nothing and (there or not missing):
+        folders = " and ".join(there)
+        terminal.say(
+            terminal.messages(),
+            f"No model in {folders or 'the models folder'} can be loaded. Download an MLX model "
+            "in LM Studio, or set MODELS_ROOT.",
+        )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
-
-from rich.table import Table
 
 from mlxproxy.commands import terminal
 from mlxproxy.commands.client import Client
@@ -13,53 +12,62 @@ from mlxproxy.commands.terminal import duration, size, switch
 
 
 def ps(client: Client, as_json: bool) -> None:
-    """Prints the state."""
+    """Print each loaded model with its figures, then what is being loaded.
+
+    Raises:
+        ClientError: no server, or it refuses.
+    """
     state = client.get("/v1/events?follow=false")
     if as_json:
         terminal.print_json(state)
         return
     console = terminal.output()
-    transition = state["transition"]
-    models = [model for model in state["models"] if model["loaded_at"] is not None]
+    models = _models(state)
     for model in models:
-        console.print(model["id"], style="bold")
-        terminal.show(console, _figures(model))
-    if not models and not transition:
-        console.print("No model is loaded.")
+        console.print(model["id"], style="bold", soft_wrap=True)
+        for name, value in _figures(model):
+            console.print(f"  {name:11}{value}", soft_wrap=True)
+    transition = state["transition"]
     if transition and transition["id"]:
         phase, seconds = transition["phase"], duration(transition["seconds"])
-        console.print(f"{transition['id']} is being loaded: {phase}, {seconds}", soft_wrap=True)
-    elif not models and state["last_failure"]:
-        console.print(state["last_failure"]["reason"], soft_wrap=True)
+        terminal.say(console, f"{transition['id']} is being loaded: {phase}, {seconds}")
+    elif not models:
+        failure = state["last_failure"]
+        terminal.say(console, failure["reason"] if failure else "No model is loaded.")
 
 
-def _figures(model: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2), pad_edge=True)
-    rows = {
-        "state": model["state"],
-        "loaded": duration(max(0.0, time.time() - model["loaded_at"])) + " ago",
-        "thinking": switch(model["enable_thinking"]),
-        "in flight": str(model["in_flight"]),
-        "waiting": str(model["waiting"]),
-        "tokens/s": _speed(model["tokens_per_second"]),
-        "memory": f"{size(model['memory_bytes'])} resident, {size(model['weights_bytes'])} weights",
-        "idle unload": _idle(model),
-        **({"pinned": "never evicted for another model"} if model["pinned"] else {}),
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+def _models(state: dict[str, Any]) -> list[dict[str, Any]]:
+    return [model for model in state["models"] if model["loaded_at"] is not None]
+
+
+def _figures(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "state", _state(model)
+    yield "thinking", switch(model["enable_thinking"])
+    yield "requests", f"{model['in_flight']} in flight, {model['waiting']} waiting"
+    yield "speed", _speed(model["tokens_per_second"])
+    resident, weights = size(model["memory_bytes"]), size(model["weights_bytes"])
+    yield "memory", f"{resident or 'unknown'} resident, {weights} weights"
+    yield "idle TTL", _idle(model)
+    if model["pinned"]:
+        yield "pinned", "never evicted for another model"
+
+
+def _state(model: dict[str, Any]) -> str:
+    if model["state"] == "draining":
+        return "finishing its answers before it is unloaded"
+    return f"loaded {duration(max(0.0, time.time() - model['loaded_at']))} ago"
 
 
 def _speed(speed: dict[str, float | None]) -> str:
     if speed["now"] is not None:
-        return f"{speed['now']:.1f} now"
-    return (
-        f"{speed['last']:.1f} in the last answer" if speed["last"] is not None else "not known yet"
-    )
+        return f"{speed['now']:.1f} tokens/s now"
+    if speed["last"] is not None:
+        return f"{speed['last']:.1f} tokens/s in the last answer"
+    return "not known yet"
 
 
 def _idle(model: dict[str, Any]) -> str:
     if model["idle_unload_in"] is not None:
-        return f"in {duration(model['idle_unload_in'])}"
-    return "not while requests are in flight" if model["in_flight"] or model["waiting"] else "never"
+        return f"unloads in {duration(model['idle_unload_in'])}"
+    busy = model["in_flight"] or model["waiting"]
+    return "not while there are requests" if busy else "never unloads"

@@ -14,6 +14,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import click
 
 from mlxproxy import settings
+from mlxproxy.backend.lock import holder
 from mlxproxy.engines.mlx_lm.program import program_on_path_alone
 from mlxproxy.text import harmless
 
@@ -57,7 +59,7 @@ class Plan:
 
 
 def plan(flags: Mapping[str, str]) -> Plan:
-    """The service for these flags and this shell's environment, which it will not have.
+    """Return the service for these flags and this shell's environment, which it will not have.
 
     Raises:
         SettingError: a value that is not allowed.
@@ -100,24 +102,54 @@ class Service(ABC):
         return self.path.is_file()
 
     def install(self, wanted: Plan) -> None:
-        """Writes the file and starts the service, anew if it runs already.
+        """Write the file and start the service, which is restarted if it runs already.
+
+        If that fails, everything is as it was before.
 
         Raises:
             ServiceError: the system refuses.
         """
+        before = self._content()
         try:
-            wanted.log.parent.mkdir(parents=True, exist_ok=True)
+            self._write(self.render(wanted), wanted.log)
+            self._start(wanted)
+        except ServiceError as error:
+            self._restore(before, wanted)
+            ending = "Nothing was installed." if before is None else "The service is as it was."
+            raise ServiceError(f"{error.message.rstrip('.')}. {ending}") from None
+
+    def _content(self) -> str | None:
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServiceError(f"{self.path} cannot be read: {error}.") from None
+
+    def _write(self, text: str, log: Path | None = None) -> None:
+        try:
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             # For its owner alone: an API key may be in it.
             with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(self.render(wanted))
+                file.write(text)
         except OSError as error:
             raise ServiceError(f"{self.path} could not be written: {error.strerror}.") from None
-        self._start(wanted)
+
+    def _restore(self, before: str | None, wanted: Plan) -> None:
+        with suppress(ServiceError):
+            self._stop()
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        if before is not None:
+            with suppress(ServiceError):
+                self._write(before)
+                self._start(wanted)
 
     def uninstall(self) -> bool:
-        """Stops the service and removes its file; whether there was one."""
+        """Stop the service and remove its file; return whether there was one."""
         there = self.installed
         if there:
             self._stop()
@@ -126,11 +158,11 @@ class Service(ABC):
 
     @abstractmethod
     def render(self, wanted: Plan) -> str:
-        """The file."""
+        """Return the text of the file."""
 
     @abstractmethod
     def restart(self) -> None:
-        """Stops it gracefully, and starts it.
+        """Stop the service gracefully, and start it.
 
         Raises:
             ServiceError: the system refuses.
@@ -138,7 +170,7 @@ class Service(ABC):
 
     @abstractmethod
     def pid(self) -> int | None:
-        """The running proxy's, or None."""
+        """Return the pid of the running proxy, or None."""
 
     @abstractmethod
     def _start(self, wanted: Plan) -> None: ...
@@ -255,7 +287,7 @@ WantedBy=default.target
 
 
 def of(platform: str = sys.platform) -> Service:
-    """The kind of service that a system has."""
+    """Return the kind of service that a system has."""
     return LaunchAgent() if platform == "darwin" else SystemdUnit()
 
 
@@ -263,19 +295,35 @@ def of(platform: str = sys.platform) -> Service:
 
 
 def install(flags: Mapping[str, str], dry_run: bool) -> None:
-    """Installs and starts the service, or only prints its file."""
+    """Install and start the service, or only print its file."""
     service, wanted = of(), plan(flags)
     if dry_run:
         click.echo(service.render(wanted), nl=False)
         return
+    _require_alone(service, flags)
     service.install(wanted)
     click.echo(f"Installed {service.path}: mlxproxy is running, and will start when you log in.")
     if isinstance(service, SystemdUnit):
         click.echo("To keep it running while you are logged out: loginctl enable-linger")
 
 
+def _require_alone(service: Service, flags: Mapping[str, str]) -> None:
+    """Return if no proxy runs that would keep the service from its ports.
+
+    Raises:
+        ServiceError: one runs in a terminal, or the system refuses to tell.
+    """
+    found = settings.load(flags)
+    proxy = holder(found.instance_path, found.backend_ports)
+    if proxy is not None and proxy.pid != service.pid():
+        raise ServiceError(
+            f"mlxproxy is already running (pid {proxy.pid}). Stop it (Ctrl-C in its terminal), "
+            "then install the service."
+        )
+
+
 def uninstall() -> None:
-    """Stops and removes the service."""
+    """Stop and remove the service."""
     service = of()
     click.echo(
         f"Removed {service.path}." if service.uninstall() else "The service was not installed."
@@ -283,7 +331,7 @@ def uninstall() -> None:
 
 
 def restart() -> None:
-    """Restarts the service.
+    """Restart the service.
 
     Raises:
         ServiceError: it is not installed, or the system refuses.
@@ -296,7 +344,7 @@ def restart() -> None:
 
 
 def status() -> int:
-    """Prints whether the service runs; returns the exit status."""
+    """Print whether the service runs; return the exit status."""
     service = of()
     if not service.installed:
         click.echo("Not installed. `mlxproxy service install` installs it.")
@@ -310,7 +358,7 @@ def status() -> int:
 
 
 def _quoted(word: str) -> str:
-    """A word of a systemd unit."""
+    """Return a word as a systemd unit has it."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 

@@ -1,4 +1,4 @@
-"""`mlxproxy status`: health in a sentence, and in the exit status."""
+"""`mlxproxy status`: the server's health in a sentence, and in the exit status."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ FINE, FAULT = 0, 3  # 1: no server, 2: wrong usage
 
 
 def status(client: Client, as_json: bool) -> int:
-    """Prints the health; returns the exit status."""
+    """Print the server's health; return the exit status.
+
+    Raises:
+        ClientError: no server, or it refuses.
+    """
     health = client.get("/health")
     fault = _fault(health)
     if as_json:
         terminal.print_json(health)
     else:
         sentence = f"mlxproxy is running at {client.url}; {_loaded(health)}."
-        terminal.output().print(" ".join(filter(None, (sentence, fault))), soft_wrap=True)
+        terminal.say(terminal.output(), " ".join(filter(None, (sentence, fault))))
     return FAULT if fault else FINE
 
 
@@ -37,7 +41,7 @@ def _loaded(health: dict[str, Any]) -> str:
 
 
 def _short(health: dict[str, Any]) -> str:
-    """The loaded model's id, which is its path below its models folder."""
+    """Return the loaded model's id, which is its path below its models folder."""
     path = str(health["model_id"])
     for root in health.get("models_root", ()):
         path = path.removeprefix(root.rstrip("/") + "/")

@@ -1,21 +1,22 @@
-"""What the commands print to: colours and bars for a terminal, plain text for a pipe."""
+"""Print for the commands: colours and bars to a terminal, plain text to a pipe."""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
-from mlxproxy.text import harmless, harmless_json
+from mlxproxy.text import harmless, harmless_json, wrapped
 
+GAP = 2  # columns between two cells of a table
 PIPE_WIDTH = 10_000  # columns: a line of a table is one line for whoever reads the pipe
 
 
@@ -30,12 +31,12 @@ class _Harmless(Console):
 
 
 def output() -> Console:
-    """Standard output: what was asked for."""
+    """Return standard output, for what was asked for."""
     return _console(sys.stdout)
 
 
 def messages() -> Console:
-    """Standard error: progress, and what is said beside."""
+    """Return standard error, for progress and remarks."""
     return _console(sys.stderr)
 
 
@@ -48,7 +49,7 @@ def _console(stream: TextIO) -> Console:
 
 @contextmanager
 def spinner(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Shows on a terminal that something is waited for; yields what changes the text."""
+    """Show on a terminal that the command is waiting; yield a function that changes the text."""
     if not console.is_terminal:
         yield lambda text: None
         return
@@ -57,33 +58,60 @@ def spinner(console: Console, text: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_json(value: Any) -> None:
-    """For programs."""
+    """Print a value for programs."""
     print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
-def table(*headings: str, right: tuple[str, ...] = ()) -> Table:
-    """A table without lines; the columns in `right` are numbers."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
-    return made
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print sentences: at a terminal, in lines that end between words."""
+    console.print(wrapped(harmless(text), console.file), style=style, soft_wrap=True)
 
 
-def natural_width(console: Console, made: Table) -> int:
-    """Columns that the table takes where nothing is folded."""
-    return console.measure(made, options=console.options.update(width=PIPE_WIDTH)).maximum
+class Row(NamedTuple):
+    """A line of a table: a name, the other cells, and the style of all of them."""
+
+    name: str
+    cells: tuple[str, ...]
+    style: str | None = None
 
 
-def show(console: Console, made: Table) -> None:
-    """Prints the table without the spaces that fill up its last column."""
-    with console.capture() as captured:
-        console.print(made)
-    for line in captured.get().splitlines():
-        console.file.write(line.rstrip() + "\n")
+def table(console: Console, head: Row, rows: Sequence[Row], right: tuple[int, ...] = ()) -> None:
+    """Print a table in which no cell is ever cut or folded.
+
+    A name that leaves the other cells no room gets a line of its own above them, so that it can
+    be copied.
+
+    Args:
+        right: the indexes of the cells that are numbers.
+    """
+    lines = [
+        Row(harmless(row.name), tuple(map(harmless, row.cells)), row.style) for row in (head, *rows)
+    ]
+    widths = [
+        max(map(cell_len, cells)) for cells in zip(*(row.cells for row in lines), strict=True)
+    ]
+    room = console.width - sum(GAP + width for width in widths)
+    lengths = [length for row in lines if (length := cell_len(row.name)) <= room]
+    first = max(lengths, default=0)
+    for row in lines:
+        name = row.name
+        if cell_len(name) > first:
+            console.print(name, style=row.style, soft_wrap=True)
+            name = ""
+        line = _padded(name, first) + "".join(
+            " " * GAP + _padded(cell, width, index in right)
+            for index, (cell, width) in enumerate(zip(row.cells, widths, strict=True))
+        )
+        console.print(line.rstrip(), style=row.style, soft_wrap=True)
+
+
+def _padded(text: str, width: int, right: bool = False) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space
 
 
 def size(number: int | None) -> str:
-    """Bytes for a person, as a Mac counts them: 17.2 GB."""
+    """Return bytes for a person, as a Mac counts them: 17.2 GB."""
     if number is None:
         return ""
     amount = float(number)
@@ -95,7 +123,7 @@ def size(number: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: 4.2 s, 12 min, 3 h 5 min, 2 d."""
+    """Return seconds for a person: 4.2 s, 12 min, 3 h 5 min, 2 d."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 99.5:
@@ -109,5 +137,5 @@ def duration(seconds: float) -> str:
 
 
 def switch(value: object) -> str:
-    """A flag in words."""
+    """Return a flag in words."""
     return "on" if value else "off"

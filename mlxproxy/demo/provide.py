@@ -30,7 +30,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mlxproxy.text import harmless
+from mlxproxy.text import harmless, wrapped
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct-4bit"
 
@@ -281,7 +281,9 @@ def _progress(console: Console) -> Progress:
 
 
 def _say(console: Console, sentence: str) -> None:
-    console.print(harmless(sentence), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        wrapped(harmless(sentence), console.file), markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _unavailable(reason: str) -> DemoUnavailable:

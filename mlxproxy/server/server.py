@@ -97,19 +97,21 @@ class Server:
 
     Args:
         app: the WSGI application.
-        settings: host, port, and the counts that decide how many threads there are.
+        settings: the counts that decide how many threads there are.
+        listener: the socket to accept connections on, from :func:`listen`.
         stop: ends all work within its limits; called once, from a thread of its own.
         hurry: shortens a stop under way; called at a second signal.
         channel_class: what each connection becomes; `Channel` sends through waitress's buffers.
 
     Raises:
-        CannotListen: the address is taken or not of this machine.
+        CannotListen: another program has begun to listen on the address in the meantime.
     """
 
     def __init__(
         self,
         app: Any,
         settings: Settings,
+        listener: socket.socket,
         stop: Callable[[], None],
         force_stop: Callable[[], None],
         channel_class: type[Channel] = DirectChannel,
@@ -118,7 +120,6 @@ class Server:
         self._hurry = force_stop
         self._stopping = False
         self._finished = threading.Event()
-        listener = _listen(settings.proxy_host, settings.proxy_port)
         self.address: tuple[str, int] = listener.getsockname()[:2]
         adjustments = Adjustments(
             sockets=[listener],
@@ -138,15 +139,19 @@ class Server:
         self._map: dict[int, Any] = {}
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
-        self._server = Listener(
-            app,
-            self._map,
-            _sock=listener,
-            dispatcher=self._dispatcher,
-            adj=adjustments,
-            bind_socket=False,
-            sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-        )
+        try:
+            self._server = Listener(
+                app,
+                self._map,
+                _sock=listener,
+                dispatcher=self._dispatcher,
+                adj=adjustments,
+                bind_socket=False,
+                sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
+            )
+        except OSError as error:
+            self._dispatcher.shutdown()
+            raise _cannot_listen(error, *self.address) from None
         self._server.channel_class = channel_class
 
     def run(self) -> None:
@@ -226,7 +231,12 @@ class Server:
             self._turn(0.05)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to the address: nobody can connect before a server takes it.
+
+    Raises:
+        CannotListen: the address is taken or not of this machine.
+    """
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -236,16 +246,20 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise CannotListen(
-                f"Port {port} on {host} is in use by another program. Stop it, or set PROXY_PORT "
-                f"to another port (`make run PROXY_PORT={port % 65535 + 1}`)."
-            ) from None
-        raise CannotListen(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Set PROXY_HOST to an address of "
-            "this machine and PROXY_PORT to a port above 1023."
-        ) from None
+        raise _cannot_listen(error, host, port) from None
     return listener
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> CannotListen:
+    if error.errno == errno.EADDRINUSE:
+        return CannotListen(
+            f"Port {port} on {host} is in use by another program. Stop it, or set PROXY_PORT "
+            f"to another port (`make run PROXY_PORT={port % 65535 + 1}`)."
+        )
+    return CannotListen(
+        f"Cannot listen on {host}:{port}: {error.strerror}. Set PROXY_HOST to an address of "
+        "this machine and PROXY_PORT to a port above 1023."
+    )
 
 
 def _room(descriptors: int, max_concurrent: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support import tiny_models
 from tests.support.proxy import Proxy
-from tests.support.pty import Terminal, run
+from tests.support.pty import Terminal, environment, run
 from tests.support.waiting import until
 
 
@@ -101,3 +102,26 @@ def test_a_chat_command_with_no_model_loaded_says_what_to_do(
     done = run("chat", "-p", "Hello!", env=env)
     assert done.returncode == 1
     assert "`mlxproxy load`" in done.stderr
+
+
+def test_a_newcomers_first_chat(
+    start: Callable[..., Proxy], tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    tiny_models.build(tmp_path / "models" / "tiny" / "only", says="word", length=5)
+    proxy = start(tmp_path / "models")
+    screen = talk(env=environment(tmp_path, proxy.url))
+    screen.expect("Loading tiny/only")
+    screen.expect("Loaded tiny/only in ")
+    screen.expect("> ")
+    screen.type("Hello!\n")
+    screen.expect(ANSWER)
+    screen.expect(" tokens/s")
+    screen.expect("> ")
+    screen.type("/unload\n")
+    screen.expect("Unloaded tiny/only.")
+    screen.expect("> ")
+    screen.type("/load only\n")
+    screen.expect("Loaded tiny/only in ")
+    screen.expect("> ")
+    screen.type("/quit\n")
+    assert screen.wait() == 0

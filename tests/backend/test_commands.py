@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.proxy import Proxy
-from tests.support.pty import Terminal, run, scripted
+from tests.support.pty import Terminal, environment, run, scripted
 from tests.support.waiting import until
 
 # -- load, ps, status, unload
@@ -24,14 +24,13 @@ def test_a_model_is_loaded_shown_and_unloaded(env: dict[str, str]) -> None:
     assert loaded.stdout.startswith("Loaded tiny/alpha in ")
     assert loaded.stdout.endswith("thinking on.\n")
     assert loaded.stderr == ""
-    shown = {
-        line[:15].strip(): line[15:].strip() for line in run("ps", env=env).stdout.splitlines()
-    }
-    assert "tiny/alpha" in shown
-    assert shown["state"] == "ready"
+    name, *figures = run("ps", env=env).stdout.splitlines()
+    shown = {line[:13].strip(): line[13:].strip() for line in figures}
+    assert name == "tiny/alpha"
+    assert shown["state"].startswith("loaded ")
     assert shown["thinking"] == "on"
-    assert shown["in flight"] == "0"
-    assert shown["idle unload"].startswith("in ")
+    assert shown["requests"] == "0 in flight, 0 waiting"
+    assert shown["idle TTL"].startswith("unloads in ")
     assert "weights" in shown["memory"]
     status = run("status", env=env)
     assert status.returncode == 0
@@ -81,16 +80,16 @@ def test_logs_backend_prints_the_log_of_the_backend(proxy: Proxy, env: dict[str,
 
 def findings(env: dict[str, str]) -> dict[str, dict[str, Any]]:
     done = run("doctor", "--json", env=env, seconds=120)
-    found = {it["check"]: it for it in json.loads(done.stdout)}
-    assert done.returncode == (0 if all(it["fine"] for it in found.values()) else 1)
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == (0 if all(finding["ok"] for finding in found.values()) else 1)
     return found
 
 
 def test_the_doctor_finds_a_healthy_machine_healthy(proxy: Proxy, tmp_path: Path) -> None:
     found = findings({**proxy.environment, "HOME": str(tmp_path)})
-    assert all(it["fine"] for it in found.values()), found
-    assert str(proxy.process.pid if proxy.process else "") in found["lock"]["sentence"]
-    checks = {"Python", "settings", "mlx-lm", "models", "disk", "lock", "orphan", "service"}
+    assert all(finding["ok"] for finding in found.values()), found
+    assert str(proxy.process.pid if proxy.process else "") in found["server"]["sentence"]
+    checks = {"Python", "settings", "mlx-lm", "models", "disk", "server", "leftovers", "service"}
     assert checks <= found.keys()
 
 
@@ -114,9 +113,29 @@ def test_the_doctor_names_each_fault_and_its_remedy(
             }
         )
     port, backend_port = stranger.rpartition(":")[2], killed.backend_port
-    wrong = {name for name, it in found.items() if not it["fine"]}
-    assert wrong == {"mlx-lm", "models", "orphan", f"port {port}", f"port {backend_port}"}
+    wrong = {name for name, finding in found.items() if not finding["ok"]}
+    assert wrong == {"mlx-lm", "models", "leftovers", f"port {port}", f"port {backend_port}"}
     assert "no metal here" in found["mlx-lm"]["sentence"]
-    assert found["orphan"]["mend"] == f"kill {orphan.pid}"
-    assert str(os.getpid()) in found[f"port {port}"]["mend"]
+    assert found["leftovers"]["fix"] == f"kill {orphan.pid}"
+    assert str(os.getpid()) in found[f"port {port}"]["fix"]
     orphan.kill()
+
+
+def test_the_doctor_asks_the_server_that_runs(
+    start: Callable[..., Proxy], models: Path, tmp_path: Path
+) -> None:
+    """Its settings are those of another terminal."""
+    (tmp_path / "empty").mkdir()
+    proxy = start(models, MODELS_ROOT=f"{models}:{tmp_path / 'empty'}", API_KEY="secret")
+    found = findings(environment(tmp_path, MLXPROXY_INSTANCE_PATH=str(proxy.instance)))
+    assert all(finding["ok"] for finding in found.values()), found
+    assert f"answers at http://localhost:{proxy.port}" in found["server"]["sentence"]
+    assert f"PROXY_PORT={proxy.port}" in found["settings"]["sentence"]
+    assert f"MODELS_ROOT={models}:" in found["settings"]["sentence"]
+    assert "API_KEY" in found["settings"]["sentence"]
+    assert not any("secret" in finding["sentence"] for finding in found.values())
+    assert found["models"]["sentence"] == f"none of 0 in {tmp_path / 'empty'} can be loaded"
+    proxy.stop()
+    found = findings(environment(tmp_path, MLXPROXY_INSTANCE_PATH=str(proxy.instance)))
+    assert found["server"]["sentence"].startswith("not running")
+    assert str(models) not in found["settings"]["sentence"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,62 @@ from tests.support.pty import COMMAND, Terminal, environment, run, scripted
 DONE = "data: [DONE]\n\n"
 
 NOTHING_LOADED = {"loaded": False, "transition": None}
+LOADED = {"loaded": True, "id": "a/b", "model_id": "/models/a/b"}
 
 
 def delta(**fields: str) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": fields, "finish_reason": None}]}
 
 
-class Script:
-    """A scripted server that answers one question after the other, and what it was asked."""
+def model(id_: str, thinking: bool = False) -> dict[str, Any]:
+    abilities = {"tools": False, "vision": False, "thinking": thinking}
+    facts = {"size_bytes": 2_000_000_000, "quantization": None, "max_context_length": 4096}
+    return {"id": id_, "loadable": True, "loaded": False, "state": "not-loaded", **facts} | {
+        "capabilities": abilities
+    }
 
-    def __init__(self, *answers: list[Any]) -> None:
+
+class Script:
+    """A scripted server that answers one question after the other, and what it was asked.
+
+    Args:
+        models: the ids of those on disk.
+        loaded: what is loaded at first.
+    """
+
+    def __init__(
+        self,
+        *answers: list[Any],
+        models: Sequence[str] = (),
+        loaded: Mapping[str, Any] = LOADED,
+    ) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.loads: list[dict[str, Any]] = []
         self._answers = list(answers)
+        self._models = [model(id_) for id_ in models]
+        self._loaded = loaded
 
     def __call__(self, path: str, body: dict[str, Any]) -> Any:
-        if path != "/v1/chat/completions":
-            return NOTHING_LOADED
-        self.asked.append(body)
-        return self._answers.pop(0)
+        if path == "/v1/chat/completions":
+            self.asked.append(body)
+            return self._answers.pop(0)
+        if path == "/v1/models/load":
+            return self._load(body)
+        if path == "/v1/models/unload":
+            return {"status": "unloaded"}
+        if path == "/v1/models":
+            return {"data": self._models}
+        if path == "/v1/models/loaded":
+            return self._loaded
+        return next(found for found in self._models if path == f"/v1/models/{found['id']}")
+
+    def _load(self, body: dict[str, Any]) -> Any:
+        self.loads.append(body)
+        found = [known["id"] for known in self._models if known["id"].endswith(body["model_id"])]
+        if len(found) != 1:
+            return [{"error": {"message": f"No model {body['model_id']!r}.", "code": "x"}}]
+        thinking = body.get("enable_thinking", False)
+        return [{"status": "loaded", "id": found[0], "enable_thinking": thinking, "changed": True}]
 
 
 def test_an_unknown_model_ends_it(env: dict[str, str]) -> None:
@@ -185,3 +223,173 @@ def test_an_unknown_word_with_a_slash_is_not_sent(
         screen.type("/usr/bin is what?\n")
         screen.expect("yes")
     assert len(script.asked) == 1
+
+
+# -- which model
+
+
+def test_with_nothing_loaded_the_only_model_is_loaded(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    script = Script([delta(content="yes"), DONE], models=["tiny/one"], loaded=NOTHING_LOADED)
+    with scripted(script) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("Loaded tiny/one in ")
+        screen.expect("tiny/one   /help")
+        screen.expect("> ")
+        screen.type("well?\n")
+        screen.expect("yes")
+    assert [body["model_id"] for body in script.loads] == ["tiny/one"]
+    assert script.asked[0]["model"] == "tiny/one"
+
+
+@pytest.mark.parametrize(("answer", "loaded"), [("2", "tiny/two"), ("one", "tiny/one")])
+def test_with_nothing_loaded_the_user_chooses_from_a_numbered_list(
+    answer: str, loaded: str, tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    script = Script(models=["tiny/one", "tiny/two"], loaded=NOTHING_LOADED)
+    with scripted(script) as url:
+        screen = talk("--thinking", env=environment(tmp_path, url))
+        screen.expect("1  tiny/one")
+        screen.expect("2  tiny/two")
+        screen.expect("Load which model?")
+        screen.type("three\n")
+        screen.expect("No model 'three'.")
+        screen.expect("Load which model?")
+        screen.type(f"{answer}\n")
+        screen.expect(f"Loaded {loaded} in ")
+        screen.expect("> ")
+    assert script.loads[-1]["enable_thinking"] is True
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_the_choice_of_a_model_can_be_left(
+    key: str, tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    script = Script(models=["tiny/one", "tiny/two"], loaded=NOTHING_LOADED)
+    with scripted(script) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("Load which model?")
+        screen.type(key)
+        assert screen.wait() == 0
+    assert "Traceback" not in screen.text
+    assert not script.loads
+
+
+def test_without_any_model_the_chat_says_what_to_do(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    with scripted(Script(loaded=NOTHING_LOADED)) as url:
+        screen = talk(env=environment(tmp_path, url))
+        assert screen.wait() == 1
+    assert "No model can be loaded. `mlxproxy ls --all` says why." in screen.text
+
+
+def test_a_load_in_progress_is_not_followed_by_another(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    coming = {"loaded": False, "transition": {"id": "tiny/two", "phase": "loading"}}
+    script = Script(models=["tiny/one"], loaded=coming)
+    with scripted(script) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("tiny/two is being loaded.")
+        screen.expect("> ")
+    assert not script.loads
+
+
+# -- the commands in the chat
+
+
+def test_models_are_listed_loaded_and_unloaded_in_the_chat(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    refusal = [{"error": {"message": "No model is loaded.", "code": "no_model_loaded"}}]
+    script = Script([delta(content="yes"), DONE], refusal, models=["tiny/one", "tiny/two"])
+    with scripted(script) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("a/b   /help")
+        for typed, said in (
+            ("/models", "2  tiny/two"),
+            ("/load 2", "Loaded tiny/two in "),
+            ("well?", "yes"),
+            ("/load", "1  tiny/one"),
+            ("/load nobody", "No model 'nobody'."),
+            ("/unload", "Unloaded tiny/two."),
+            ("well?", "/load NAME loads one"),
+        ):
+            screen.expect("> ")
+            screen.type(typed + "\n")
+            screen.expect(said)
+    assert [body["model_id"] for body in script.loads] == ["tiny/two", "nobody"]
+    assert [body.get("model") for body in script.asked] == ["tiny/two", None]
+
+
+def test_instructions_are_given_kept_and_removed(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    script = Script(*([delta(content=f"answer {n}"), DONE] for n in range(4)))
+    with scripted(script) as url:
+        screen = talk("--system", "Be kind.", env=environment(tmp_path, url))
+        for number, command in enumerate(("", "/system Be brief.", "/clear", "/system")):
+            screen.expect("> ")
+            if command:
+                screen.type(command + "\n")
+                screen.expect("> ")
+            screen.type(f"question {number}\n")
+            screen.expect(f"answer {number}")
+    firsts = [body["messages"][0] for body in script.asked]
+    given = [first["content"] for first in firsts if first["role"] == "system"]
+    assert given == ["Be kind.", "Be brief.", "Be brief."]
+    assert firsts[3] == {"role": "user", "content": "question 2"}
+
+
+def test_thinking_that_a_model_cannot_do_is_said(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    loaded = {**LOADED, "id": "tiny/one"}
+    with scripted(Script(models=["tiny/one"], loaded=loaded)) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("> ")
+        screen.type("/think\n")
+        screen.expect("tiny/one has no thinking mode")
+        done = run("load", "one", "--thinking", env=environment(tmp_path, url))
+    assert done.stdout.endswith(", but it has no thinking mode.\n")
+
+
+# -- how an answer looks
+
+
+def test_the_speed_of_an_answer_is_shown_at_the_end_but_not_in_a_pipe(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 21}}
+    answer = [delta(content="yes"), 0.5, delta(content=" sir"), usage, DONE]
+    script = Script(answer, answer)
+    with scripted(script) as url:
+        screen = talk(env=environment(tmp_path, url))
+        screen.expect("> ")
+        screen.type("well?\n")
+        screen.expect("yes sir\n21 tokens, ")
+        speed = float(screen.expect(" tokens/s"))
+        assert run("chat", "-p", "x", env=environment(tmp_path, url)).stdout == "yes sir\n"
+    assert speed > 0
+
+
+def test_an_answers_lines_end_between_words(tmp_path: Path, talk: Callable[..., Terminal]) -> None:
+    words = [f"extraordinary{number}" for number in range(30)]
+    with scripted(Script([delta(content=" ".join(words)), DONE])) as url:
+        screen = talk("-p", "well?", env=environment(tmp_path, url))
+        assert screen.wait() == 0
+    answer = screen.text[screen.text.index(words[0]) :].splitlines()
+    assert max(map(len, answer)) < 80
+    assert " ".join(answer).split() == words
+
+
+def test_a_word_that_does_not_fit_moves_to_the_next_line(
+    tmp_path: Path, talk: Callable[..., Terminal]
+) -> None:
+    pieces = [delta(content="x" * 70), delta(content=" extra"), delta(content="ordinary")]
+    with scripted(Script([*pieces, DONE])) as url:
+        screen = talk("-p", "well?", env=environment(tmp_path, url))
+        assert screen.wait() == 0
+    assert screen.raw.replace("\r\n", "\n").endswith(" extra\x1b[5D\x1b[0K\nextraordinary\n")

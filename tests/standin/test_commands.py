@@ -73,7 +73,7 @@ def test_help_names_every_command_whole(tmp_path: Path) -> None:
     for name in "serve ls ps load unload chat logs status doctor service".split():
         assert f"\n  {name} " in said
     assert "...\n" not in said.partition("Commands:")[2]
-    assert "_MLXPROXY_COMPLETE=zsh_source" in said
+    assert "`mlxproxy completion`" in said
 
 
 @pytest.mark.parametrize(
@@ -182,15 +182,17 @@ def test_ls_says_what_does_not_fit_into_memory(tmp_path: Path) -> None:
     assert row.split() == ["a/b", "140.0", "GB", "none", "see", "too", "big"]
 
 
-def test_ls_fits_a_terminal_of_80_columns(
+def test_ls_shows_ids_whole_in_80_columns(
     env: dict[str, str], terminal: Callable[..., Terminal]
 ) -> None:
     screen = terminal("ls", "--all", env=env)
     assert screen.wait() == 0
     lines = screen.text.splitlines()
     assert max(map(len, lines)) <= 80
-    at = lines.index(next(line for line in lines if line.startswith("lmstudio-community/ ")))
-    assert lines[at + 1].strip() in LONG
+    at = lines.index(LONG)
+    assert lines[at + 1].split()[2:] == ["4-bit", "256K", "tools", "think"]
+    (short,) = (line for line in lines if line.startswith("tiny/alpha "))
+    assert lines[0].index("QUANT") == lines[at + 1].index("4-bit") == short.index("none")
     assert "\x1b[1m" in screen.raw
 
 
@@ -204,8 +206,24 @@ def test_every_listing_is_json_for_programs(env: dict[str, str]) -> None:
 def test_an_empty_models_folder_is_named(start: Callable[..., Proxy], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     proxy = start(tmp_path / "empty")
-    said = run("ls", env=environment(tmp_path, proxy.url)).stdout
-    assert str(tmp_path / "empty") in said
+    done = run("ls", env=environment(tmp_path, proxy.url))
+    assert f"No model in {tmp_path / 'empty'} can be loaded" in done.stderr
+    assert done.stdout == ""
+
+
+def test_ls_says_that_a_models_folder_is_missing(
+    start: Callable[..., Proxy], models: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "unplugged"
+    proxy = start(models, MODELS_ROOT=f"{models}:{missing}")
+    done = run("ls", env=environment(tmp_path, proxy.url))
+    assert "tiny/alpha" in done.stdout
+    assert done.stderr.startswith(f"The models folder {missing} does not exist.")
+    proxy = start(missing)
+    done = run("ls", env=environment(tmp_path, proxy.url))
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"The models folder {missing} does not exist.")
 
 
 def test_a_reader_who_stops_early_is_no_failure(env: dict[str, str]) -> None:
@@ -289,6 +307,30 @@ def test_a_fault_shows_in_the_exit_status(start: Callable[..., Proxy], tmp_path:
     assert str(tmp_path / "unplugged") in done.stdout
 
 
+LONG_WORDS = "/Volumes/" + "-".join(["a-disk-with-a-long-name"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["status"], {"models_root_missing": [LONG_WORDS]}),
+        (["ls"], {"data": [], "models_root": [LONG_WORDS]}),
+        (["load", "b"], [{"error": {"message": f"It is not in {LONG_WORDS} any more, I fear."}}]),
+        (["ps"], {"models": [], "transition": {"id": LONG_WORDS, "phase": "x", "seconds": 1}}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_no_sentence_is_cut_inside_a_word_at_the_end_of_a_line(
+    arguments: list[str], answer: Any, tmp_path: Path, terminal: Callable[..., Terminal]
+) -> None:
+    with scripted(lambda path, body: answer) as url:
+        screen = terminal(*arguments, env=environment(tmp_path, url))
+        screen.wait()
+    (at,) = (n for n, line in enumerate(screen.text.splitlines()) if LONG_WORDS in line)
+    assert max(len(line) for line in screen.text.splitlines() if LONG_WORDS not in line) <= 80
+    assert screen.text.splitlines()[at].strip(".") == LONG_WORDS
+
+
 # -- logs
 
 
@@ -312,21 +354,6 @@ def test_logs_are_printed_and_followed(proxy: Proxy, env: dict[str, str]) -> Non
         following.send_signal(signal.SIGINT)
         assert following.wait(10) == 130
         assert following.stderr.read() == ""
-
-
-# -- the shell's completion
-
-
-def test_the_shell_completes_commands_and_models(env: dict[str, str]) -> None:
-    asked = {**env, "_MLXPROXY_COMPLETE": "bash_complete"}
-    commands = run(env={**asked, "COMP_WORDS": "mlxproxy st", "COMP_CWORD": "1"})
-    assert "status" in commands.stdout
-    models = run(env={**asked, "COMP_WORDS": "mlxproxy load tiny/a", "COMP_CWORD": "2"})
-    assert models.stdout.split() == ["plain,tiny/alpha"]
-    nobody = {**asked, "MLXPROXY_URL": f"localhost:{free_port()}"}
-    nothing = run(env={**nobody, "COMP_WORDS": "mlxproxy load t", "COMP_CWORD": "2"})
-    assert nothing.stdout.split() == []
-    assert nothing.stderr == ""
 
 
 # -- doctor

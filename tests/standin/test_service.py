@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mlxproxy.commands import service
+from tests.support.proxy import Proxy
 from tests.support.pty import environment, run
 
 # Stands for systemctl or launchctl: writes down its arguments, and knows one running service until
@@ -137,6 +139,60 @@ def test_an_error_of_the_service_manager_is_quoted(home: Path, manager: Path) ->
     (manager / "systemctl").write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
     with pytest.raises(service.ServiceError, match="no bus"):
         service.of("linux").install(service.plan({}))
+
+
+@pytest.mark.parametrize(
+    ("platform", "refused"),
+    [
+        ("linux", "daemon-reload"),
+        ("linux", "enable"),
+        ("linux", "restart"),
+        ("darwin", "bootstrap"),
+    ],
+)
+def test_an_install_that_fails_leaves_nothing(
+    platform: str, refused: str, home: Path, manager: Path
+) -> None:
+    for name in ("systemctl", "launchctl"):
+        answer = f'case "$*" in *{refused}*) echo no bus >&2; exit 1 ;; esac\n'
+        script = (manager / name).read_text()
+        (manager / name).write_text(script.replace("#!/bin/sh\n", f"#!/bin/sh\n{answer}"))
+    installed = service.of(platform)
+    with pytest.raises(service.ServiceError, match=r"no bus\. Nothing was installed\."):
+        installed.install(service.plan({}))
+    assert not installed.installed
+    assert not (manager / "running").exists()
+    assert [path for path in home.rglob("*") if path.is_file() and path.parent != manager] == []
+
+
+def test_an_install_that_fails_leaves_the_service_that_was_there(home: Path, manager: Path) -> None:
+    unit = service.of("linux")
+    unit.install(service.plan({"API_KEY": "first"}))
+    before = unit.path.read_text()
+    refusing = (
+        "#!/bin/sh\nif grep -qs second ~/.config/systemd/user/*; then echo no >&2; exit 1; fi\n"
+    )
+    script = (manager / "systemctl").read_text()
+    (manager / "systemctl").write_text(script.replace("#!/bin/sh\n", refusing))
+    with pytest.raises(service.ServiceError, match="The service is as it was"):
+        unit.install(service.plan({"API_KEY": "second"}))
+    assert unit.path.read_text() == before
+    assert unit.path.stat().st_mode & 0o077 == 0
+    assert unit.pid() == 4711
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the command talks to launchd here")
+def test_no_service_is_installed_beside_a_proxy_in_a_terminal(
+    start: Callable[..., Proxy], models: Path, manager: Path
+) -> None:
+    proxy = start(models)
+    env = {**proxy.environment, **{k: os.environ[k] for k in ("HOME", "PATH")}}
+    done = run("service", "install", env=env)
+    assert done.returncode == 1
+    assert proxy.process is not None
+    assert f"mlxproxy is already running (pid {proxy.process.pid})" in done.stderr
+    assert not service.of("linux").installed
+    assert run("service", "install", "--dry-run", env=env).returncode == 0
 
 
 def test_a_missing_service_manager_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

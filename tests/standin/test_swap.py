@@ -284,6 +284,7 @@ def test_a_load_that_is_not_waited_for_is_accepted_at_once(scripted: Start) -> N
         ({"mute": True}, "load_timeout", 504, "LOAD_TIMEOUT"),
         ({"open_after": None}, "load_timeout", 504, "LOAD_TIMEOUT"),
         ({"empty": True}, "load_failed", 500, "without an answer"),
+        ({"wire": "good morning\r\n\r\n"}, "load_failed", 500, "does not speak HTTP"),
         ({"error": "something odd"}, "load_failed", 500, "something odd"),
         ({"die_after": 0}, "load_failed", 500, "SIGKILL"),
         ({"mute": True, "ignore_sigterm": True}, "load_timeout", 504, "LOAD_TIMEOUT"),

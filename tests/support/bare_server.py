@@ -18,9 +18,10 @@ class BareServer:
         application: Callable[..., Any],
         channel_class: type[channel.Channel] = channel.DirectChannel,
     ) -> None:
-        settings = Settings(proxy_host="127.0.0.1", proxy_port=0, max_concurrent=1, max_queue=0)
+        settings = Settings(max_concurrent=1, max_queue=0)
+        self._listener = server.listen("127.0.0.1", 0)
         self.server = server.Server(
-            application, settings, lambda: None, lambda: None, channel_class
+            application, settings, self._listener, lambda: None, lambda: None, channel_class
         )
         self.port = self.server.address[1]
         self._over = threading.Event()
@@ -35,4 +36,5 @@ class BareServer:
         self._over.set()
         self._thread.join()
         server.wasyncore.close_all(self.server._map)
+        self._listener.close()
         self.server._dispatcher.shutdown(timeout=1)

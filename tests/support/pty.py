@@ -52,14 +52,16 @@ def run(
 
 
 class Terminal:
-    """The command at a terminal of 80 columns."""
+    """The command, or another program, at a terminal of 80 columns."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, *arguments: str, env: Mapping[str, str], program: str | Path = COMMAND
+    ) -> None:
         self._screen, child = pty.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.raw = ""
         self._process = subprocess.Popen(
-            [str(COMMAND), *arguments],
+            [str(program), *arguments],
             env=dict(env),
             stdin=child,
             stdout=child,

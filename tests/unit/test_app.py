@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from mlxproxy.blueprints import hooks
+from mlxproxy.blueprints import hooks, openai
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
@@ -116,6 +116,24 @@ def test_a_stream_whose_head_cannot_be_sent_gives_its_place_back(
             headers={"Origin": "http://localhost"},
             environ_overrides={"mlxproxy.at_end": at_end},
         )
+        assert answer.status_code == 500
+    assert scene.controller.released == 1
+
+
+def test_a_stream_that_a_fault_follows_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is told of an answer is told once its end is seen to."""
+    scene = Scene(FakeConnection([b"data: {}\n\n"])).grant()
+    client, _ = streaming(scene)
+
+    def fault(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(openai, "warn", fault)
+    with ExitStack() as at_end:
+        environment = {"mlxproxy.at_end": at_end}
+        answer = client.post("/v1/chat/completions", json=STREAM, environ_overrides=environment)
         assert answer.status_code == 500
     assert scene.controller.released == 1
 

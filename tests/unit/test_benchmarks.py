@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from benchmarks import wire
+from benchmarks import picture, wire
+from benchmarks.__main__ import RESULTS
 from benchmarks.figures import Figure, Goal, percentile
 from benchmarks.lifecycle import generate
+from benchmarks.report import Report
 from tests.support import tiny_models
 from tests.support.model_folders import catalog_of
 
@@ -116,3 +119,35 @@ def test_the_generated_library_has_only_loadable_models(tmp_path: Path) -> None:
     listed = catalog_of((tmp_path / "library",)).models()
     assert len(listed) == 50
     assert all(model.loadable for model in listed)
+
+
+# -- what is shown of it
+
+
+@pytest.fixture
+def stored() -> Report:
+    return Report.from_json(json.loads(RESULTS.read_text()))
+
+
+def test_stored_results_are_read_as_they_were_written(stored: Report) -> None:
+    assert json.loads(json.dumps(stored.to_json())) == json.loads(RESULTS.read_text())
+
+
+def test_the_picture_shows_what_is_added_in_milliseconds_beside_what_the_model_takes(
+    stored: Report,
+) -> None:
+    rounds = stored.rounds
+    (_, token), (_, answer) = picture.panels(stored)
+    ours, direct = (rounds.of(1, name, "p50") for name in ("mlxproxy", "direct"))
+    assert token["mlxproxy adds"] * 1000 == pytest.approx(ours.above(direct).median)
+    whole, alone = (rounds.whole_answer(name) for name in ("mlxproxy", "direct"))
+    assert answer["mlxproxy adds"] == pytest.approx(whole.above(alone).median)
+    assert list(token) == list(answer) == ["the model takes", "mlxproxy adds", "nginx would add"]
+    assert answer["the model takes"] == 64 * token["the model takes"]
+
+
+def test_without_nginx_there_is_a_picture_all_the_same(stored: Report, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    fewer = Report(["direct", "mlxproxy"], stored.rounds, stored.lifecycle)
+    picture.draw(fewer, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5_000

@@ -169,11 +169,9 @@ def test_a_wrong_key_is_not_shown_in_the_sentence(tmp_path: Path) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_every_setting_is_documented() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_every_setting_is_in_the_example_configuration() -> None:
     example = (ROOT / "instance" / "config.example.py").read_text()
-    for name, shown, meaning in settings.describe():
-        assert f"| `{name}` | {shown} | {meaning} |" in readme
+    for name, _, _ in settings.describe():
         assert f"# {name} = " in example or name == "INSTANCE_PATH"
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from mlxproxy.backend.connection import ReadTimeout
+from mlxproxy.backend.connection import BrokenConnection, ReadTimeout
 from mlxproxy.backend.process import Backend
 from mlxproxy.backend.protocol import Address
 from mlxproxy.engines.mlx_lm.engine import MlxLm
-from mlxproxy.errors import BackendFailed, BackendTimeout, ModelSwapped
+from mlxproxy.errors import BackendTimeout, ModelSwapped
 from mlxproxy.relay.stall import INTERVAL_SECONDS, SILENT_FACTOR, Patience, Silence, Verdict, judge
 from tests.support.fake_backend import World, model_spec
 from tests.support.fake_connection import FakeConnection, Scene
@@ -180,7 +180,7 @@ def test_a_probe_that_is_answered_is_a_sign_of_life(probed: Any) -> None:
     assert backend.last_byte_at > 0
 
 
-@pytest.mark.parametrize("status", [404, ReadTimeout(), BackendFailed("gone")])
+@pytest.mark.parametrize("status", [404, ReadTimeout(), BrokenConnection("is gone")])
 def test_a_probe_that_fails_is_none(probed: Any, status: Any) -> None:
     def answer() -> int:
         if isinstance(status, Exception):

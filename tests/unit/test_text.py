@@ -15,6 +15,7 @@ from rich.text import Text
 from mlxproxy.commands import terminal
 from mlxproxy.commands.client import ClientError, Refused
 from mlxproxy.commands.service import ServiceError
+from mlxproxy.commands.terminal import Row
 from mlxproxy.text import harmless, harmless_json
 from tests.support.hostile_text import CLEAN, NASTY
 
@@ -52,13 +53,12 @@ def test_no_way_of_printing_passes_control_characters_on(
     monkeypatch.setattr(file, "isatty", lambda: tty)
     monkeypatch.setattr("sys.stdout", file)
     console = terminal.output()
-    table = terminal.table("HEADING")
-    table.add_row(NASTY, style="green")
     grid = Table.grid()
     grid.add_row(Text(NASTY))
     console.print(NASTY, style="bold")
     console.print(Text(NASTY), Group(NASTY, grid), soft_wrap=True)
-    terminal.show(console, table)
+    terminal.say(console, NASTY)
+    terminal.table(console, Row(NASTY, (NASTY,)), [Row(NASTY * 20, (NASTY,), "green")])
     terminal.print_json({NASTY: NASTY})
     with terminal.spinner(console, "waiting") as show:
         show(NASTY)

@@ -41,6 +41,11 @@ class Wire:
             self._other.shutdown(socket.SHUT_WR)
         return one
 
+    def received(self) -> bytes:
+        """What the backend has got."""
+        assert self._other is not None
+        return self._other.recv(1 << 16)
+
     def close(self) -> None:
         if self._other is not None and self._upstream is not None:
             self._other.close()
@@ -172,6 +177,20 @@ def test_a_head_that_trickles_is_a_silence_too(wire: Wire, monkeypatch: pytest.M
             answer.read_head()
     monkeypatch.undo()
     assert body_of(answer) == b"body"
+
+
+def test_a_request_says_that_chunks_are_understood_and_that_no_other_follows(wire: Wire) -> None:
+    """To a client of HTTP/1.0 no chunks are sent, whose end proves that an answer is whole."""
+    for body, method in ((b"{}", b"POST"), (None, b"GET")):
+        request = wire(OK + b"\r\n")
+        request.send("/v1/x", body)
+        request.read_head()
+        head, _, sent = wire.received().partition(b"\r\n\r\n")
+        first, *headers = head.split(b"\r\n")
+        assert first == method + b" /v1/x HTTP/1.1"
+        assert b"Connection: close" in headers
+        assert (b"Content-Length: 2" in headers) == (body is not None)
+        assert sent == (body or b"")
 
 
 # -- bodies with an end of their own

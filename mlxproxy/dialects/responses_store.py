@@ -1,0 +1,163 @@
+"""Answers that a client may refer to: the latest ones, up to a number and a size.
+
+A conversation is kept as items: its input, those of the answers before it among them, and what was
+answered.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+from mlxproxy.dialects.form import Json, json_bytes
+from mlxproxy.errors import InvalidRequest
+
+MAX_RESPONSES = 200
+MAX_BYTES = 32 << 20
+
+
+class PreviousResponseNotFound(InvalidRequest):
+    """What a request goes on from is not kept, or not any more."""
+
+    code = "previous_response_not_found"
+
+    def __init__(self, identity: str) -> None:
+        super().__init__(
+            f"Previous response with id '{identity}' not found. This server keeps the latest "
+            "answers alone: send the whole conversation as input.",
+            param="previous_response_id",
+        )
+
+
+class ResponseNotFound(InvalidRequest):
+    """The answer that is asked for is not kept, or not any more."""
+
+    status = 404
+    code = "not_found"
+
+    def __init__(self, identity: str) -> None:
+        super().__init__(f"Response with id '{identity}' not found.", param="response_id")
+
+
+class _Entry(NamedTuple):
+    response: bytes
+    items: bytes
+    """The input, as JSON."""
+    output: dict[str, bytes]
+    """Items of the output, as JSON, by their ids."""
+
+    @property
+    def size(self) -> int:
+        return len(self.response) + len(self.items) + sum(map(len, self.output.values()))
+
+
+class ResponsesStore:
+    """Keep answers for any number of threads; the one not used for longest goes first."""
+
+    def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
+        self.max_responses = max_responses
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._output: dict[str, bytes] = {}
+        self._bytes = 0
+
+    @property
+    def size(self) -> int:
+        """How many bytes are kept."""
+        return self._bytes
+
+    def put(self, response: Json, items: Sequence[Json]) -> None:
+        """Keep an answer, if it is not larger than all that may be kept.
+
+        Args:
+            items: the whole input.
+        """
+        output = {item["id"]: json_bytes(item) for item in response["output"]}
+        entry = _Entry(json_bytes(response), json_bytes(list(items)), output)
+        if entry.size > self.max_bytes or self.max_responses < 1:
+            return
+        with self._lock:
+            self._drop(response["id"])
+            self._entries[response["id"]] = entry
+            self._output |= entry.output
+            self._bytes += entry.size
+            while len(self._entries) > self.max_responses or self._bytes > self.max_bytes:
+                self._drop(next(iter(self._entries)))
+
+    def conversation(self, identity: str) -> list[Json]:
+        """Return all items up to an answer, its own among them.
+
+        Raises:
+            PreviousResponseNotFound: it is not kept.
+        """
+        entry = self._used(identity)
+        if entry is None:
+            raise PreviousResponseNotFound(identity)
+        return [*json.loads(entry.items), *map(json.loads, entry.output.values())]
+
+    def response(self, identity: str) -> bytes:
+        """Return the JSON of an answer.
+
+        Raises:
+            ResponseNotFound: it is not kept.
+        """
+        entry = self._used(identity)
+        if entry is None:
+            raise ResponseNotFound(identity)
+        return entry.response
+
+    def input_items(self, identity: str) -> Json:
+        """Return the list of the items that an answer is about, the latest first.
+
+        Raises:
+            ResponseNotFound: it is not kept.
+        """
+        entry = self._used(identity)
+        if entry is None:
+            raise ResponseNotFound(identity)
+        items = [
+            item if "id" in item else {"id": f"msg_{number}_{identity}", **item}
+            for number, item in enumerate(json.loads(entry.items))
+        ]
+        items.reverse()
+        ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
+        empty = {"first_id": None, "last_id": None}
+        return {"object": "list", "data": items, **empty, **ends, "has_more": False}
+
+    def item(self, identity: str) -> Json | None:
+        """Return an item of an answer that is kept."""
+        with self._lock:
+            item = self._output.get(identity)
+        return None if item is None else cast(Json, json.loads(item))
+
+    def delete(self, identity: str) -> Json:
+        """Forget an answer, and return the confirmation.
+
+        Raises:
+            ResponseNotFound: it is not kept.
+        """
+        with self._lock:
+            found = self._drop(identity)
+        if not found:
+            raise ResponseNotFound(identity)
+        return {"id": identity, "object": "response", "deleted": True}
+
+    def _used(self, identity: str) -> _Entry | None:
+        with self._lock:
+            if identity in self._entries:
+                self._entries.move_to_end(identity)
+            return self._entries.get(identity)
+
+    def _drop(self, identity: str) -> bool:
+        """Forget an answer. Under the lock."""
+        entry = self._entries.pop(identity, None)
+        if entry is None:
+            return False
+        self._bytes -= entry.size
+        for item in entry.output:
+            self._output.pop(item, None)
+        return True

@@ -1,0 +1,48 @@
+"""What a streamed answer took, for the dialects that tell."""
+
+from __future__ import annotations
+
+from mlxproxy.dialects.form import Clock, Timing
+
+
+class Stopwatch:
+    """Times one answer: the first call of each method counts.
+
+    Args:
+        clock: tells seconds, from any moment on.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._started = clock()
+        self._load: float | None = None
+        self._begun: float | None = None
+        self._first: float | None = None
+
+    def loading(self) -> None:
+        """A model is being loaded for the request."""
+        if self._load is None:
+            self._load = self._clock()
+
+    def begun(self) -> None:
+        """The backend has the request."""
+        if self._begun is None:
+            self._begun = self._clock()
+
+    def token(self) -> None:
+        """Something of the answer has come."""
+        if self._first is None:
+            self.begun()
+            self._first = self._clock()
+
+    def timing(self) -> Timing:
+        """Return what the answer took until now."""
+        end = self._clock()
+        begun = end if self._begun is None else self._begun
+        first = end if self._first is None else self._first
+        return Timing(
+            waited=begun - self._started,
+            loaded=0.0 if self._load is None else begun - self._load,
+            prompt=first - begun,
+            generation=end - first,
+        )
