@@ -163,7 +163,7 @@ def ls(client: Any, everything: bool, as_json: bool) -> None:
 @_json
 @_server
 def ps(client: Any, as_json: bool) -> None:
-    """Show the loaded model and its status."""
+    """Show the loaded models and their status."""
     from mlxproxy.commands import ps
 
     ps.ps(client, as_json)
@@ -178,29 +178,42 @@ def ps(client: Any, as_json: bool) -> None:
     help="Unload after this much idle time (90, 30m, 2h); 0: never.",
 )
 @click.option("--force", is_flag=True, help="Load even if it is not expected to fit in memory.")
+@click.option("--pin", is_flag=True, help="Never evict it for another model.")
 @_json
 @_server
 def load(
-    client: Any, model: str, thinking: bool | None, ttl: str | None, force: bool, as_json: bool
+    client: Any,
+    model: str,
+    thinking: bool | None,
+    ttl: str | None,
+    force: bool,
+    pin: bool,
+    as_json: bool,
 ) -> None:
     """Load MODEL and wait until it is ready.
 
-    MODEL is an id from `mlxproxy ls`, or its last part. It replaces the loaded model once the
-    answers in flight have finished (or DRAIN_TIMEOUT has passed).
+    MODEL is an id from `mlxproxy ls`, or its last part. If there is no room for it (MAX_LOADED,
+    MEMORY_BUDGET), it replaces the longest unused model once that one's answers in flight have
+    finished (or DRAIN_TIMEOUT has passed).
     """
     from mlxproxy.commands import load
 
-    load.load(client, model, as_json, enable_thinking=thinking, ttl=ttl, force=force or None)
+    options = {"enable_thinking": thinking, "ttl": ttl, "force": force or None, "pin": pin or None}
+    load.load(client, model, as_json, **options)
 
 
 @main.command()
+@click.argument("model", required=False, shell_complete=_models)
 @_json
 @_server
-def unload(client: Any, as_json: bool) -> None:
-    """Unload the loaded model, or cancel a load in progress."""
+def unload(client: Any, model: str | None, as_json: bool) -> None:
+    """Unload MODEL, or cancel its load in progress.
+
+    Without MODEL, this is the model that was loaded last.
+    """
     from mlxproxy.commands import load
 
-    load.unload(client, as_json)
+    load.unload(client, model, as_json)
 
 
 @main.command()

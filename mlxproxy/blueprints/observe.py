@@ -97,10 +97,15 @@ def metrics() -> Response:
 def snapshot(parts: Services) -> dict[str, Any]:
     """The state as the controller describes it, with speed (tokens per second) and memory."""
     spec = parts.controller.current()
+    held = parts.controller.memory()
+    told = shapes.state(parts.controller.describe())
+    for model in told["models"]:
+        model["memory_bytes"] = held.get(model["slot"])
+        model["tokens_per_second"] = parts.metrics.speed(model["id"])
     return {
-        **shapes.state(parts.controller.describe()),
+        **told,
         "tokens_per_second": parts.metrics.speed(),
-        "memory_bytes": sum(parts.controller.memory().values()),
+        "memory_bytes": sum(held.values()),
         "weights_bytes": spec.model.weights_bytes if spec is not None else None,
     }
 

@@ -74,6 +74,7 @@ def _model(slot: SlotSnapshot) -> dict[str, Any]:
         **_names(spec),
         "state": slot.state.value,
         "state_since": slot.state_since,
+        "enable_thinking": spec.enable_thinking,
         "options": {**spec.options(), "ttl": slot.ttl, "pin": slot.pinned},
         "pinned": slot.pinned,
         "port": slot.port,

@@ -302,7 +302,7 @@ class Dialogue:
                 self._show(self._models())
                 self._say("/load with a number or a name loads one of them.")
         elif command == "unload":
-            load.unload(self._client, as_json=False)
+            load.unload(self._client, self._conversation.model, as_json=False)
             self._conversation.model = None
         elif command == "system":
             self._conversation.system = argument or None

@@ -19,7 +19,9 @@ READ = 30.0
 AS_COMMANDS = {
     "GET /v1/models": "`mlxproxy ls`",
     "POST /v1/models/load": "`mlxproxy load`",
+    "POST /v1/models/unload": "`mlxproxy unload`",
     '"force": true': "`--force`",
+    'with "pin": false': "without `--pin`",
 }
 SILENCE = 60.0  # in a stream; a comment comes at least every 15 s
 

@@ -21,7 +21,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str,
     """Load a model and say so; return the server's last event.
 
     Args:
-        options: `enable_thinking`, `ttl`, `force`; None: the server's setting.
+        options: `enable_thinking`, `ttl`, `force`, `pin`; None: the server's setting.
 
     Raises:
         ClientError: it was not loaded.
@@ -78,24 +78,29 @@ def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, 
     raise ClientError("The connection was closed before the model was ready.")
 
 
-def unload(client: Client, as_json: bool) -> None:
-    """Unload the loaded model.
+def unload(client: Client, model: str | None, as_json: bool) -> None:
+    """Unload a model.
+
+    Args:
+        model: its name; None: the one that answers requests without a name.
 
     Raises:
-        ClientError: no server, or it is about to stop.
+        ClientError: no server, it is about to stop, or it has no such model.
     """
     console = terminal.messages()
     before = client.get("/v1/models/loaded")
     busy = before.get("in_flight") or 0
     waiting = f"waiting for answers in flight: {busy}" if busy else "unloading"
     with terminal.spinner(console, waiting):
-        answer = client.post("/v1/models/unload", {})
+        answer = client.post("/v1/models/unload", {} if model is None else {"model_id": model})
     if as_json:
         terminal.print_json(answer)
     elif answer["status"] == "already_unloaded":
-        terminal.output().print("No model was loaded.")
+        said = f"{model} was not loaded." if model else "No model was loaded."
+        terminal.say(terminal.output(), said)
     else:
-        what = before.get("id") or (before.get("transition") or {}).get("id") or "the model"
+        loading = (before.get("transition") or {}).get("id")
+        what = model or before.get("id") or loading or "the model"
         terminal.say(terminal.output(), f"Unloaded {what}.")
 
 

@@ -37,7 +37,7 @@ def ps(client: Client, as_json: bool) -> None:
 
 
 def _models(state: dict[str, Any]) -> list[dict[str, Any]]:
-    return [state] if state["id"] else []
+    return [model for model in state["models"] if model["loaded_at"] is not None]
 
 
 def _figures(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -48,6 +48,8 @@ def _figures(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     resident, weights = size(model["memory_bytes"]), size(model["weights_bytes"])
     yield "memory", f"{resident or 'unknown'} resident, {weights} weights"
     yield "idle TTL", _idle(model)
+    if model["pinned"]:
+        yield "pinned", "never evicted for another model"
 
 
 def _state(model: dict[str, Any]) -> str:

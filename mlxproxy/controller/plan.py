@@ -1102,8 +1102,8 @@ class Scheduler:
             why += f" Pinned and therefore not counted as available: {names}." if names else ""
         if names:
             why += (
-                ' Unpin one with "pin": false in POST /v1/models/load, or unload it (POST '
-                "/v1/models/unload)."
+                ' To unpin one, load it with "pin": false (POST /v1/models/load), or unload it '
+                "(POST /v1/models/unload)."
             )
         if not found.is_full:
             why += ' "force": true loads it anyway.'

@@ -83,6 +83,7 @@ class Metrics:
         self._counts = Counts()
         self._streams: dict[int, AnswerStats] = {}
         self._last_speed: float | None = None
+        self._last_speeds: dict[str, float] = {}
         self._places: defaultdict[int, _Place] = defaultdict(_Place)
 
     def counts(self) -> Counts:
@@ -90,10 +91,15 @@ class Metrics:
         with self._lock:
             return copy.deepcopy(self._counts)
 
-    def speed(self) -> dict[str, float | None]:
-        """Tokens per second: of all streams under way together, and of the last whole answer."""
+    def speed(self, model: str | None = None) -> dict[str, float | None]:
+        """Tokens per second: of all streams under way together, and of the last whole answer.
+
+        Args:
+            model: the id of the one whose answers count; None: all.
+        """
         with self._lock:
-            streams, last = list(self._streams.values()), self._last_speed
+            streams = [it for it in self._streams.values() if model in (None, it.model)]
+            last = self._last_speed if model is None else self._last_speeds.get(model)
         now = time.monotonic()
         rates = [
             it.tokens_out / (now - it.first_byte)
@@ -124,7 +130,7 @@ class Metrics:
                 counts.first_token[model].add(seconds)
             if (speed := figures["tokens_per_second"]) is not None:
                 counts.speed[model].add(speed)
-                self._last_speed = speed
+                self._last_speed = self._last_speeds[model] = speed
 
     def event(self, event: Event) -> None:
         """Take one of the controller's events, in their order; this never waits."""
@@ -132,6 +138,7 @@ class Metrics:
             if isinstance(event, Loaded):
                 self._counts.loads[event.spec.model_id].add(event.seconds)
                 self._last_speed = None
+                self._last_speeds.pop(event.spec.model_id, None)
             elif isinstance(event, Exited):
                 self._counts.deaths[event.spec.model_id] += 1
             elif isinstance(event, Snapshot):

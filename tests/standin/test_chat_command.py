@@ -314,7 +314,7 @@ def test_models_are_listed_loaded_and_unloaded_in_the_chat(
             ("well?", "yes"),
             ("/load", "1  tiny/one"),
             ("/load nobody", "No model 'nobody'."),
-            ("/unload", "Unloaded a/b."),
+            ("/unload", "Unloaded tiny/two."),
             ("well?", "/load NAME loads one"),
         ):
             screen.expect("> ")

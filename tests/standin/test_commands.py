@@ -316,7 +316,7 @@ LONG_WORDS = "/Volumes/" + "-".join(["a-disk-with-a-long-name"] * 4)
         (["status"], {"models_root_missing": [LONG_WORDS]}),
         (["ls"], {"data": [], "models_root": [LONG_WORDS]}),
         (["load", "b"], [{"error": {"message": f"It is not in {LONG_WORDS} any more, I fear."}}]),
-        (["ps"], {"id": None, "transition": {"id": LONG_WORDS, "phase": "x", "seconds": 1}}),
+        (["ps"], {"models": [], "transition": {"id": LONG_WORDS, "phase": "x", "seconds": 1}}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

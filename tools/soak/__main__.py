@@ -1,6 +1,6 @@
 """The soak: clients do everything at once while backends die, and at the end the books balance.
 
-    python -m tools.soak [--seconds N] [--seed N] [--clients N] [--real]
+    python -m tools.soak [--seconds N] [--seed N] [--clients N] [--max-loaded N] [--real]
 
 Each phase starts a proxy, lets clients loose on it, waits for quiet and looks at what is left. The
 backend is the scripted stand-in; with ``--real`` it is `mlx_lm.server` with tiny models. The exit
@@ -29,6 +29,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600, help="for all phases together")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     parser.add_argument("--clients", type=int, help=f"default {CLIENTS}, 4 with --real")
+    parser.add_argument("--max-loaded", type=int, default=1, help="models in memory at a time")
     parser.add_argument("--real", action="store_true", help="over mlx_lm.server and tiny models")
     options = parser.parse_args(arguments)
     options.clients = options.clients or (4 if options.real else CLIENTS)

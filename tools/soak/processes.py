@@ -54,6 +54,7 @@ class Samples(Meanwhile):
 
     proxy: Proxy
     process: psutil.Process
+    max_loaded: int
     rss: list[int] = field(default_factory=list)
     threads: int = 0
     files: int = 0
@@ -68,7 +69,7 @@ class Samples(Meanwhile):
                 self.rss.append(self.process.memory_info().rss)
                 self.threads = max(self.threads, self.process.num_threads())
                 self.files = max(self.files, self.process.num_fds())
-                if len(running := backends(self.proxy)) > 1:
+                if len(running := backends(self.proxy)) > self.max_loaded:
                     self.excess.append(f"{len(running)} backends at once: {running}")
 
 

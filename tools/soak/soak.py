@@ -86,7 +86,8 @@ class Soak:
             "LOAD_TIMEOUT": 30 if self.options.real else 6,
             "MLX_SERVER_BIN": self.program or SERVER_BIN,
             "PROXY_PORT": quiet_port(),
-            "MLX_BACKEND_PORT": quiet_port(),
+            "MLX_BACKEND_PORT": quiet_port(self.options.max_loaded),
+            "MAX_LOADED": self.options.max_loaded,
         }
         instance = self.folder / phase.name / "instance"
         instance.mkdir(parents=True)
@@ -100,10 +101,12 @@ class Soak:
         assert proxy.process is not None
         process = psutil.Process(proxy.process.pid)
         clients = Clients(phase, proxy, self.ledger, self.options.real)
+        for name in MODELS:  # each slot has opened its log
+            proxy.load(f"tiny/{name}")
         warm_up(clients)
         self._await_quiet(phase, proxy)
         base = Figures.at_rest(process)
-        samples = Samples(proxy, process)
+        samples = Samples(proxy, process, self.options.max_loaded)
         chaos = Chaos(proxy, self.program, phase.faults, f"{self.options.seed} {phase.name}")
         clients.start(self.options.clients, self.options.seed)
         server = proxy.process
@@ -136,7 +139,7 @@ class Soak:
 
         if not becomes_true(at_rest, QUIET_LIMIT):
             self.ledger.wrong(phase.name, "leases", f"there is no rest: {told}")
-        there = 1 if proxy.loaded()["loaded"] else 0
+        there = len(proxy.loaded()["models"])
         if len(running := backends(proxy)) != there:
             self.ledger.wrong(phase.name, "processes", f"{running} where {there} should be")
         if not becomes_true(lambda: not alive(proxy), IDLE + QUIET_LIMIT):
@@ -213,7 +216,8 @@ class Soak:
             reader.join()
             clients.enter(request.seen, frozenset({"shutting_down"}))
         left = [str(it) for it in family if it.is_running()]
-        left += [f"port {it}" for it in (proxy.port, proxy.backend_port) if not is_free(it)]
+        ports = range(proxy.backend_port, proxy.backend_port + self.options.max_loaded)
+        left += [f"port {it}" for it in (proxy.port, *ports) if not is_free(it)]
         left += [str(it) for it in proxy.instance.glob("*-*.json")]
         if status != 0 or left:
             self.ledger.wrong(phase.name, "the stop", f"status {status}, left behind: {left}")
@@ -221,9 +225,9 @@ class Soak:
             self.ledger.wrong(phase.name, "the proxy's log", f"a traceback in {proxy.output}")
 
 
-def quiet_port() -> int:
-    """A free port that the system gives to no outgoing connection while its owner is away."""
+def quiet_port(number: int = 1) -> int:
+    """The first of free ports that the system gives to no outgoing connection meanwhile."""
     while True:
         port = random.randint(20000, 32000)
-        if is_free(port):
+        if all(is_free(each) for each in range(port, port + number)):
             return port
