@@ -66,9 +66,11 @@ def proxy(installed: Path, tmp_path: Path, models: Path) -> Iterator[Proxy]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-    until(proxy.answers, 20, "the proxy's first answer")
-    yield proxy
-    proxy.clean_up()
+    try:
+        until(proxy.answers, 20, "the proxy's first answer")
+        yield proxy
+    finally:
+        proxy.clean_up()
 
 
 def metadata(wheel: Path) -> Message:

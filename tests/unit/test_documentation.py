@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +19,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.__main__ import DOCUMENT, PICTURE, RESULTS
 from benchmarks.report import Report
-from mlxproxy import __version__, errors, settings
+from mlxproxy import __version__, dialects, errors, settings
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.cli import main
 from tools import reference
@@ -109,15 +111,29 @@ def test_the_endpoints_are_those_there_are() -> None:
     assert set(re.findall(r"`(?:GET|POST) (/\S*)`", table)) == routes()
 
 
+def served_dialects() -> list[ModuleType]:
+    """The modules of the dialects, whose errors clients meet once a blueprint serves them."""
+    sources = (ROOT / "mlxproxy" / "blueprints").glob("*.py")
+    if not any("mlxproxy.dialects" in source.read_text() for source in sources):
+        return []
+    found = pkgutil.iter_modules(dialects.__path__, dialects.__name__ + ".")
+    return [importlib.import_module(module.name) for module in found]
+
+
 def test_the_errors_are_those_there_are() -> None:
     rows = re.findall(r"^\| (\d{3}) \| ([^|]+) \|", ENDPOINTS, re.MULTILINE)
     documented = {
         (int(status), code) for status, codes in rows for code in re.findall(r"\w+", codes)
     }
+    modules = {"mlxproxy.errors", *(module.__name__ for module in served_dialects())}
     classes = [errors.ProxyError]
     for kind in classes:
         classes += kind.__subclasses__()
-    there_are = {(kind.status, kind.code) for kind in classes if not kind.__name__.startswith("_")}
+    there_are = {
+        (kind.status, kind.code)
+        for kind in classes
+        if kind.__module__ in modules and not kind.__name__.startswith("_")
+    }
     assert documented == there_are
 
 
