@@ -21,6 +21,7 @@ from mlxproxy.files import MB, Missing, Unreadable, read_text
 from mlxproxy.instance import Instance
 
 T = TypeVar("T")
+P = TypeVar("P")
 MOST_LOADED = 8  # models; each has a port, and the choice of whom to evict looks at every group
 Table = tuple[tuple[str, Mapping[str, Any]], ...]  # a name or a pattern, and its options
 ENV_PREFIX = "MLXPROXY_"
@@ -433,6 +434,17 @@ class Settings:
         _choice("DEBUG", "INFO", "WARNING", "ERROR"),
         "Log level of the proxy: DEBUG, INFO, WARNING or ERROR",
     )
+
+    def part(self, kind: type[P], **others: Any) -> P:
+        """Return the settings that one part of the program names as its fields.
+
+        Args:
+            kind: a dataclass.
+            others: its fields that are no settings, or have other values there.
+        """
+        own = {item.name for item in fields(self)}
+        names = [item.name for item in fields(kind) if item.name in own]  # type: ignore[arg-type]
+        return kind(**{**{name: getattr(self, name) for name in names}, **others})
 
     @property
     def instance(self) -> Instance:

@@ -83,9 +83,8 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     log_files = tuple(LogFile(instance.backend_log(port, ports.start)) for port in ports)
     records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
     configs = [
-        BackendConfig(
-            load_timeout=settings.load_timeout,
-            stop_timeout=settings.stop_timeout,
+        settings.part(
+            BackendConfig,
             log_file=log_file,
             mark=record.mark,
             on_log=lambda text: bus.publish("backend_log", {"text": text}),
@@ -106,14 +105,10 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         metrics.event(event)
         bus.publish(*shapes.event(event))
 
-    limits = Limits(
-        drain_timeout=settings.drain_timeout,
-        shutdown_timeout=settings.shutdown_timeout,
-        stop_timeout=settings.stop_timeout,
-        idle_ttl=settings.idle_ttl,
-        max_concurrent=settings.max_concurrent,
-        max_queue=settings.max_queue,
+    limits = settings.part(
+        Limits,
         swap_on_request=settings.model_selection == "requested",
+        max_loaded=settings.slots,
     )
     controller = Controller(
         limits, launch, records, history, emit, memory_of(settings).available, memory.shortage

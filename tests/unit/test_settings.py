@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxproxy import settings
+from mlxproxy.controller.state import Limits
 from mlxproxy.settings import SettingError
 
 ROOT = Path(__file__).parents[2]
@@ -227,3 +228,10 @@ def test_a_memory_budget_is_bytes_or_a_share(
     assert found == budget
     assert type(found) is type(budget)
     assert load(tmp_path).memory_budget is None
+
+
+def test_a_part_gets_the_settings_that_it_names_and_has_the_same_defaults(tmp_path: Path) -> None:
+    chosen = load(tmp_path, MAX_QUEUE="7", DRAIN_TIMEOUT="9")
+    limits = chosen.part(Limits, swap_on_request=True)
+    assert (limits.max_queue, limits.drain_timeout, limits.swap_on_request) == (7, 9.0, True)
+    assert load(tmp_path).part(Limits, max_loaded=Limits.max_loaded) == Limits()
