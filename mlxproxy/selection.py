@@ -139,7 +139,10 @@ class Selection:
             return Fallback()
         more = ", …" if len(loadable) > len(names) else ""
         shown = ", ".join(names) + more
-        return Fallback(advice=f"Name a model ({shown}), or run `mlxproxy load {names[0]}`.")
+        return Fallback(
+            advice=f"Name one as the model ({shown}), load one with POST /v1/models/load, or run "
+            f"`mlxproxy load {names[0]}`."
+        )
 
     def engine_of(self, spec: ModelSpec | None) -> Engine:
         """Return the engine of this model; None: the preferred one."""

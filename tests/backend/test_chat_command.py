@@ -101,7 +101,7 @@ def test_a_chat_command_with_no_model_loaded_says_what_to_do(
     proxy.unload()
     done = run("chat", "-p", "Hello!", env=env)
     assert done.returncode == 1
-    assert "`mlxproxy load`" in done.stderr
+    assert "`mlxproxy load tiny/brief`" in done.stderr
 
 
 def test_a_newcomers_first_chat(

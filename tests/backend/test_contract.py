@@ -119,8 +119,8 @@ def test_thinking_can_be_turned_per_request_without_a_restart(proxy: Proxy) -> N
     assert proxy.loaded()["pid"] == pid
 
 
-@pytest.mark.parametrize("model", ["any", "gpt-4o", "tiny/beta", None])
-def test_a_chat_is_answered_by_the_loaded_model_whatever_it_names(
+@pytest.mark.parametrize("model", ["any", "gpt-4o", "/no/model", "", None])
+def test_a_name_that_is_no_models_is_answered_by_the_loaded_model(
     proxy: Proxy, model: str | None
 ) -> None:
     proxy.load("tiny/alpha")

@@ -202,7 +202,7 @@ def test_a_crash_of_one_model_cuts_no_answer_of_another(several: Callable[..., P
         next(lines)
         psutil.Process(pids["tiny/alpha"]).kill()
         assert list(lines)[-2:] == [b"data: [DONE]", b""]
-    assert answering(proxy, "tiny/alpha") == "beta"  # MODEL_SELECTION=loaded, alpha is not
+    assert answering(proxy, "tiny/alpha") == "alpha"  # brought back
     assert answering(proxy, "tiny/beta") == "beta"
 
 

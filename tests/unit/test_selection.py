@@ -113,7 +113,10 @@ def test_of_several_none_is_chosen_and_the_error_names_three_and_the_command(
     names = ("a/four", "a/one", "a/three", "a/two")
     spec, advice = House(tmp_path, names=names).selection.fallback()
     assert spec is None
-    assert advice == "Name a model (a/four, a/one, a/three, …), or run `mlxproxy load a/four`."
+    assert advice == (
+        "Name one as the model (a/four, a/one, a/three, …), load one with POST /v1/models/load, or "
+        "run `mlxproxy load a/four`."
+    )
 
 
 def test_after_an_unload_that_somebody_asked_for_nothing_is_loaded_by_itself(
