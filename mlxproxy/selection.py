@@ -77,11 +77,14 @@ class Selection:
             return None
         if (resident := self.resident(name)) is not None:
             return resident
+        profile = self.preferences.profiles.get(name)
+        if profile is None and self.catalog.lookup(name) is None:
+            meant = self.preferences.meaning(name)
+            return None if meant in (None, LOADED) else self.named_spec(meant)
         try:
             return self.spec_for(name, fresh=False)
         except (ModelNotFound, ModelsRootUnavailable):
-            meant = self.preferences.meaning(name)
-        return None if meant in (None, LOADED) else self.named_spec(meant)
+            return None
 
     def profile(self, name: object) -> Profile | None:
         """Return the profile that a request names, by an alias or not."""

@@ -32,6 +32,7 @@ log = logging.getLogger("mlxproxy.catalog")
 PATIENCE = 1.0  # seconds that a caller waits for a disk
 FIRST_PATIENCE = 5.0  # the same for a listing, where nothing has been read yet
 _GLANCE = 0.1  # the same, where the answer is needed more than its truth
+LOOK_AGAIN_SECONDS = 2.0  # for a model of a name that is not known
 _FORMAT = 5  # of the cache file
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
@@ -70,6 +71,7 @@ class Catalog:
         self._saving = threading.Lock()
         self._merging = threading.Lock()
         self._listing = _Listing()
+        self._looked_at = -LOOK_AGAIN_SECONDS
         self._shelves = [
             RootScanner(
                 root,
@@ -111,6 +113,28 @@ class Catalog:
             return _single(name, found)
         self.require_disk()
         raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
+
+    def lookup(self, name: str) -> Model | None:
+        """Return the model of that name; None if there is none.
+
+        For each request, whose name need not be a model's: an unknown one costs a look at the disk
+        only if the last such look is LOOK_AGAIN_SECONDS ago.
+
+        Raises:
+            AmbiguousModel: a short name fits several.
+        """
+        if _is_too_long(name):
+            return None
+        if not (found := self._listing.named(name)) and self._is_time_to_look():
+            found = self._fresh().named(name)
+        return _single(name, found) if found else None
+
+    def _is_time_to_look(self) -> bool:
+        now = time.monotonic()
+        if self.known and now - self._looked_at < LOOK_AGAIN_SECONDS:
+            return False
+        self._looked_at = now
+        return True
 
     @property
     def roots(self) -> list[Path]:

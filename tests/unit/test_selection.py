@@ -89,6 +89,25 @@ def test_a_model_on_disk_comes_before_an_alias_of_its_name(tmp_path: Path) -> No
     assert house.named("gpt-5") == "a/one"
 
 
+def test_a_name_that_is_no_models_costs_no_look_at_the_disk_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = House(tmp_path)
+    looks: list[float] = []
+    catalog, fresh = house.selection.catalog, house.selection.catalog._fresh
+
+    def counted() -> Any:
+        looks.append(1)
+        return fresh()
+
+    monkeypatch.setattr(catalog, "_fresh", counted)
+    assert [house.named("gpt-4o") for _ in range(50)] == [None] * 50
+    assert len(looks) <= 2
+    model(tmp_path / "models" / "a" / "new")
+    monkeypatch.setattr(catalog, "_looked_at", -10.0)
+    assert house.named("new") == "a/new"
+
+
 # -- with nothing loaded
 
 
