@@ -34,6 +34,8 @@ CALLS = [
     ("POST", "/v1/models/unload"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("GET", "/models"),
     ("GET", "/models/tiny/alpha"),
     ("GET", "/models/loaded"),

@@ -20,6 +20,7 @@ from benchmarks.report import Report
 from mlxproxy import __version__, errors, settings
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.cli import main
+from mlxproxy.dialects import lmstudio_request, responses_store
 from tools import reference
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +115,8 @@ def test_the_errors_are_those_there_are() -> None:
     documented = {
         (int(status), code) for status, codes in rows for code in re.findall(r"\w+", codes)
     }
+    for module in (lmstudio_request, responses_store):  # they have errors of their own
+        assert module.InvalidRequest is errors.InvalidRequest
     classes = [errors.ProxyError]
     for kind in classes:
         classes += kind.__subclasses__()
