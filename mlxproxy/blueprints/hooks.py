@@ -302,6 +302,7 @@ def _known(error: Exception) -> ProxyError | None:
         return NotFound(
             f"There is nothing at {request.path[:200]}. The endpoints are /v1/models, "
             "/v1/models/loaded, /v1/models/load, /v1/models/unload, /v1/chat/completions, "
-            "/v1/completions, /v1/messages, /v1/events, /v1/logs, /metrics and /health."
+            "/v1/completions, /v1/messages, /v1/responses, /v1/events, /v1/logs, /metrics and "
+            "/health; Ollama's and LM Studio's begin with /api."
         )
     return None

@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from tests.support import scripted_server, strict_readers
+from tests.support.chat_wire import events
 from tests.support.proxy import Proxy
 from tests.support.waiting import until
 
@@ -35,6 +36,24 @@ def last_line(data: bytes) -> Json:
     return line
 
 
+def chat_completion(data: bytes) -> Json:
+    """The answer of a stream of chunks, with its statistics at the end."""
+    assert data.endswith(b"data: [DONE]\n\n")
+    lines = [line for line in data.split(b"\n") if line.startswith(b"data: {")]
+    chunks = [json.loads(line[6:]) for line in lines]
+    assert chunks[-1]["stats"]["stop_reason"] == "eosFound"
+    assert chunks[-1]["model_info"]
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    return {"choices": [{"message": {"content": said}}]}
+
+
+def failure_of_v1(data: bytes) -> str:
+    """The message of the event before the last, which is the end of what there is."""
+    *_, error, end = events(data)
+    assert end["type"] == "chat.end"
+    return str(error["error"]["message"])
+
+
 DIALECTS = {
     "anthropic": Dialect(
         "/v1/messages",
@@ -44,6 +63,49 @@ DIALECTS = {
         lambda body: str(body["error"]["message"]) if body["type"] == "error" else "",
         lambda data: str(last_line(data)["error"]["message"]),
         b": loading ",
+    ),
+    "responses": Dialect(
+        "/v1/responses",
+        {"input": "Hello!"},
+        strict_readers.response,
+        lambda whole: "".join(
+            part["text"]
+            for item in whole["output"]
+            if item["type"] == "message"
+            for part in item["content"]
+        ),
+        lambda body: str(body["error"]["message"]),
+        lambda data: str(last_line(data)["response"]["error"]["message"]),
+        b"event: ",
+    ),
+    "ollama": Dialect(
+        "/api/chat",
+        {"messages": USER},
+        strict_readers.ollama_answer,
+        lambda whole: str(whole["message"]["content"]),
+        lambda body: str(body["error"]),
+        lambda data: str(last_line(data)["error"]),
+        b'"content":""',
+    ),
+    "lmstudio-v0": Dialect(
+        "/api/v0/chat/completions",
+        {"messages": USER},
+        chat_completion,
+        lambda whole: str(whole["choices"][0]["message"]["content"]),
+        lambda body: str(body["error"]["message"]),
+        lambda data: str(last_line(data)["error"]["message"]),
+        b": loading ",
+    ),
+    "lmstudio-v1": Dialect(
+        "/api/v1/chat",
+        {"input": "Hello!"},
+        strict_readers.lmstudio_result,
+        lambda whole: "".join(
+            part["content"] for part in whole["output"] if part["type"] == "message"
+        ),
+        lambda body: str(body["error"]["message"]),
+        failure_of_v1,
+        b"event: model_load.start",
     ),
 }
 
@@ -150,3 +212,66 @@ def test_tokens_are_counted(scripted: Any) -> None:
     counted = {"model": "x", "messages": [{"role": "user", "content": "x" * 400}]}
     answer = requests.post(f"{proxy.url}/v1/messages/count_tokens", json=counted, timeout=30)
     assert 90 < answer.json()["input_tokens"] < 120
+
+
+def test_an_answer_of_responses_is_kept_gone_on_from_and_forgotten(scripted: Any) -> None:
+    proxy, program = scripted(events=2)
+    responses = DIALECTS["responses"]
+    first = post(proxy, responses).json()
+    path = f"/v1/responses/{first['id']}"
+    assert proxy.get(path).json()["output"] == first["output"]
+    (item,) = proxy.get(f"{path}/input_items").json()["data"]
+    assert "Hello!" in json.dumps(item)
+    assert post(proxy, responses, previous_response_id=first["id"]).status_code == 200
+    sent = scripted_server.record(program, "request")[-1]["body"]
+    sent = json.loads(sent) if isinstance(sent, str) else sent
+    assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "user"]
+    assert requests.delete(proxy.url + path, timeout=30).json()["deleted"] is True
+    assert proxy.get(path).status_code == 404
+    gone = post(proxy, responses, previous_response_id=first["id"])
+    assert gone.json()["error"]["code"] == "previous_response_not_found"
+
+
+def test_a_chat_of_lm_studio_goes_on_from_its_id(scripted: Any) -> None:
+    proxy, _ = scripted(events=2)
+    first = post(proxy, DIALECTS["lmstudio-v1"]).json()
+    again = post(proxy, DIALECTS["lmstudio-v1"], previous_response_id=first["response_id"])
+    assert again.status_code == 200
+    assert proxy.get(f"/v1/responses/{first['response_id']}").status_code == 404
+
+
+def test_ollamas_keep_alive_loads_and_unloads(scripted: Any) -> None:
+    proxy, _ = scripted()
+    loaded = proxy.post("/api/generate", {"model": "tiny/alpha:latest", "keep_alive": "90s"})
+    assert (loaded.json()["done_reason"], loaded.json()["model"]) == ("load", "tiny/alpha")
+    (running,) = proxy.get("/api/ps").json()["models"]
+    assert running["name"] == "tiny/alpha"
+    assert proxy.loaded()["options"]["ttl"] == 90
+    unloaded = proxy.post("/api/chat", {"model": "tiny/alpha", "messages": [], "keep_alive": 0})
+    assert unloaded.json()["done_reason"] == "unload"
+    assert proxy.get("/api/ps").json() == {"models": []}
+
+
+def test_ollama_lists_what_there_is(scripted: Any) -> None:
+    proxy, _ = scripted()
+    names = [model["name"] for model in proxy.get("/api/tags").json()["models"]]
+    assert names == [model["id"] for model in proxy.get("/v1/models").json()["data"]]
+    assert proxy.post("/api/show", {"model": names[0]}).json()["details"]["family"]
+    assert proxy.post("/api/pull", {"name": names[0] + ":latest"}).json() == {"status": "success"}
+    assert proxy.post("/api/pull", {"name": "no/such"}).status_code == 404
+    assert "no embeddings" in proxy.post("/api/embed", {"model": names[0]}).json()["error"]
+    assert proxy.get("/api/version").json()["version"]
+    assert requests.head(proxy.url + "/api/tags", timeout=30).status_code == 200
+
+
+def test_lm_studio_lists_loads_and_unloads(scripted: Any) -> None:
+    proxy, _ = scripted()
+    loaded = proxy.post("/api/v1/models/load", {"model": "tiny/alpha", "echo_load_config": True})
+    assert loaded.json()["status"] == "loaded"
+    assert proxy.get("/api/v0/models/tiny/alpha").json()["state"] == "loaded"
+    told = {model["key"]: model for model in proxy.get("/api/v1/models").json()["models"]}
+    assert told["tiny/alpha"]["loaded_instances"]
+    unloaded = proxy.post("/api/v1/models/unload", {"instance_id": "tiny/alpha"})
+    assert unloaded.json() == {"instance_id": "tiny/alpha"}
+    states = {model["state"] for model in proxy.get("/api/v0/models").json()["data"]}
+    assert states == {"not-loaded"}
