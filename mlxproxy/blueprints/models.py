@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -45,9 +46,15 @@ def listing() -> Response:
     models = catalog.models()
     if not complete and not models:
         catalog.require_disk()
-    items = _items([model for model in models if everything or model.loadable])
+    shown = [model for model in models if everything or model.loadable]
+    items = _items(shown)
     told = "true" if complete else "false"
-    return _json(f'{{"object": "list", "complete": {told}, "data": [{", ".join(items)}]}}')
+    first, last = (json.dumps(shown[end].id) if shown else "null" for end in (0, -1))
+    # Without `has_more`, Anthropic's SDK would ask for the next page for ever.
+    return _json(
+        f'{{"object": "list", "complete": {told}, "has_more": false, "first_id": {first}, '
+        f'"last_id": {last}, "data": [{", ".join(items)}]}}'
+    )
 
 
 def _items(models: Iterable[Model]) -> list[str]:

@@ -38,6 +38,8 @@ def _complete(given: dict[str, Any], kind: Kind) -> Response:
         response = streamed(stream, asked.stats)
     else:
         whole = relay.whole(asked.lease, asked.request, asked.stats)
+        if kind == "chat":  # in a stream, for each token, it would cost too much
+            whole = conversation.with_both_spellings(whole)
         response = Response(whole, mimetype="application/json")
     asked.warn()
     return response

@@ -275,3 +275,38 @@ def test_lm_studio_lists_loads_and_unloads(scripted: Any) -> None:
     assert unloaded.json() == {"instance_id": "tiny/alpha"}
     states = {model["state"] for model in proxy.get("/api/v0/models").json()["data"]}
     assert states == {"not-loaded"}
+
+
+def test_both_sdks_read_the_list_of_models(scripted: Any) -> None:
+    proxy, _ = scripted()
+    listing = proxy.get("/v1/models").json()
+    entries = listing["data"]
+    assert listing["has_more"] is False
+    assert (listing["first_id"], listing["last_id"]) == (entries[0]["id"], entries[-1]["id"])
+    assert entries[0]["display_name"] == entries[0]["id"].rpartition("/")[2]
+    assert entries[0]["created_at"].endswith("+00:00")
+
+
+def test_chat_takes_what_clients_get_wrong_and_tells_its_reasoning_in_both_spellings(
+    scripted: Any,
+) -> None:
+    proxy, program = scripted(events=3, thoughts=2)
+    call = {"id": "call_1", "type": "function", "function": {"name": "ls", "arguments": "{bro"}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "Be kind."},
+        *USER,
+        {"role": "assistant", "content": None, "thinking": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "a"},
+        {"role": "system", "content": "Late."},
+    ]
+    answer = proxy.post("/v1/chat/completions", {"model": "tiny/alpha", "messages": messages})
+    assert answer.status_code == 200, answer.text
+    message = answer.json()["choices"][0]["message"]
+    assert message["reasoning_content"] == message["reasoning"] == "thought0 thought1 "
+    sent = scripted_server.record(program, "request")[-1]["body"]
+    sent = json.loads(sent) if isinstance(sent, str) else sent
+    roles = [message["role"] for message in sent["messages"]]
+    assert roles == ["system", "user", "assistant", "tool", "user"]
+    assert sent["messages"][2]["reasoning_content"] == "Hm."
+    assert "bro" not in json.dumps(sent)
