@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from tests.support.proxy import Proxy
-from tests.support.raw_http import Answer, answers, connect, received
+from tests.support.raw_http import Answer, answers, connect, received, shape
 from tests.support.waiting import until
 
 ALICE, BOB, CARLA = "key-of-alice", "key-of-bob", "key-of-carla"  # the last from the key file
@@ -73,6 +73,20 @@ CALLS = [
     ("OPTIONS", "/v1/models"),
     ("DELETE", "/v1/models"),
 ]
+
+
+def is_refusal(path: str, body: dict[str, Any], code: str) -> bool:
+    """Whether a body says that code, as far as the dialect of the path can, in its shape."""
+    if path.startswith("/v1/messages"):
+        is_key = code == "invalid_api_key"
+        kind = "authentication_error" if is_key else "permission_error"
+        return (body["type"], body["error"]["type"]) == ("error", kind)
+    if path.startswith(("/api/v0/", "/api/v1/")):
+        return bool(body["error"]["code"] == code and body["error"]["message"])
+    if path.startswith("/api/"):
+        return isinstance(body["error"], str) and list(body) == ["error"]
+    error = shape(body)
+    return (error["code"], error["type"]) == (code, "invalid_request_error")
 
 
 def exchange(proxy: Proxy, sent: bytes) -> list[Answer]:
