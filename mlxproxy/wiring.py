@@ -22,6 +22,7 @@ from mlxproxy.catalog.inspector import Inspectors
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
+from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
@@ -124,6 +125,8 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         bus=bus,
         metrics=metrics,
         bodies=Budget(BODIES * settings.max_body),
+        responses=ResponsesStore(),
+        chats=ResponsesStore(),
     )
     return Proxy(services, lock, log_files)
 

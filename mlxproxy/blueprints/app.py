@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from flask import Flask
 
-from mlxproxy.blueprints import front, health, hooks, models, observe, openai
+from mlxproxy.blueprints import (
+    anthropic,
+    front,
+    health,
+    hooks,
+    lmstudio,
+    models,
+    observe,
+    ollama,
+    openai,
+    responses,
+)
 from mlxproxy.blueprints.services import Services
 
 
@@ -22,7 +33,8 @@ def create_app(services: Services) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     hooks.install(app)
-    for module in (front, health, models, openai, observe):
+    house = (front, health, models, openai, observe)
+    for module in (*house, anthropic, responses, ollama, lmstudio):
         app.register_blueprint(module.blueprint)
     # For clients whose base URL lacks the /v1.
     app.register_blueprint(openai.blueprint, name="chat_without_v1", url_prefix="/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
@@ -23,6 +23,8 @@ from mlxproxy import sse
 from mlxproxy.backend.protocol import Unmet
 from mlxproxy.blueprints.auth import LINKED_PATHS
 from mlxproxy.blueprints.services import services
+from mlxproxy.dialects.chat_events import Relayed
+from mlxproxy.dialects.errors import dialect_of, rendered
 from mlxproxy.disconnect import Disconnect
 from mlxproxy.errors import (
     InternalError,
@@ -34,7 +36,6 @@ from mlxproxy.errors import (
     RequestTooLarge,
 )
 from mlxproxy.observability import logs
-from mlxproxy.relay.relay import Stream
 from mlxproxy.relay.statistics import AnswerStats
 from mlxproxy.server.head import LONGEST_METHOD
 from mlxproxy.server.headers import SECURITY_HEADERS, request_id
@@ -103,18 +104,20 @@ def json_body(required: bool = True) -> dict[str, Any]:
     return body
 
 
-def streamed(body: Stream, stats: AnswerStats) -> Response:
+def streamed(
+    body: Relayed, stats: AnswerStats, headers: Mapping[str, str] = sse.HEADERS
+) -> Response:
     """Return a streamed answer as the response; its end is the end of this request."""
     if (at_end := request.environ.get("mlxproxy.at_end")) is not None:
         at_end.callback(body.close)  # should nobody come to read it
     # Passed through directly, the server iterates over the stream itself, with nothing in between.
-    return Response(_Recorded(body, stats), headers=sse.HEADERS, direct_passthrough=True)
+    return Response(_Recorded(body, stats), headers=dict(headers), direct_passthrough=True)
 
 
 class _Recorded:
     """A streamed body that records its request when the server closes it."""
 
-    def __init__(self, body: Stream, stats: AnswerStats) -> None:
+    def __init__(self, body: Relayed, stats: AnswerStats) -> None:
         self._body = body
         self._stats = stats
         self._record = recorder()
@@ -196,6 +199,8 @@ def _is_followed_link(asked: Request) -> bool:
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
     headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    if dialect_of(_this_request().path) == "anthropic":
+        headers["request-id"] = g.request_id  # the name that Anthropic's SDK reads
     if (warnings := g.get("warnings")) is not None:
         headers["X-Mlxproxy-Warning"] = warnings
     origin = environ.get("HTTP_ORIGIN")
@@ -226,9 +231,11 @@ def _share(response: Response, origin: str) -> None:
     headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     headers["Access-Control-Expose-Headers"] = "X-Request-Id, X-Mlxproxy-Warning, Retry-After"
     if request.method == "OPTIONS":
-        headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         headers["Access-Control-Allow-Headers"] = request.headers.get(
-            "Access-Control-Request-Headers", "Authorization, Content-Type, X-Api-Key, X-Request-Id"
+            "Access-Control-Request-Headers",
+            "Authorization, Content-Type, X-Api-Key, X-Request-Id, "
+            "Anthropic-Version, Anthropic-Beta",
         )
         headers["Access-Control-Max-Age"] = "600"
 
@@ -268,8 +275,10 @@ def _render(error: Exception) -> Response:
         )
     # What has raised it may still hold it, and its frames hold the body of the request.
     error.__traceback__ = None
-    response = jsonify(known.body())
-    response.status_code = known.status
+    shown = rendered(known, dialect_of(_this_request().path), g.request_id)
+    response = jsonify(shown.body)
+    response.status_code = shown.status
+    response.headers.extend(shown.headers)
     if known.retry_after is not None:
         response.headers["Retry-After"] = str(known.retry_after)
     if known.status == 401:
@@ -295,6 +304,7 @@ def _known(error: Exception) -> ProxyError | None:
         return NotFound(
             f"There is nothing at {request.path[:200]}. The endpoints are /v1/models, "
             "/v1/models/loaded, /v1/models/load, /v1/models/unload, /v1/chat/completions, "
-            "/v1/completions, /v1/events, /v1/logs, /metrics and /health."
+            "/v1/completions, /v1/messages, /v1/responses, /v1/events, /v1/logs, /metrics and "
+            "/health; Ollama's and LM Studio's begin with /api."
         )
     return None

@@ -48,11 +48,17 @@ def listing() -> Response:
     models = catalog.models()
     if not complete and not models:
         catalog.require_disk()
-    items = _items([model for model in models if everything or model.loadable])
+    shown = [model for model in models if everything or model.loadable]
     profiles = services().selection.profiles()
-    items += [_profile_item(profile, model) for profile, model in profiles]
+    items = _items(shown) + [_profile_item(profile, model) for profile, model in profiles]
+    ids = [*(model.id for model in shown), *(profile.name for profile, _ in profiles)]
     told = "true" if complete else "false"
-    return _json(f'{{"object": "list", "complete": {told}, "data": [{", ".join(items)}]}}')
+    first, last = (json.dumps(ids[end]) if ids else "null" for end in (0, -1))
+    # Without `has_more`, Anthropic's SDK would ask for the next page for ever.
+    return _json(
+        f'{{"object": "list", "complete": {told}, "has_more": false, "first_id": {first}, '
+        f'"last_id": {last}, "data": [{", ".join(items)}]}}'
+    )
 
 
 def _items(models: Iterable[Model]) -> list[str]:

@@ -1,57 +1,45 @@
-"""OpenAI's chat and text completions, streamed or whole."""
+"""OpenAI's chat and text completions, streamed or whole. Their bytes are the backend's own."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, g
+from typing import Any
 
-from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed, warn
+from flask import Blueprint, Response
+
+from mlxproxy.blueprints.answering import ask
+from mlxproxy.blueprints.hooks import json_body, streamed
 from mlxproxy.blueprints.services import services
+from mlxproxy.dialects import conversation
 from mlxproxy.guard.check import Kind
-from mlxproxy.relay.body import RequestBody
-from mlxproxy.relay.open import Request
-from mlxproxy.relay.statistics import AnswerStats
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
-
-PATHS: dict[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
 
 
 @blueprint.post("/chat/completions")
 def chat() -> Response:
     """The loaded model's answer to a conversation."""
-    return _complete("chat")
+    given = json_body()
+    if "messages" in given:
+        given["messages"] = conversation.repaired(given["messages"])
+    return _complete(given, "chat")
 
 
 @blueprint.post("/completions")
 def completions() -> Response:
     """The loaded model's continuation of a text."""
-    return _complete("text")
+    return _complete(json_body(), "text")
 
 
-def _complete(kind: Kind) -> Response:
-    given = json_body()
-    parts = services()
-    controller, relay, selection = parts.controller, parts.relay, parts.selection
-    known = selection.expected(given.get("model"))
-    profile = selection.profile(given.get("model"))
-    body = RequestBody(given, kind, known, selection.terms_for(profile))
-    fields = body.fields
-    stats = g.stats = AnswerStats()
-    exclusive = selection.engine_of(known).is_exclusive(fields, controller.has)
-    lease = controller.lease(
-        client(),
-        disconnect(),
-        lambda: selection.named_spec(fields.get("model")),
-        exclusive,
-        selection.fallback,
-    )
-    request = Request(PATHS[kind], body, profile.name if profile else None)
-    if fields.get("stream") is True:
-        response = streamed(relay.stream(lease, request, stats), stats)
+def _complete(given: dict[str, Any], kind: Kind) -> Response:
+    asked = ask(given, kind)
+    relay = services().relay
+    if asked.body.fields.get("stream") is True:
+        stream = relay.stream(asked.lease, asked.request, asked.stats)
+        response = streamed(stream, asked.stats)
     else:
-        response = Response(relay.whole(lease, request, stats), mimetype="application/json")
-    backend = lease.backend  # not there yet, where the wait for it is long
-    if (spec := backend.spec if backend else lease.target or known) is not None:
-        has = backend.has if backend else lambda _: True
-        warn(selection.engine_of(spec).unmet(fields, spec, has))
+        whole = relay.whole(asked.lease, asked.request, asked.stats)
+        if kind == "chat":  # in a stream, for each token, it would cost too much
+            whole = conversation.with_both_spellings(whole)
+        response = Response(whole, mimetype="application/json")
+    asked.warn()
     return response

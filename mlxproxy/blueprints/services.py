@@ -12,6 +12,7 @@ from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
 from mlxproxy.catalog import Catalog
 from mlxproxy.controller import Controller
+from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.relay.relay import Relay
@@ -25,6 +26,8 @@ class Services:
 
     Attributes:
         bodies: bytes of requests in memory.
+        responses: answers of Responses that clients may refer to.
+        chats: the same of LM Studio.
     """
 
     settings: Settings
@@ -37,6 +40,8 @@ class Services:
     bus: EventBus
     metrics: Metrics
     bodies: Budget
+    responses: ResponsesStore
+    chats: ResponsesStore
 
 
 def services() -> Services:

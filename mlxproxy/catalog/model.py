@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,17 @@ class Model:
         return json.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The item of ``/v1/models``, but for what depends on the moment."""
+        """The item of ``/v1/models``, but for what depends on the moment.
+
+        OpenAI's SDK reads it, and Anthropic's (`display_name`, `created_at`).
+        """
         return {
             "id": self.id,
             "object": "model",
             "path": str(self.path),
             "created": self.created,
+            "created_at": datetime.fromtimestamp(self.created, timezone.utc).isoformat(),
+            "display_name": self.id.rpartition("/")[2],
             "owned_by": self.publisher or "unknown",
             "publisher": self.publisher,
             "type": self.type,

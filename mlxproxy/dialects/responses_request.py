@@ -77,7 +77,8 @@ def translate(
         chat,
         answer,
         stream,
-        fields.inverted(_NAMES) | {"reasoning_effort": "reasoning.effort"},
+        fields.inverted(_NAMES)
+        | {"reasoning_effort": "reasoning.effort", "response_format": "text.format"},
         temperature=1.0,
         optional=frozenset({"reasoning_effort"}),
     )

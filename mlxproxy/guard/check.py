@@ -111,10 +111,21 @@ def require_text(body: Mapping[str, Any]) -> None:
         InvalidRequest: lone surrogates, NUL, NaN, numbers beyond 64 bits or deep nesting, with the
             field as `param`.
     """
+    require_plain(body)
     for name, value in body.items():
-        _characters(name, value)
         if _has_nul(value):
             raise InvalidRequest(f"{name} contains a NUL character.", param=name)
+
+
+def require_plain(body: Mapping[str, Any]) -> None:
+    """Return if all of a body can be walked through and written.
+
+    Raises:
+        InvalidRequest: lone surrogates, NaN, numbers beyond 64 bits or deep nesting, with the field
+            as `param`.
+    """
+    for name, value in body.items():
+        _characters(name, value)
 
 
 def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:

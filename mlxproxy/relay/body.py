@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.guard.check import Kind
+
+
+class Check(Protocol):
+    """What a request may say to a model, or to any."""
+
+    def check(self, body: dict[str, Any], kind: Kind, /) -> dict[str, Any]:
+        """Return its fields, checked.
+
+        Raises:
+            InvalidRequest: they cannot be taken.
+        """
 
 
 class RequestBody:
@@ -30,7 +41,7 @@ class RequestBody:
         given: dict[str, Any],
         kind: Kind,
         known: ModelSpec | None,
-        terms_of: Callable[[ModelSpec | None], Terms],
+        terms_of: Callable[[ModelSpec | None], Check],
     ) -> None:
         self.fields = terms_of(known).check(given, kind)
         self._given = given

@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 from tests.support.proxy import Proxy
-from tests.support.raw_http import Answer, answers, connect, received
+from tests.support.raw_http import Answer, answers, connect, received, shape
 from tests.support.waiting import until
 
 ALICE, BOB, CARLA = "key-of-alice", "key-of-bob", "key-of-carla"  # the last from the key file
@@ -34,6 +34,30 @@ CALLS = [
     ("POST", "/v1/models/unload"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/tiny/alpha"),
+    ("DELETE", "/v1/responses/tiny/alpha"),
+    ("GET", "/v1/responses/tiny/alpha/input_items"),
+    ("POST", "/api/chat"),
+    ("POST", "/api/generate"),
+    ("POST", "/api/show"),
+    ("POST", "/api/pull"),
+    ("POST", "/api/embed"),
+    ("POST", "/api/embeddings"),
+    ("GET", "/api/tags"),
+    ("HEAD", "/api/tags"),
+    ("GET", "/api/ps"),
+    ("GET", "/api/version"),
+    ("GET", "/api/v0/models"),
+    ("GET", "/api/v0/models/tiny/alpha"),
+    ("POST", "/api/v0/chat/completions"),
+    ("POST", "/api/v0/completions"),
+    ("GET", "/api/v1/models"),
+    ("POST", "/api/v1/chat"),
+    ("POST", "/api/v1/models/load"),
+    ("POST", "/api/v1/models/unload"),
     ("GET", "/models"),
     ("GET", "/models/tiny/alpha"),
     ("GET", "/models/loaded"),
@@ -49,6 +73,20 @@ CALLS = [
     ("OPTIONS", "/v1/models"),
     ("DELETE", "/v1/models"),
 ]
+
+
+def is_refusal(path: str, body: dict[str, Any], code: str) -> bool:
+    """Whether a body says that code, as far as the dialect of the path can, in its shape."""
+    if path.startswith("/v1/messages"):
+        is_key = code == "invalid_api_key"
+        kind = "authentication_error" if is_key else "permission_error"
+        return (body["type"], body["error"]["type"]) == ("error", kind)
+    if path.startswith(("/api/v0/", "/api/v1/")):
+        return bool(body["error"]["code"] == code and body["error"]["message"])
+    if path.startswith("/api/"):
+        return isinstance(body["error"], str) and list(body) == ["error"]
+    error = shape(body)
+    return (error["code"], error["type"]) == (code, "invalid_request_error")
 
 
 def exchange(proxy: Proxy, sent: bytes) -> list[Answer]:

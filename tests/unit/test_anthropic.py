@@ -265,10 +265,13 @@ def test_thinking_is_asked_for_and_given_up_for_a_model_that_cannot() -> None:
 def test_a_format_is_a_response_format() -> None:
     schema = {"type": "object"}
     wanted = {"type": "json_schema", "schema": schema}
-    assert chat(output_config={"format": wanted})["response_format"] == {
+    made = translated(output_config={"format": wanted})
+    assert made.chat is not None
+    assert made.chat["response_format"] == {
         "type": "json_schema",
         "json_schema": {"name": "answer", "schema": schema},
     }
+    assert made.names["response_format"] == "output_config.format"
 
 
 def test_what_claude_code_adds_with_every_release_is_not_refused() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from mlxproxy.blueprints import hooks, openai
+from mlxproxy.blueprints import answering, hooks
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
@@ -132,7 +132,7 @@ def test_a_stream_that_a_fault_follows_gives_its_place_back(
     def fault(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(openai, "warn", fault)
+    monkeypatch.setattr(answering, "warn", fault)
     with ExitStack() as at_end:
         environment = {"mlxproxy.at_end": at_end}
         answer = client.post("/v1/chat/completions", json=STREAM, environ_overrides=environment)

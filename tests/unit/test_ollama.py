@@ -131,9 +131,14 @@ def test_thinking_can_be_asked_for(think: Any, expected: Any) -> None:
 
 
 def test_a_format_is_a_response_format() -> None:
-    assert chat(format="json")["response_format"] == {"type": "json_object"}
+    made = translated(USER, format="json")
+    assert made.chat is not None
+    assert made.chat["response_format"] == {"type": "json_object"}
+    assert made.names["response_format"] == "format"
     schema = {"type": "object"}
-    assert chat(format=schema)["response_format"]["json_schema"]["schema"] == schema
+    made = translated(USER, format=schema)
+    assert made.chat is not None
+    assert made.chat["response_format"]["json_schema"]["schema"] == schema
     assert chat(format="") == chat()
 
 

@@ -285,10 +285,13 @@ def test_a_choice_among_some_tools_offers_no_others() -> None:
 
 def test_a_schema_is_one_level_deeper_in_chat() -> None:
     form = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
-    assert chat(text={"format": form, "verbosity": "low"})["response_format"] == {
+    made = translated(text={"format": form, "verbosity": "low"})
+    assert made.chat is not None
+    assert made.chat["response_format"] == {
         "type": "json_schema",
         "json_schema": {"name": "city", "strict": True, "schema": {"type": "object"}},
     }
+    assert made.names["response_format"] == "text.format"
 
 
 def test_effort_is_given_up_for_a_model_that_cannot_think() -> None:

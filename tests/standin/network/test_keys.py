@@ -8,9 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe
+from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe, is_refusal
 from tests.support.proxy import Proxy
-from tests.support.raw_http import shape
 
 NEARLY_HEALTH = [
     "/health/",
@@ -31,8 +30,7 @@ def test_every_path_but_health_needs_a_key(proxy: Proxy, key: str | None) -> Non
         assert answer.status_code == 401, (method, path)
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         if method != "HEAD":
-            assert shape(answer.json())["code"] == "invalid_api_key"
-            assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert is_refusal(path, answer.json(), "invalid_api_key")
     assert describe(proxy)["id"] == "tiny/alpha", "the unload was refused"
 
 

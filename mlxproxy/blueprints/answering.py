@@ -1,0 +1,267 @@
+"""From a request, whatever its dialect, to a lease, and from the backend's answer to a response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flask import Response, g
+
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed, warn
+from mlxproxy.blueprints.services import services
+from mlxproxy.controller import Claim, Lease
+from mlxproxy.dialects import conversation
+from mlxproxy.dialects.chat_events import TranslatedStream
+from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
+from mlxproxy.errors import InvalidRequest
+from mlxproxy.guard import check
+from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.relay.body import RequestBody
+from mlxproxy.relay.open import Request
+from mlxproxy.relay.statistics import AnswerStats
+
+PATHS: Mapping[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
+NO_NAMES: Mapping[str, str] = {}
+NO_DEFAULTS: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a request may say to a model, for a request that is fitted to the model first.
+
+    Args:
+        terms: those of the model, or of any.
+        spec: the model; None: any.
+        optional: fields to leave out for a model that cannot think.
+        names: fields that the client calls otherwise.
+    """
+
+    terms: Terms
+    spec: ModelSpec | None
+    optional: frozenset[str]
+    names: Mapping[str, str]
+
+    def check(self, body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+        """Return the fields, checked, with the conversation as templates take it.
+
+        Raises:
+            InvalidRequest: the model cannot take them; in the client's words.
+        """
+        if self.optional and self.spec and not self.spec.model.capabilities.thinking:
+            body = {name: value for name, value in body.items() if name not in self.optional}
+        try:
+            fields = self.terms.check(body, kind)
+        except InvalidRequest as error:
+            raise in_their_words(error, self.names) from None
+        if kind == "chat":
+            fields["messages"] = conversation.settled(fields["messages"])
+        return fields
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that is checked and has its lease."""
+
+    body: RequestBody
+    kind: Kind
+    known: ModelSpec | None
+    lease: Lease
+    stats: AnswerStats
+    name: str | None  # what the answer calls the model; None: its id
+
+    @property
+    def request(self) -> Request:
+        """What is sent to the backend."""
+        return Request(PATHS[self.kind], self.body, self.name)
+
+    def warn(self) -> None:
+        """Tell the client what its answer is without. For when its end is seen to."""
+        backend = self.lease.backend  # not there yet, where the wait for it is long
+        if (spec := backend.spec if backend else self.lease.target or self.known) is not None:
+            has = backend.has if backend else lambda _: True
+            warn(services().selection.engine_of(spec).unmet(self.body.fields, spec, has))
+
+
+def ask(
+    given: dict[str, Any],
+    kind: Kind,
+    optional: frozenset[str] = frozenset(),
+    names: Mapping[str, str] = NO_NAMES,
+    ttl: float | None = None,
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
+) -> Asked:
+    """Check a chat or text request and queue it.
+
+    Args:
+        optional, names: see :class:`Fitted`.
+        ttl: idle seconds after which a model that this request loads is unloaded.
+        defaults: fields for a request that neither the client nor the settings nor the model give.
+
+    Raises:
+        ProxyError: it is refused.
+    """
+    parts = services()
+    controller, selection = parts.controller, parts.selection
+    known = selection.expected(given.get("model"))
+    profile = selection.profile(given.get("model"))
+
+    def fitted(spec: ModelSpec | None) -> Fitted:
+        terms = selection.terms(spec, profile)
+        if defaults:
+            terms = terms._replace(defaults={**defaults, **terms.defaults})
+        return Fitted(terms, spec, optional, names)
+
+    body = RequestBody(given, kind, known, fitted)
+    stats = g.stats = AnswerStats()
+    exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
+    target = _target(body.fields.get("model"), ttl)
+    lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
+    return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+
+
+def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
+    selection = services().selection
+
+    def target() -> ModelSpec | None:
+        spec = selection.named_spec(name)
+        return spec if spec is None or ttl is None else replace(spec, ttl=ttl)
+
+    return target
+
+
+# -- in the words of another dialect
+
+
+def dialect_body() -> dict[str, Any]:
+    """Return the request's body, all of which can be translated and given back.
+
+    Raises:
+        InvalidJSON, InvalidRequest, TooManyRequests: see `json_body`, and what is no plain JSON.
+    """
+    body = json_body()
+    check.require_plain(body)
+    return body
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A body that tells its answer which model it is for, before the first delta."""
+
+    body: RequestBody
+    answer: Answer
+    name: str | None
+    on_spec: Callable[[ModelSpec], None]
+
+    def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
+        self.answer.model = self.name or spec.model_id
+        self.on_spec(spec)
+        return self.body.for_spec(spec)
+
+
+def answered(
+    translated: Translated,
+    ttl: float | None = None,
+    on_spec: Callable[[ModelSpec], None] = lambda spec: None,
+) -> Response:
+    """Return the answer to a translated request.
+
+    Args:
+        ttl: see :func:`ask`.
+        on_spec: called with the model that answers, before its first delta.
+
+    Raises:
+        ProxyError: why there is none.
+    """
+    answer = translated.answer
+    if translated.chat is None:
+        answer.model = _loaded(answer.model, ttl)
+        return nothing(translated)
+    asked = ask(
+        translated.chat,
+        translated.kind,
+        translated.optional,
+        translated.names,
+        ttl,
+        {} if translated.temperature is None else {"temperature": translated.temperature},
+    )
+    lease, stats = asked.lease, asked.stats
+    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    relay = services().relay
+    if translated.stream:
+        stream = TranslatedStream(relay.stream(lease, request, stats), answer)
+        response = streamed(stream, stats, answer.headers)
+    else:
+        completion = json.loads(relay.whole(lease, request, stats))
+        response = _json(answer.whole(completion, _timing(stats)))
+    asked.warn()
+    return response
+
+
+def nothing(translated: Translated) -> Response:
+    """Return the answer to a request that asks for none."""
+    answer = translated.answer
+    if translated.stream:
+        return Response(answer.begin() + answer.finish(), headers=dict(answer.headers))
+    return _json(answer.whole(NOTHING))
+
+
+def _loaded(name: str, ttl: float | None) -> str:
+    """Wait for the model of that name as an answer would; return the id of what is loaded."""
+    lease = services().controller.lease(client(), disconnect(), _target(name, ttl))
+    try:
+        lease.wait()
+        return lease.spec.model_id
+    finally:
+        lease.release()
+
+
+def load(spec: ModelSpec) -> None:
+    """Load a model and wait for it.
+
+    Raises:
+        ProxyError: it could not be.
+    """
+    controller, claim = services().controller, Claim(client())
+    controller.load(spec, claim)
+    disconnect().on_leave(lambda: controller.leave(claim))
+    claim.wait()
+
+
+def unload(path: str) -> None:
+    """Unload a model, if it is loaded, and wait for it.
+
+    Raises:
+        ProxyError: it could not be.
+    """
+    controller, claim = services().controller, Claim(client())
+    controller.unload(claim, path)
+    disconnect().on_leave(lambda: controller.leave(claim))
+    claim.wait()
+
+
+def _timing(stats: AnswerStats) -> Timing:
+    ended = stats.ended or stats.started
+    granted = stats.granted or ended
+    first = stats.first_byte or ended
+    return Timing(waited=granted - stats.started, prompt=first - granted, generation=ended - first)
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, mimetype="application/json")
+
+
+# -- models, for the dialects' lists
+
+
+def entries() -> list[dict[str, Any]]:
+    """Return the models that can be loaded, as the entries of `/v1/models`."""
+    return [model.to_dict() for model in services().catalog.models() if model.loadable]
+
+
+def contexts() -> dict[str, int]:
+    """Return the ids of the models that are loaded, and how many tokens each can take."""
+    models = [spec.model for spec in services().controller.residents()]
+    return {model.id: model.max_context_length or 0 for model in models}

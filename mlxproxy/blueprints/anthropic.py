@@ -1,0 +1,30 @@
+"""Anthropic's Messages, streamed or whole, and the count of their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, g
+
+from mlxproxy.blueprints.answering import answered, dialect_body
+from mlxproxy.dialects import anthropic_request
+from mlxproxy.dialects.anthropic_answer import AnthropicAnswer
+
+blueprint = Blueprint("anthropic", __name__, url_prefix="/v1/messages")
+
+
+@blueprint.post("")
+def messages() -> Response:
+    """The model's next message."""
+    translated = anthropic_request.translate(dialect_body())
+    assert isinstance(translated.answer, AnthropicAnswer)
+    translated.answer.request_id = g.request_id
+    return answered(translated)
+
+
+@blueprint.post("/count_tokens")
+def count_tokens() -> dict[str, Any]:
+    """About how many tokens the prompt of these messages has."""
+    chat = anthropic_request.translate(dialect_body()).chat
+    assert chat is not None
+    return anthropic_request.counted(anthropic_request.estimated_tokens(chat))

@@ -1,0 +1,102 @@
+"""LM Studio's REST API, v0 and v1: answers, and the models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flask import Blueprint, Response
+
+from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.blueprints.answering import answered, contexts, dialect_body, entries, load, unload
+from mlxproxy.blueprints.services import services
+from mlxproxy.dialects import fields, lmstudio_models, lmstudio_request
+from mlxproxy.dialects.lmstudio_answer import LMStudioV0Answer
+from mlxproxy.guard.check import Kind
+
+blueprint = Blueprint("lmstudio", __name__, url_prefix="/api")
+
+
+@blueprint.post("/v0/chat/completions")
+def chat_v0() -> Response:
+    """OpenAI's chat, with what the answer took."""
+    return _answered_v0("chat")
+
+
+@blueprint.post("/v0/completions")
+def completions_v0() -> Response:
+    """OpenAI's text completion, with what the answer took."""
+    return _answered_v0("text")
+
+
+def _answered_v0(kind: Kind) -> Response:
+    body = dialect_body()
+    translated = lmstudio_request.translate_v0(body, kind)
+    answer = translated.answer
+    assert isinstance(answer, LMStudioV0Answer)
+
+    def about(spec: ModelSpec) -> None:
+        told = lmstudio_models.one_v0(spec.model.to_dict(), {})
+        answer.about = {
+            "model_info": {
+                "arch": told["arch"],
+                "quant": told["quantization"],
+                "format": told["compatibility_type"],
+                "context_length": told["max_context_length"],
+            },
+            "runtime": {"name": "mlxproxy", "supported_formats": ["mlx"]},
+        }
+
+    return answered(translated, lmstudio_request.ttl(body), about)
+
+
+@blueprint.get("/v0/models")
+def models_v0() -> dict[str, Any]:
+    """The models that can be loaded."""
+    return lmstudio_models.v0(entries(), contexts())
+
+
+@blueprint.get("/v0/models/<path:name>")
+def model_v0(name: str) -> dict[str, Any]:
+    """One model."""
+    return lmstudio_models.one_v0(services().catalog.find(name).to_dict(), contexts())
+
+
+@blueprint.post("/v1/chat")
+def chat_v1() -> Response:
+    """The model's answer, and what it took."""
+    body = dialect_body()
+    translated = lmstudio_request.translate_v1(body, services().chats)
+    return answered(translated, lmstudio_request.ttl(body))
+
+
+@blueprint.get("/v1/models")
+def models_v1() -> dict[str, Any]:
+    """The models that can be loaded."""
+    return lmstudio_models.v1(entries(), contexts())
+
+
+@blueprint.post("/v1/models/load")
+def load_v1() -> dict[str, Any]:
+    """Load a model; answer when it is ready."""
+    body = dialect_body()
+    begun = time.monotonic()
+    spec = services().selection.spec_for(fields.a_text(body.get("model"), "model"))
+    load(spec)
+    told: dict[str, Any] = {
+        "type": "llm",
+        "instance_id": spec.model_id,
+        "load_time_seconds": round(time.monotonic() - begun, 3),
+        "status": "loaded",
+    }
+    if fields.flag(body, "echo_load_config", False):
+        told["load_config"] = {"context_length": spec.model.max_context_length or 0}
+    return told
+
+
+@blueprint.post("/v1/models/unload")
+def unload_v1() -> dict[str, Any]:
+    """Unload a model."""
+    name = fields.a_text(dialect_body().get("instance_id"), "instance_id")
+    unload(services().selection.path_of(name))
+    return {"instance_id": name}

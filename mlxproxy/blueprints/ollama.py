@@ -1,0 +1,100 @@
+"""Ollama's API: chat, generate, and the models."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from flask import Blueprint, Response
+
+from mlxproxy.blueprints.answering import answered, dialect_body, entries, nothing, unload
+from mlxproxy.blueprints.services import services
+from mlxproxy.dialects import fields, ollama_models, ollama_request
+from mlxproxy.dialects.form import Translated
+from mlxproxy.errors import InvalidRequest
+
+blueprint = Blueprint("ollama", __name__, url_prefix="/api")
+
+SHORTEST_TTL_SECONDS = 1.0  # a keep_alive of 0: the answer comes first
+
+
+@blueprint.post("/chat")
+def chat() -> Response:
+    """The model's next message."""
+    body = dialect_body()
+    return _answered(body, ollama_request.translate_chat(body))
+
+
+@blueprint.post("/generate")
+def generate() -> Response:
+    """The model's answer to a prompt."""
+    body = dialect_body()
+    return _answered(body, ollama_request.translate_generate(body))
+
+
+def _answered(body: dict[str, Any], translated: Translated) -> Response:
+    seconds = ollama_request.keep_alive(body)
+    if translated.chat is None and seconds == 0:
+        unload(services().selection.path_of(translated.answer.model))
+        return nothing(translated)
+    ttl = None
+    if seconds is not None:  # a ttl of 0 means for ever
+        ttl = 0.0 if math.isinf(seconds) else max(seconds, SHORTEST_TTL_SECONDS)
+    return answered(translated, ttl)
+
+
+@blueprint.get("/tags")
+def tags() -> dict[str, Any]:
+    """The models that can be loaded."""
+    return ollama_models.tags(entries())
+
+
+@blueprint.get("/ps")
+def running() -> dict[str, Any]:
+    """The models that are loaded."""
+    slots = [slot for slot in services().controller.describe().slots if slot.spec is not None]
+    told = []
+    for slot in slots:
+        assert slot.spec is not None
+        model, left = slot.spec.model, slot.idle_unload_in
+        size = slot.memory or slot.spec.needed_bytes
+        context = model.max_context_length or 0
+        told.append((model.to_dict(), math.inf if left is None else left, size, context))
+    return ollama_models.running(told, time.time())
+
+
+@blueprint.get("/version")
+def version() -> dict[str, Any]:
+    """The version of Ollama that the answers are like."""
+    return {"version": ollama_models.VERSION}
+
+
+@blueprint.post("/show")
+def show() -> dict[str, Any]:
+    """One model."""
+    return ollama_models.shown(services().catalog.find(_name(dialect_body())).to_dict())
+
+
+@blueprint.post("/pull")
+def pull() -> dict[str, Any]:
+    """Success for a model that is there: nothing is downloaded."""
+    services().catalog.find(_name(dialect_body())).require_loadable()
+    return {"status": "success"}
+
+
+@blueprint.post("/embed")
+@blueprint.post("/embeddings")
+def embed() -> Response:
+    """No embeddings, in words."""
+    raise InvalidRequest("This server has no embeddings. Use another server for them.")
+
+
+def _name(body: dict[str, Any]) -> str:
+    """The model that the body names.
+
+    Raises:
+        InvalidRequest: it names none.
+    """
+    name = fields.a_text(body.get("model") or body.get("name"), "model")
+    return name.removesuffix(ollama_request.LATEST)

@@ -1,0 +1,37 @@
+"""OpenAI's Responses, streamed or whole, and those that are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response
+
+from mlxproxy.blueprints.answering import answered, dialect_body
+from mlxproxy.blueprints.services import services
+from mlxproxy.dialects import responses_request
+
+blueprint = Blueprint("responses", __name__, url_prefix="/v1/responses")
+
+
+@blueprint.post("")
+def create() -> Response:
+    """The model's answer to the items of a conversation."""
+    return answered(responses_request.translate(dialect_body(), services().responses))
+
+
+@blueprint.get("/<path:identity>")
+def one(identity: str) -> Response:
+    """An answer that is kept."""
+    return Response(services().responses.response(identity), mimetype="application/json")
+
+
+@blueprint.delete("/<path:identity>")
+def delete(identity: str) -> dict[str, Any]:
+    """Forget an answer."""
+    return services().responses.delete(identity)
+
+
+@blueprint.get("/<path:identity>/input_items")
+def input_items(identity: str) -> dict[str, Any]:
+    """What an answer that is kept was about."""
+    return services().responses.input_items(identity)
