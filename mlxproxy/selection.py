@@ -184,10 +184,6 @@ class Selection:
         """
         return Terms(self.engine_of(spec).rules, self._limits(spec), self._defaults(spec, profile))
 
-    def terms_for(self, profile: Profile | None) -> Callable[[ModelSpec | None], Terms]:
-        """Return :meth:`terms` of requests that name a profile."""
-        return lambda spec: self.terms(spec, profile)
-
     def _defaults(self, spec: ModelSpec | None, profile: Profile | None) -> Mapping[str, Any]:
         """Return what a request is given: of the model itself, then of the person's settings."""
         if spec is None:

@@ -310,3 +310,15 @@ def test_chat_takes_what_clients_get_wrong_and_tells_its_reasoning_in_both_spell
     assert roles == ["system", "user", "assistant", "tool", "user"]
     assert sent["messages"][2]["reasoning_content"] == "Hm."
     assert "bro" not in json.dumps(sent)
+
+
+def test_a_body_nested_too_deeply_is_refused_and_not_a_fault(
+    dialect: Dialect, scripted: Any
+) -> None:
+    proxy, _ = scripted()
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [deep]
+    answer = post(proxy, dialect, metadata={"deep": deep})
+    assert answer.status_code == 400
+    assert "nested" in dialect.problem(answer.json())

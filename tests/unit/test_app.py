@@ -73,7 +73,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
             expected=lambda name: None,
             profile=lambda name: None,
             fallback=lambda: None,
-            terms_for=lambda profile: lambda spec: Terms(RULES, Limits(frozenset())),
+            terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(
                 is_exclusive=lambda fields, has: False, unmet=lambda *_: ()
             ),

@@ -160,8 +160,8 @@ def given(house: House, name: str, body: dict[str, Any]) -> dict[str, Any]:
     spec = selection.named_spec(name)
     assert spec is not None
     spec = replace(spec, model=replace(spec.model, sampling={"temperature": 0.6, "top_k": 20}))
-    terms = selection.terms_for(selection.profile(name))
-    return terms(spec).check({"messages": HELLO, **body}, "chat")
+    terms = selection.terms(spec, selection.profile(name))
+    return terms.check({"messages": HELLO, **body}, "chat")
 
 
 def test_a_request_without_sampling_gets_the_models_own(tmp_path: Path) -> None:
