@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlxproxy.files import MB, Unreadable, read_object, read_text
 
-POINTER = ".lmstudio-home-pointer"  # LM Studio writes the path of its home folder here when that has moved
+POINTER = ".lmstudio-home-pointer"  # LM Studio writes its home's path here if it is moved
 
 
 def models_folder(home: Path | None = None) -> Path:
