@@ -33,7 +33,7 @@ _LOOKS = 1_500
 _GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 _GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
-_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, or invalid UTF-8
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, or invalid UTF-8
 _WEIGHTS = (".safetensors", ".gguf")
 _RELEVANT = re.compile(
     "|".join(map(re.escape, (CONFIG, TOKENIZER_CONFIG, TOKENIZER, TEMPLATE, INDEX, MODELOPT)))
@@ -57,8 +57,7 @@ Fingerprint = tuple[str, tuple[tuple[str, int, int, int], ...]]
 
 @dataclass(frozen=True)
 class Directory:
-    """The contents of a directory when it had this signature; `files` is empty unless it is a model's.
-    """
+    """A directory's contents when it had this signature; `files` is empty unless it is a model."""
 
     signature: Signature
     settled: bool

@@ -187,7 +187,8 @@ def _count(
 
 
 def missing_shards(files: Iterable[str]) -> str:
-    """Return a phrase that names the missing shards of incomplete sets; ``""`` if there are none."""
+    """Return a phrase that names the missing shards of incomplete sets; ``""`` if none are missing.
+    """
     sets: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, files)):
         stem, number, total = match.groups()
@@ -206,8 +207,8 @@ def missing_shards(files: Iterable[str]) -> str:
 def _missing_by_index(folder: str, files: Sequence[str], weights: Weights) -> str:
     """Return a phrase that names the missing files whose tensors are in no other file.
 
-    The index tells which files hold which tensors. An outdated index, left over from before a
-    conversion, does no harm: its tensors are found in other files.
+    An outdated index, left over from before a conversion, does no harm: its tensors are found in
+    other files.
     """
     try:
         places = read_object(f"{folder}/{INDEX}", MAX_INDEX).get("weight_map")
