@@ -187,8 +187,7 @@ def _count(
 
 
 def missing_shards(files: Iterable[str]) -> str:
-    """Return a phrase that names the missing shards of incomplete sets; ``""`` if none are missing.
-    """
+    """Return a phrase that names the shards missing from incomplete sets; ``""`` if none are."""
     sets: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, files)):
         stem, number, total = match.groups()

@@ -34,7 +34,7 @@ _TOO_LONG = re.compile(
 )
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Try again; if the same request fails again, see the backend's log."
-_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # the backend's message does not
+_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own log does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
 
 
@@ -81,7 +81,7 @@ class MlxLmWire:
         return int(match[1]) if match else None
 
     def error(self, status: int, body: bytes) -> ProxyError:
-        """Return the backend's error in the contract's shape.
+        """Return the error of the backend in the contract's shape.
 
         It answers 404 to anything that goes wrong in a generation, with a text that may contain
         paths.
