@@ -188,7 +188,7 @@ class _Walk:
         return self._scope.get(name, UNKNOWN if "." in name else UNDEFINED)
 
     def _joined(self, node: nodes.And | nodes.Or, *, decisive: bool) -> object:
-        """Return the value of `and` or `or`: one decisive side settles it, known or not the other."""
+        """Return the value of `and` or `or`: one decisive side settles it, whatever the other."""
         sides = [self._truth(node.left), self._truth(node.right)]
         if decisive in sides:
             return decisive

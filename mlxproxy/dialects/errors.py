@@ -154,7 +154,7 @@ def lmstudio_event(error: ProxyError) -> bytes:
 
 # -- reading an error from its body
 
-# The backend's sentence, the guard's, and the one that replaces both since OpenAI's clients know it.
+# The backend's sentence, the guard's, and the one that replaces both, which OpenAI's clients know.
 _TOO_LONG = (
     re.compile(
         r"has (?:more than )?(?P<size>\d+) (?P<unit>tokens), and .* context is (?P<most>\d+)"

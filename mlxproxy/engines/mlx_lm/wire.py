@@ -1,4 +1,4 @@
-"""The wire format of `mlx_lm.server`: how it spells OpenAI's requests, events, answers, errors."""
+"""The wire format of `mlx_lm.server`: its spelling of OpenAI's requests, answers and errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class MlxLmWire:
         return not (fields.get("logprobs") or fields.get("top_logprobs", 0) > 0)
 
     def model_field(self, name: str) -> bytes:
-        """Return `"model": "…"` as Python's `json` writes it: quotes inside a string are escaped."""
+        """Return `"model": "…"` as Python's `json` writes it: quotes in a string are escaped."""
         return b'"model": ' + json.dumps(name).encode()
 
     def completion(self) -> Completion:
