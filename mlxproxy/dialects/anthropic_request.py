@@ -274,7 +274,7 @@ def _document(block: Json, place: str) -> Iterator[Json]:
 
 
 def _tools(body: Mapping[str, Any]) -> Json:
-    """Return the functions among the tools. Server tools are left out: nothing here can run them."""
+    """Return the functions among the tools. Server tools have no schema: nothing here runs them."""
     tools: list[Json] = []
     for index, tool in enumerate(fields.a_list(body.get("tools") or [], "tools")):
         place = f"tools[{index}]"

@@ -185,7 +185,10 @@ class ChatEvents:
             self._pieces.append(_string(arguments))
 
     def _end_call(self, deltas: list[Delta]) -> None:
-        """End the call that arrives in pieces. It is dropped if incomplete: no client could run it."""
+        """End the call that arrives in pieces.
+
+        An incomplete call is dropped: no client could run it.
+        """
         if self._call is not None:
             first, self._call = self._call, None
             name = first["function"]["name"]

@@ -156,7 +156,7 @@ class OllamaAnswer(Answer):
         return {
             "done": True,
             "done_reason": reason,
-            "total_duration": _nanoseconds(sum(timing) - timing.loaded),  # it is a part of the wait
+            "total_duration": _nanoseconds(sum(timing) - timing.loaded),  # a part of `waited`
             "load_duration": _nanoseconds(timing.waited),
             "prompt_eval_count": usage.prompt,
             "prompt_eval_duration": _nanoseconds(timing.prompt),
