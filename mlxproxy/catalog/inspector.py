@@ -10,7 +10,7 @@ from mlxproxy.catalog.model import Model
 
 
 class Inspector(Protocol):
-    """Reads model folders for an engine."""
+    """A reader of model folders for an engine."""
 
     @property
     def fingerprint(self) -> str:

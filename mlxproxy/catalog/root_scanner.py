@@ -13,7 +13,7 @@ log = logging.getLogger("mlxproxy.catalog")
 
 
 class RootScanner:
-    """Scans one root in a thread of its own, one scan at a time.
+    """A scanner for one root, which runs in a thread of its own, one scan at a time.
 
     A disk that hangs blocks only that thread; callers get the last snapshot after a short wait, or
     immediately while the disk is known to hang.

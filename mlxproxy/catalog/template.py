@@ -1,4 +1,4 @@
-"""Find out what a chat template does with `enable_thinking`, without rendering it.
+"""Analysis of what a chat template does with `enable_thinking`, without rendering it.
 
 A template is a program, and one found in a folder may loop forever or exhaust the memory. So it is
 only walked: each statement once, with everything unknown except the switch itself and what the

@@ -44,7 +44,7 @@ _PIECE: Final[Mapping[Stretch, bytes]] = {
 
 
 class AnthropicAnswer(BlockAnswer):
-    """Encode one message.
+    """The encoder of one message.
 
     Args:
         model: the model name that the answer states.

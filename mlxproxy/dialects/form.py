@@ -167,7 +167,7 @@ def in_their_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRe
 
 
 class Answer(abc.ABC):
-    """Encodes one answer, either piece by piece (begin, feed, finish) or as a whole.
+    """The encoder of one answer, either piece by piece (begin, feed, finish) or as a whole.
 
     Nothing follows a :class:`Failed` delta, not even :meth:`finish`.
 

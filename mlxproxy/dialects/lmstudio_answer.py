@@ -36,7 +36,7 @@ _NO_TOOLS: Final = "The request offered no tools."
 
 
 class LMStudioAnswer(BlockAnswer):
-    """Encodes one answer of v1.
+    """The encoder of one answer of v1.
 
     Its stream reports the load of the model and the reading of the prompt, and ends with the whole
     answer, even after an error.
@@ -213,7 +213,7 @@ _STOP_REASONS: Final = {
 
 
 class LMStudioV0Answer(Answer):
-    """Encodes one answer of v0: OpenAI's answer, with timings at its end.
+    """The encoder of one answer of v0: OpenAI's answer, with timings at its end.
 
     Args:
         model: the model name that it states.

@@ -42,7 +42,7 @@ _NANOSECONDS: Final = 1_000_000_000
 
 
 class OllamaAnswer(Answer):
-    """Encodes one answer.
+    """The encoder of one answer.
 
     Args:
         model: the model name that it states.

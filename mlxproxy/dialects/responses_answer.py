@@ -31,7 +31,7 @@ from mlxproxy.errors import ProxyError
 
 
 class ResponsesAnswer(BlockAnswer):
-    """Encodes one response.
+    """The encoder of one response.
 
     Args:
         model: the model name that it states.
@@ -69,7 +69,7 @@ class ResponsesAnswer(BlockAnswer):
         self._item_id = ""
         self._place: Json = {}  # of the open part
         self._pieces: list[str] = []
-        self._before = self._after = b""  # the bytes before and after the sequence number of a delta's event
+        self._before = self._after = b""  # a delta's event around its number
         self._waiting: tuple[bytes, bytes] | None = None
         self._call_ids: set[str] = set()
 

@@ -55,7 +55,7 @@ class _Entry(NamedTuple):
 
 
 class ResponsesStore:
-    """Stores answers, for any number of threads; the least recently used is evicted first."""
+    """A store of answers, for any number of threads; the least recently used is evicted first."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self.max_responses = max_responses

@@ -45,7 +45,7 @@ class Tools:
         self._names: dict[tuple[str | None, str], str] = {}
 
     def add(self, tools: Sequence[Any], place: str, namespace: str | None = None) -> None:
-        """Add the tools that a model can call. Those that only OpenAI's servers can run are left out.
+        """Add the tools that a model can call, without those that only OpenAI's servers can run.
 
         Raises:
             InvalidRequest: a tool has no name.

@@ -6,7 +6,7 @@ from mlxproxy.dialects.form import Clock, Timing
 
 
 class Stopwatch:
-    """Times one answer; only the first call of each method counts.
+    """A stopwatch for one answer; only the first call of each method counts.
 
     Args:
         clock: returns seconds since any fixed moment.

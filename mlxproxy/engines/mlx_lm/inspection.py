@@ -59,7 +59,7 @@ LEFT_OUT = (
 
 
 class Inspector:
-    """Reads model folders for one mlx-lm.
+    """A reader of model folders for one mlx-lm.
 
     Args:
         package: what is installed.
