@@ -21,7 +21,7 @@ class Folder:
     Attributes:
         path: without a trailing slash.
         id: the id that the model gets.
-        sizes: bytes of each of its relevant files, by name; None where the size is unknown.
+        sizes: bytes of each of its relevant files, by name; None if the size is unknown.
         changed: when its config or the folder last changed, in nanoseconds.
     """
 

@@ -17,7 +17,7 @@ DEFAULT_CONTEXT = 8192  # tokens: assumed for a conversation of unknown length
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a client can ask of a model.
+    """The features that a client can use with a model.
 
     Attributes:
         tools: the backend can tell tool calls from text.
