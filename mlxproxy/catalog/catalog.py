@@ -1,4 +1,4 @@
-"""What is on disk: every model of the models folders, always as they are now."""
+"""The catalogue: every model in the models folders, as the folders are now."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ __all__ = ["LONGEST_NAME", "Catalog", "Model"]
 
 log = logging.getLogger("mlxproxy.catalog")
 
-PATIENCE = 1.0  # seconds that a caller waits for a disk
-FIRST_PATIENCE = 5.0  # the same for a listing, where nothing has been read yet
-_GLANCE = 0.1  # the same, where the answer is needed more than its truth
-LOOK_AGAIN_SECONDS = 2.0  # for a model of a name that is not known
-_FORMAT = 5  # of the cache file
+PATIENCE = 1.0  # seconds that a caller waits for a disk to answer
+FIRST_PATIENCE = 5.0  # the same for a listing when nothing has been read yet
+_GLANCE = 0.1  # the same when a quick answer matters more than a fresh one
+LOOK_AGAIN_SECONDS = 2.0  # between two looks at the disk for unknown names
+_FORMAT = 5  # version of the cache file's format
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
-# Linux's PATH_MAX: a longer name is none of ours. Putting a text into normal form takes the square
-# of its combining characters: 2 ms for this many bytes, minutes for a megabyte.
+# Linux's PATH_MAX: no model has a longer name. The time that Unicode normalization takes grows with
+# the square of the combining characters: 2 ms for this many bytes, minutes for a megabyte.
 LONGEST_NAME = 4096
 _SHOWN = 300  # characters of a name that an error repeats
 _COMPARED = 100  # characters of a name that are compared with those of the models
-_CLOSEST = 20  # names that are compared in full, which takes the square of their length
+_CLOSEST = 20  # names that are compared in full, which takes time in the square of their length
 
 
 class Catalog:
-    """The models of some folders. May be used by many threads at once.
+    """The models in the models folders. Safe to use from many threads at the same time.
 
     Args:
         roots: folders, in order of precedence; they need not exist yet.
         inspect: reads a model folder, for all engines.
         cache_file: keeps what was read, so that the next start need not read it again.
         patience: seconds that a call waits for the disks before it answers with what was known.
-        first_patience: seconds for which the first reading may last before nobody waits for it.
+        first_patience: seconds that the first scan may take before callers stop waiting for it.
     """
 
     def __init__(
@@ -83,23 +83,23 @@ class Catalog:
         ]
 
     def models(self) -> list[Model]:
-        """All models, usable or not, sorted by id. Those of a silent disk are marked stale."""
+        """Return all models, usable or not, sorted by id; stale if their disk does not answer."""
         return list(self._fresh().models)
 
     def find(self, name: str, *, fresh: bool = True) -> Model:
-        """The model of that name: an id, a folder's absolute path, or the end of an id.
+        """Return the model with that name: an id, a folder's absolute path, or the end of an id.
 
-        Capitals do not matter where one name only fits without them. A model that cannot be
-        loaded is found too; of several that a short name fits, the only loadable one is meant.
+        An exact match wins; otherwise case is ignored. A model that cannot be loaded is found
+        too; if a short name matches several models, the only loadable one among them is meant.
 
         Args:
             name: as a client sent it.
             fresh: look at the disk first; otherwise only if the name is not known.
 
         Raises:
-            ModelNotFound: there is none; up to three similar names stand in the message.
-            AmbiguousModel: a short name fits several.
-            ModelsRootUnavailable: no models folder is there, or has answered yet.
+            ModelNotFound: there is none; the message suggests up to three similar names.
+            AmbiguousModel: a short name matches several models.
+            ModelsRootUnavailable: no models folder exists, or none has answered yet.
         """
         if _is_too_long(name):
             raise ModelNotFound(self._not_found(name, ()), param="model")
@@ -107,7 +107,7 @@ class Catalog:
             return _single(name, known)
         listing = self._fresh()
         if not (found := listing.named(name)) and not self.known and self.is_complete():
-            listing = self._fresh()  # a first reading takes its time
+            listing = self._fresh()  # the first scan may take a while
             found = listing.named(name)
         if found:
             return _single(name, found)
@@ -115,13 +115,13 @@ class Catalog:
         raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
 
     def lookup(self, name: str) -> Model | None:
-        """Return the model of that name; None if there is none.
+        """Return the model with that name; None if there is none.
 
-        For each request, whose name need not be a model's: an unknown one costs a look at the disk
-        only if the last such look is LOOK_AGAIN_SECONDS ago.
+        This is called for every request, whose name need not be a model's: an unknown name costs a
+        look at the disk only if the last such look was LOOK_AGAIN_SECONDS ago.
 
         Raises:
-            AmbiguousModel: a short name fits several.
+            AmbiguousModel: a short name matches several models.
         """
         if _is_too_long(name):
             return None
@@ -143,11 +143,11 @@ class Catalog:
 
     @property
     def known(self) -> bool:
-        """Whether every models folder has been read: what is not listed was not there."""
+        """Whether every models folder has been read, so that what is not listed was not there."""
         return all(shelf.known for shelf in self._shelves)
 
     def is_complete(self) -> bool:
-        """Return :attr:`known`, after a wait for the first reading of a large or slow library."""
+        """Wait for the first scan of a large or slow library, then return :attr:`known`."""
         patience = self._first_patience
         until = time.monotonic() + patience
         for shelf in self._shelves:
@@ -156,10 +156,10 @@ class Catalog:
         return all(shelf.known or shelf.wait(1, patience, until) for shelf in self._shelves)
 
     def require_disk(self) -> None:
-        """Return if what is not listed is not there.
+        """Raise an error if a model that is not listed may exist nevertheless.
 
         Raises:
-            ModelsRootUnavailable: a folder has not been read yet, or none of them is there.
+            ModelsRootUnavailable: a folder has not been read yet, or none of them exists.
         """
         silent = [shelf.root for shelf in self._shelves if not shelf.known]
         if silent:
@@ -176,12 +176,12 @@ class Catalog:
             )
 
     def missing_roots(self) -> list[Path]:
-        """The models folders that are not there, or cannot be read; answers almost at once."""
+        """Return the models folders that are missing or cannot be read, almost immediately."""
         self._look(min(_GLANCE, self._patience))
         return [Path(shelf.root) for shelf in self._shelves if shelf.snapshot.missing]
 
     def _look(self, patience: float) -> list[bool]:
-        """Has all roots scanned; returns for each whether its disk answered in time."""
+        """Have all roots scanned; return for each whether its disk answered in time."""
         numbers = [shelf.request() for shelf in self._shelves]
         until = time.monotonic() + patience
         return [
@@ -190,7 +190,7 @@ class Catalog:
         ]
 
     def _fresh(self) -> _Listing:
-        """The listing of now, or of the last answer of a disk that keeps silent."""
+        """Return the current listing; of a disk that does not answer, what it last held."""
         answered = self._look(self._patience)
         shelves = [
             (shelf.root, shelf.snapshot, not fresh)
@@ -211,7 +211,7 @@ class Catalog:
         return f"{message} GET /v1/models lists what is available."
 
     def _remembered(self, root: str) -> Snapshot:
-        """Return what an earlier run knew of a root: whatever it wrote itself, and whole."""
+        """Return what an earlier run saved about a root; nothing unless the record is intact."""
         kept = read_record(self._cache_file, _CACHE_BYTES) if self._cache_file else {}
         try:
             if kept["fingerprint"] != self._fingerprint or kept["digest"] != _digest(kept["roots"]):
@@ -234,13 +234,13 @@ class Catalog:
 
 
 def _digest(value: Any) -> str:
-    """Return what tells that the value is the one that was written, without a look at its parts."""
+    """Return a digest that proves a value to be the one that was written, as a whole."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The models of all roots together, and the ways to name them."""
+    """The models of all roots together, and the names by which they are found."""
 
     shelves: Sequence[tuple[str, Snapshot, bool]] = ()  # root, snapshot, stale
     models: Sequence[Model] = ()
@@ -267,7 +267,7 @@ class _Listing:
         )
 
     def is_of(self, shelves: Sequence[tuple[str, Snapshot, bool]]) -> bool:
-        """Whether it was made of these, and nothing in them changed since."""
+        """Return whether it was made from these shelves and nothing in them has changed since."""
         return len(shelves) == len(self.shelves) and all(
             root == old_root
             and stale == old_stale
@@ -280,7 +280,7 @@ class _Listing:
 
     @cached_property
     def _folded(self) -> Mapping[str, list[Model]]:
-        """The models by their folded paths, ids, and ends of ids; a whole id counts for more."""
+        """The models by folded path, id and end of an id; a path or whole id wins over an end."""
         whole: dict[str, list[Model]] = {}
         ends: dict[str, list[Model]] = {}
         for model in self.models:
@@ -302,14 +302,14 @@ class _Listing:
         return ids
 
     def named(self, name: str) -> Sequence[Model]:
-        """The models that a name of at most LONGEST_NAME bytes fits best."""
+        """Return the models that best match a name of at most LONGEST_NAME bytes."""
         name = name.rstrip("/") if len(name) > 1 else name
         if exact := self.names.get(name):
             return [exact]
         return self._folded.get(_folded(name), ())
 
     def similar(self, name: str) -> list[str]:
-        """Up to three ids of loadable models that are written much like the name."""
+        """Return up to three ids of loadable models whose spelling is close to the name."""
         ids = self._short_names
         wanted = _folded(name.rpartition("/")[2][:_COMPARED])
         near = [short for short in ids if wanted and wanted in short]
@@ -327,7 +327,7 @@ class _Listing:
 def _without_doubles(
     shelves: Iterable[tuple[str, Snapshot, bool]],
 ) -> Iterable[tuple[str, Model]]:
-    """Each root's models; a folder that stands in two roots counts for the first."""
+    """Yield each root's models; a folder that two roots contain belongs to the first."""
     seen: set[Identity] = set()
     for root, snapshot, stale in shelves:
         missing = Path(root) if snapshot.missing else None
@@ -344,7 +344,7 @@ def _without_doubles(
 
 
 def _told_apart(id_: str, root: str, taken: Mapping[str, Model]) -> str:
-    """Another id for the second model of one: with its root's name, else with a number."""
+    """Return another id for the second model with an id: with its root's name, or a number."""
     other, number = f"{id_}@{os.path.basename(root)}", 2
     while other in taken:
         other, number = f"{id_}@{number}", number + 1
@@ -366,12 +366,12 @@ def _single(name: str, found: Sequence[Model]) -> Model:
 
 
 def _is_too_long(name: str) -> bool:
-    """Whether a name has more bytes than any path; told without a look at all of it."""
+    """Return whether a name has more bytes than any path, without encoding a huge one."""
     return len(name) > LONGEST_NAME or len(name.encode(errors="surrogatepass")) > LONGEST_NAME
 
 
 def _folded(name: str) -> str:
-    """For comparing names: macOS writes some letters as two, and nobody remembers capitals."""
+    """Return a name for comparison: macOS decomposes some letters, and users forget the case."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

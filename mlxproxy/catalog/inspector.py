@@ -1,4 +1,4 @@
-"""What the catalogue asks of engines: which models they serve, and what these need."""
+"""The catalogue's questions to the engines: which models they serve, and what these need."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mlxproxy.catalog.model import Model
 
 
 class Inspector(Protocol):
-    """Reads model folders for an engine."""
+    """A reader of model folders for an engine."""
 
     @property
     def fingerprint(self) -> str:
-        """Differs from that of another day if the same folder may be judged otherwise."""
+        """An identifier that changes if the same folder may be judged differently than before."""
 
     def __call__(self, folder: Folder) -> Model:
-        """Return the model in a folder; whatever is wrong with it stands in its `reason`."""
+        """Return the model in a folder; its `reason` says what is wrong with it, if anything is."""
 
 
 class Inspectors:
-    """Several engines' inspectors as one: the first engine that can load a model serves it.
+    """The inspectors of several engines as one: the first engine that can load a model serves it.
 
     Args:
         inspectors: at least one; if no engine can load a model, the reason is the first one's.
@@ -32,7 +32,7 @@ class Inspectors:
 
     @property
     def fingerprint(self) -> str:
-        """Differs if that of any of them does."""
+        """The fingerprints of all inspectors, joined."""
         return "|".join(inspector.fingerprint for inspector in self._inspectors)
 
     def __call__(self, folder: Folder) -> Model:

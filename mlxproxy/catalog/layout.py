@@ -1,4 +1,4 @@
-"""What a model folder holds: the names of its files, and the folder as a scan found it."""
+"""The layout of a model folder: the names of its files, and the folder as a scan found it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Folder:
     Attributes:
         path: without a trailing slash.
         id: the id that the model gets.
-        sizes: bytes of each of its relevant files, by name; None where the size is unknown.
+        sizes: bytes of each of its relevant files, by name; None if the size is unknown.
         changed: when its config or the folder last changed, in nanoseconds.
     """
 
@@ -31,5 +31,5 @@ class Folder:
     changed: int
 
     def named(self, *endings: str) -> list[str]:
-        """The files whose names end so."""
+        """Return the names of the files that end with one of these endings, sorted."""
         return sorted(name for name in self.sizes if name.endswith(endings))

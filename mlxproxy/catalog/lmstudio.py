@@ -1,4 +1,4 @@
-"""Where LM Studio keeps its models, found as LM Studio itself finds it."""
+"""The folder in which LM Studio keeps its models, found as LM Studio itself finds it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 from mlxproxy.files import MB, Unreadable, read_object, read_text
 
-POINTER = ".lmstudio-home-pointer"  # LM Studio writes its home's path here when it is moved
+POINTER = ".lmstudio-home-pointer"  # LM Studio writes its home's path here if it is moved
 
 
 def models_folder(home: Path | None = None) -> Path:
-    """The folder LM Studio downloads models to; it need not exist.
+    """Return the folder to which LM Studio downloads models; it need not exist.
 
-    Settings that cannot be read or make no sense count as not there.
+    Settings that cannot be read or make no sense are ignored.
 
     Args:
-        home: the user's home folder, for another than the present user.
+        home: the user's home folder; None for the current user's.
     """
     home = Path.home() if home is None else home
     lmstudio = _lmstudio_home(home)
@@ -38,7 +38,7 @@ def _lmstudio_home(home: Path) -> Path:
 
 
 def _absolute(text: object, home: Path) -> Path | None:
-    """The path that the text names, `~` included; None for anything that is no full path."""
+    """Return the path in a text, with `~` expanded; None if it is not an absolute path."""
     if not isinstance(text, str) or "\0" in text:
         return None
     if text == "~" or text.startswith("~/"):

@@ -1,4 +1,4 @@
-"""One model on disk: what the catalogue knows of it."""
+"""One model on disk: what the catalogue knows about it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 
 from mlxproxy.errors import ModelsRootUnavailable, ModelUnusable
 
-DEFAULT_CONTEXT = 8192  # tokens: a conversation, where nobody says how long it will be
+DEFAULT_CONTEXT = 8192  # tokens: assumed for a conversation of unknown length
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a client can ask of a model.
+    """The features that a client can use with a model.
 
     Attributes:
-        tools: the backend tells tool calls apart from text.
-        vision: the backend gives the model images.
+        tools: the backend can tell tool calls from text.
+        vision: the backend passes images to the model.
         thinking: the model thinks, or can.
-        thinking_default: whether its template has it think when nothing is said; None if that
-            cannot be told, or it never thinks.
+        thinking_default: whether its template makes it think if a request does not say; None if
+            that cannot be determined, or if it never thinks.
         thinking_switch: `enable_thinking` changes that.
     """
 
@@ -35,17 +35,17 @@ class Capabilities:
     thinking_switch: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of a model's listing."""
+        """Return the JSON object for a model's listing."""
         return vars(self).copy()
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """The growth of a cache, in bytes.
+    """The growth of a key-value cache, in bytes per token.
 
     Attributes:
-        per_token: of the layers that remember everything.
-        windowed_per_token: of the layers that remember the last `window` tokens.
+        per_token: for the layers that keep everything.
+        windowed_per_token: for the layers that keep the last `window` tokens.
         window: in tokens.
     """
 
@@ -54,7 +54,7 @@ class KVCache:
     window: int = 0
 
     def bytes(self, context: int) -> int:
-        """The size for a context of that many tokens."""
+        """Return the size for a context of that many tokens."""
         return self.per_token * context + self.windowed_per_token * min(context, self.window)
 
 
@@ -64,25 +64,25 @@ class Model:
 
     Attributes:
         id: the path relative to its root, or ``org/name`` in a Hugging Face cache.
-        path: the folder, as the backend is given it.
-        publisher: the first part of the id; empty where it has one part only.
+        path: the folder, as it is passed to the backend.
+        publisher: the first part of the id; empty if the id has only one part.
         type: ``llm``, ``vlm``, ``embedding``, ``reranker``, ``image``, ``adapter`` or ``unknown``.
         compatibility_type: ``mlx``, ``gguf`` or ``unknown``.
         created: when its config last changed, in Unix seconds.
         engine: the name of the engine that serves it, or that says why it cannot.
-        loadable: that engine can load it, as far as its files tell.
-        reason: if it cannot, why, as a sentence.
+        loadable: that engine can load it, as far as its files show.
+        reason: why it cannot be loaded, as a sentence; None if it can.
         architecture: the config's ``model_type``.
         quantization: ``name``, ``bits`` and ``group_size``; with ``mixed`` the bits that occur.
         parameters: counted from the weights' headers.
         size_bytes: the weights on disk.
         weights_bytes: the weights in memory.
-        kv_cache: what the context takes in memory.
+        kv_cache: how much memory the context takes.
         max_context_length: in tokens.
-        vocab_size: token ids that exist.
-        sampling: fields of a request that has none of its own; empty: greedy.
+        vocab_size: the number of token ids that exist.
+        sampling: sampling fields for a request that has none of its own; empty: greedy.
         stale: its disk has not answered; this is what was known before.
-        missing_root: the models folder it stands in, if that is not there now.
+        missing_root: the models folder that holds it, if that folder is missing now.
     """
 
     id: str
@@ -108,11 +108,11 @@ class Model:
     missing_root: Path | None = None
 
     def memory_bytes(self, context: int = DEFAULT_CONTEXT) -> int:
-        """About how many bytes it takes with a context of that many tokens.
+        """Return about how many bytes it takes with a context of that many tokens.
 
-        Its weights and its key-value cache. The working memory of a prefill is left out, as is a
-        cache whose size the config does not tell: a refusal should be certain, a permission need
-        not be.
+        Its weights and its key-value cache count. The working memory of a prefill does not, nor
+        does a cache whose size the config does not tell: a refusal must be certain, a permission
+        need not be.
         """
         if self.max_context_length is not None:
             context = min(context, self.max_context_length)
@@ -121,18 +121,18 @@ class Model:
 
     @cached_property
     def needed_bytes(self) -> int:
-        """The same with a conversation's context; looked at for each model at each listing."""
+        """The same for DEFAULT_CONTEXT; every listing reads it for every model."""
         return self.memory_bytes()
 
     @cached_property
     def encoded(self) -> str:
-        """:meth:`to_dict` as JSON. Encoded anew each time, thousands of models take long."""
+        """:meth:`to_dict` as JSON, cached: encoding thousands of models each time takes long."""
         return json.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """The item of ``/v1/models``, but for what depends on the moment.
+        """Return the item of ``/v1/models``, except for what depends on the moment.
 
-        OpenAI's SDK reads it, and Anthropic's (`display_name`, `created_at`).
+        The SDKs of OpenAI and of Anthropic (`display_name`, `created_at`) can both read it.
         """
         return {
             "id": self.id,
@@ -160,11 +160,11 @@ class Model:
         }
 
     def require_loadable(self) -> None:
-        """Returns if the backend can be asked to load it.
+        """Raise an error unless the backend can be asked to load it.
 
         Raises:
             ModelUnusable: it is on disk, but cannot be loaded.
-            ModelsRootUnavailable: the disk it was on is not there.
+            ModelsRootUnavailable: the disk that held it is missing.
         """
         if self.missing_root is not None:
             raise ModelsRootUnavailable(
@@ -175,17 +175,17 @@ class Model:
             raise ModelUnusable(f"The model '{self.id}' cannot be loaded: {self.reason}")
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that is kept across starts, in JSON's types."""
+        """Return everything that is kept across starts, in JSON's types."""
         values = asdict(self)
         del values["stale"], values["missing_root"]
         return {**values, "path": str(self.path)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Model:
-        """The inverse of :meth:`to_json`.
+        """Return the model that :meth:`to_json` wrote.
 
         Raises:
-            KeyError, TypeError: it was written by something else.
+            KeyError, TypeError: something else wrote the values.
         """
         kv_cache = values["kv_cache"]
         return cls(

@@ -1,4 +1,4 @@
-"""One models folder and its last snapshot, brought up to date without keeping anyone waiting."""
+"""One models folder and its last snapshot, brought up to date without making callers wait."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ log = logging.getLogger("mlxproxy.catalog")
 
 
 class RootScanner:
-    """Scans one root, in a thread of its own and never twice at once.
+    """A scanner for one root, which runs in a thread of its own, one scan at a time.
 
-    A disk that hangs keeps that thread; whoever asks gets the last snapshot after a short wait,
-    and at once while it is known to hang.
+    A disk that hangs blocks only that thread; callers get the last snapshot after a short wait, or
+    immediately while the disk is known to hang.
 
     Args:
         root: the folder.
-        remembered: what is known of it from an earlier run.
+        remembered: returns what an earlier run knew about it.
         scan: brings a snapshot up to date.
-        changed: told when the models differ from those before.
+        changed: called when the models differ from those before.
 
     All three are called in the scanning thread.
     """
@@ -48,16 +48,16 @@ class RootScanner:
 
     @property
     def snapshot(self) -> Snapshot:
-        """What the last scan found."""
+        """The result of the last scan."""
         return self._snapshot
 
     @property
     def known(self) -> bool:
-        """A scan has ended, so that what is not in the snapshot was not there."""
+        """Whether a scan has ended, so that what is not in the snapshot was not there."""
         return self._ended > 0
 
     def request(self) -> int:
-        """Asks for a scan that begins after this call; returns its number."""
+        """Request a scan that begins after this call; return its number."""
         with self._condition:
             self._wanted = self._begun + 1
             if not self._scanning:
@@ -66,12 +66,12 @@ class RootScanner:
             return self._wanted
 
     def wait(self, number: int, patience: float, until: float) -> bool:
-        """Waits for that scan's end; returns whether the snapshot is fresh.
+        """Wait for that scan to end; return whether the snapshot is fresh.
 
         Args:
             number: what :meth:`request` returned.
-            patience: seconds after which a scan counts as hanging, and is not waited for.
-            until: the end of the wait, on the monotonic clock.
+            patience: seconds after which a scan counts as hanging and the wait ends.
+            until: when the wait ends at the latest, on the monotonic clock.
         """
         with self._condition:
             while self._ended < number:

@@ -1,4 +1,4 @@
-"""One walk through a models folder, cheap where nothing changed since the walk before."""
+"""One walk through a models folder, cheap if nothing has changed since the last walk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from mlxproxy.catalog.layout import (
 from mlxproxy.catalog.model import Model
 from mlxproxy.files import Unreadable, read_text
 
-# A change within the clock's grain of the last look leaves no trace in the times: FAT's is 2 s.
+# A change within the clock's granularity after the last look is not visible in the times; on FAT
+# the granularity is 2 s.
 _GRAIN = 2_000_000_000
-# So many files, besides configs, are looked at each time: all of those of a hundred models, and
-# of thousands of models a part, in turns.
+# The number of files, besides configs, that are checked each time: all files of a hundred models;
+# of thousands of models a different part each time.
 _LOOKS = 1_500
-# What a disk answers that is going away. Everything else concerns one folder only.
+# The errors of a disk that is going away. Every other error concerns one folder only.
 _GONE = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 _GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH}
 
-_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, or no UTF-8
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, or invalid UTF-8
 _WEIGHTS = (".safetensors", ".gguf")
 _RELEVANT = re.compile(
     "|".join(map(re.escape, (CONFIG, TOKENIZER_CONFIG, TOKENIZER, TEMPLATE, INDEX, MODELOPT)))
@@ -44,19 +45,19 @@ _HUB = re.compile(r"models--(.+)")  # a Hugging Face cache: models--org--name/sn
 _NO_MODELS = ("datasets--", "spaces--", "__pycache__")
 _REVISION = re.compile(r"\w+")
 
-# What is read of a model: the endings of the files that mlx-lm and mlx-vlm download.
+# The endings of a model's files that are read: those that mlx-lm and mlx-vlm download.
 _READ = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jsonl", ".jinja")
 
 Signature = tuple[int, int, int]  # modified and changed, in nanoseconds; size in bytes
 Identity = tuple[int, int]  # device and inode
 Inspect = Callable[[Folder], Model]
-# Where a folder really is; and name, size, time of change in nanoseconds and inode of its files.
+# The real path of a folder, and the name, size, mtime in nanoseconds and inode of its files.
 Fingerprint = tuple[str, tuple[tuple[str, int, int, int], ...]]
 
 
 @dataclass(frozen=True)
 class Directory:
-    """What a directory held when it had this signature; `files` are a model's, if it is one."""
+    """A directory's contents when it had this signature; `files` is empty unless it is a model."""
 
     signature: Signature
     settled: bool
@@ -68,37 +69,37 @@ class Directory:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model, and the signatures of its files when it was read; the config's comes first."""
+    """A model, and the signatures that its files had when it was read; the config's comes first."""
 
     model: Model
     files: tuple[tuple[str, Signature | None], ...]
     settled: bool
 
     def to_json(self) -> dict[str, Any]:
-        """For the next start of the program."""
+        """Return it in JSON's types, for the next start of the program."""
         return {"model": self.model.to_json(), "files": self.files, "settled": self.settled}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Entry:
-        """Raises KeyError, TypeError or ValueError where the values are not an entry's."""
+        """Return the entry; raise KeyError, TypeError or ValueError if the values are not one's."""
         files = tuple((name, tuple(found) if found else None) for name, found in values["files"])
         return cls(Model.from_json(values["model"]), files, values["settled"] is True)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one walk found.
+    """The result of one walk.
 
     Attributes:
-        missing: the root does not exist; the rest is what was known of it before.
+        missing: the root does not exist; the rest is what was known about it before.
         entries: the models, by the path of their folder.
-        identities: the models' folders, for telling that two paths lead to one.
+        identities: the models' folders, to detect that two paths lead to the same one.
         problems: sentences about folders that could not be read.
-        watched: the places whose signatures show whether another walk is needed; the files of
-            models, but for their configs, come last.
-        first_file: where those begin.
-        settled: a change after the walk shows in the signatures.
-        turn: counts the looks since the walk.
+        watched: the paths whose signatures show whether another walk is needed; the files of
+            models, except their configs, come last.
+        first_file: the index at which those files begin.
+        settled: any change after the walk will show in the signatures.
+        turn: the number of checks since the walk.
     """
 
     missing: bool = False
@@ -112,7 +113,7 @@ class Snapshot:
     turn: int = 0
 
     def holds(self) -> bool:
-        """Whether nothing has changed, as far as a look at a part of the files can show it."""
+        """Return whether nothing has changed, as far as a check of some of the files can show."""
         turns = 1 + (len(self.watched) - self.first_file) // _LOOKS
         return (
             self.settled
@@ -123,12 +124,12 @@ class Snapshot:
 
 
 def fingerprint(folder: str) -> Fingerprint:
-    """Return what tells a state of a model's files from another, without reading them.
+    """Return what distinguishes one state of a model's files from another, without reading them.
 
-    A link to another folder, a file that was replaced and one that was rewritten all show in it.
+    It changes if a link leads to another folder, and if a file is replaced or rewritten.
 
     Raises:
-        OSError: the folder cannot be read, or a file of it has gone meanwhile.
+        OSError: the folder cannot be read, or a file in it has disappeared meanwhile.
     """
     with os.scandir(folder) as listing:
         names = sorted(it.name for it in listing if it.name.endswith(_READ))
@@ -138,11 +139,11 @@ def fingerprint(folder: str) -> Fingerprint:
 
 
 def scan(root: str, previous: Snapshot, inspect: Inspect) -> Snapshot:
-    """Brings a snapshot up to date.
+    """Bring a snapshot up to date.
 
     Args:
         root: an absolute path without a trailing slash.
-        previous: the last snapshot; what did not change since is not read again.
+        previous: the last snapshot; what has not changed since is not read again.
         inspect: reads one model folder.
     """
     try:
@@ -165,7 +166,7 @@ class _Place(NamedTuple):
     """A directory to visit.
 
     Attributes:
-        territory: the folder out of which no link leads.
+        territory: the folder that links below it must not leave.
         linked: it was reached through a link, so it may have been visited already.
     """
 
@@ -191,7 +192,7 @@ class _Walk:
         self._links: list[_Place] = []
 
     def run(self) -> Snapshot:
-        # Links last: a folder that is reached both ways gets the id of its true place.
+        # Links come last: a folder that is reached both ways gets the id of its real path.
         while self._folders or self._links:
             place = self._folders.pop() if self._folders else self._links.pop(0)
             try:
@@ -199,7 +200,7 @@ class _Walk:
             except OSError as error:
                 if error.errno in _GONE or place.path == self._root:
                     raise
-                if error.errno != errno.ENOENT:  # removed since, or a link to nowhere
+                if error.errno != errno.ENOENT:  # removed meanwhile, or a dangling link
                     self._problems.append(f"{place.path!r} cannot be read ({error.strerror}).")
         settled = all(it.settled for it in self._directories.values())
         settled = settled and all(it.settled for it in self._entries.values())
@@ -248,7 +249,7 @@ class _Walk:
         path, id_ = f"{place.path}/{name}", f"{place.id}/{name}" if place.id else name
         territory = place.territory
         if place.path == self._root:
-            territory = path  # who puts a link into the root itself wants what it leads to
+            territory = path  # a link in the root itself was put there for what it leads to
         elif not _inside(os.path.realpath(path), os.path.realpath(territory)):
             self._problems.append(
                 f"{path!r} links to a place outside the models folder and is ignored."
@@ -307,10 +308,10 @@ class _Walk:
 
 
 def _relevant(files: Iterable[str], *, alone: bool, root: bool) -> tuple[str, ...]:
-    """The files that a model is judged by; none where the directory is no model's.
+    """Return the files by which a model is judged; none if the directory is not a model.
 
-    A folder is a model's if it has weights, or a config and no folder in it: what publishers and
-    roots have lying about hides no model. A root is one only if it has both.
+    A folder is a model if it has weights, or a config and no subfolders: a stray file in a
+    publisher's folder must not hide the models below it. A root is one only if it has both.
     """
     relevant = sorted(filter(_RELEVANT.fullmatch, files), key=lambda name: (name != CONFIG, name))
     weights = any(name.endswith(_WEIGHTS) for name in relevant)
@@ -323,7 +324,10 @@ def _relevant(files: Iterable[str], *, alone: bool, root: bool) -> tuple[str, ..
 
 
 def _all_hold(watched: Iterable[tuple[str, Signature | None]]) -> bool:
-    """Whether all these places still have their signatures; this is most of a listing's time."""
+    """Return whether all these paths still have their signatures.
+
+    This takes most of the time of a listing.
+    """
     stat = os.stat
     for path, signature in watched:
         try:
@@ -339,7 +343,7 @@ def _all_hold(watched: Iterable[tuple[str, Signature | None]]) -> bool:
 
 
 def _leads_to_folder(link: os.DirEntry[str]) -> bool:
-    """Whether a link is one to a folder, or may become one when its disk is there."""
+    """Return whether a link leads to a folder, or may do so once its disk is connected."""
     if os.path.isdir(link.path):
         return True
     return not os.path.exists(link.path) and not _RELEVANT.fullmatch(link.name)
@@ -356,7 +360,7 @@ def _signature(path: str) -> Signature | None:
 
 
 def _settled(signatures: Iterable[Signature], now: int) -> bool:
-    """Whether the times are old enough that the next change will show in them."""
+    """Return whether the times are old enough that the next change will show in them."""
     return all(abs(now - time_) > _GRAIN for found in signatures for time_ in found[:2])
 
 
@@ -365,7 +369,7 @@ def _inside(path: str, folder: str) -> bool:
 
 
 def _hub_snapshot(repository: str) -> str:
-    """The folder of the revision that a Hugging Face cache has last fetched."""
+    """Return the folder of the revision that a Hugging Face cache fetched last."""
     snapshots = f"{repository}/snapshots"
     try:
         revision = read_text(f"{repository}/refs/main", 1_000_000).strip()
@@ -377,5 +381,5 @@ def _hub_snapshot(repository: str) -> str:
         with os.scandir(snapshots) as listing:
             model_folders = [item for item in listing if item.is_dir(follow_symlinks=False)]
             return max(model_folders, key=lambda item: item.stat().st_mtime_ns).path
-    except (OSError, ValueError):  # no cache, or nothing in it: a folder like any other
+    except (OSError, ValueError):  # not a cache, or an empty one: treated like any other folder
         return repository

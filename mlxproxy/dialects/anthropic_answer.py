@@ -1,7 +1,7 @@
 """Anthropic's Messages: an answer, streamed or whole.
 
-Its readers are strict: each block is started, filled with its own kind of delta and stopped, before
-the next one is; the numbers of tokens at the end are the true ones.
+Its readers are strict: each block is started, filled with its own kind of delta and stopped before
+the next one starts; the token counts at the end are the true ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mlxproxy.errors import ProxyError
 _STOP_REASONS: Final = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _EMPTY: Final[Mapping[Stretch, Json]] = {
     "text": {"type": "text", "text": ""},
-    # Nobody here signs thoughts, and the field must be a text.
+    # Thoughts are not signed here, but the field must be a string.
     "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
 }
 _PIECE: Final[Mapping[Stretch, bytes]] = {
@@ -44,15 +44,15 @@ _PIECE: Final[Mapping[Stretch, bytes]] = {
 
 
 class AnthropicAnswer(BlockAnswer):
-    """Encode one message.
+    """The encoder of one message.
 
     Args:
-        model: the name under which it is given.
-        make_id: makes the ids of the message and of calls whose own will not do.
-        estimate: tokens of the prompt, as far as can be told from the request.
+        model: the model name that the answer states.
+        make_id: makes the ids of the message, and of calls whose own ids cannot be used.
+        estimate: tokens of the prompt, estimated from the request.
 
     Attributes:
-        request_id: the request's, for an error in the stream.
+        request_id: the request's id, for an error in the stream.
     """
 
     def __init__(self, model: str, make_id: MakeId = random_id, estimate: int = 1) -> None:
@@ -62,10 +62,10 @@ class AnthropicAnswer(BlockAnswer):
         self._estimate = estimate
         self._started = False
         self._index = -1
-        self._before = b""  # the text of a delta of the open block
+        self._before = b""  # the bytes that precede the text in a delta of the open block
         self._call_ids: set[str] = set()
 
-    # -- streamed. Nothing is said at the beginning: the first event tells the prompt's length.
+    # -- streamed. Nothing is sent at the beginning: the first event states the prompt's length.
 
     def on_progress(self, progress: Progress) -> bytes:
         return self._start(progress.total) + super().on_progress(progress)
@@ -114,7 +114,7 @@ class AnthropicAnswer(BlockAnswer):
         )
 
     def _start(self, prompt: int) -> bytes:
-        """The message's start, once."""
+        """Return the start of the message, once."""
         if self._started:
             return b""
         self._started = True
@@ -155,7 +155,7 @@ class AnthropicAnswer(BlockAnswer):
             "model": self.model,
             "content": [],
             "stop_reason": None,
-            "stop_sequence": None,  # which one it was is not told
+            "stop_sequence": None,  # the backend does not tell which one it was
             "usage": _usage(usage),
         }
 
@@ -164,7 +164,7 @@ class AnthropicAnswer(BlockAnswer):
 
 
 def _usage(usage: Usage) -> Json:
-    """The count, of whose prompt the part that came from the cache is told apart."""
+    """Return the token counts, with the cached part of the prompt counted separately."""
     return {
         "input_tokens": usage.prompt - usage.cached,
         "output_tokens": usage.completion,

@@ -1,4 +1,4 @@
-"""Anthropic's Messages: a request as a chat request."""
+"""Anthropic's Messages: translation of a request into a chat request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mlxproxy.dialects.form import COUNTED, Json, MakeId, Translated, random_id
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.shapes import EFFORTS
 
-# Claude Code's first block of system text. It changes with every request, and what follows a change
-# must be read anew.
+# Claude Code's first block of system text. It changes with every request, and everything after a
+# change must be read again.
 BILLING: Final = "x-anthropic-billing-header:"
-CHARACTERS_PER_TOKEN = 4  # as a rule
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb
 
 _NAMES: Final = {
     "model": "model",
@@ -28,17 +28,17 @@ _NAMES: Final = {
 
 
 def translate(body: Mapping[str, Any], make_id: MakeId = random_id) -> Translated:
-    """Return the chat request of a Messages request, and who encodes its answer.
+    """Return the chat request for a Messages request, and the encoder of its answer.
 
     Unknown fields and unknown blocks are left out: clients add some with every release.
 
     Raises:
-        InvalidRequest: what cannot be translated, by Anthropic's name of it.
+        InvalidRequest: a field cannot be translated; the error has Anthropic's name for it.
     """
     body = fields.body_of(body)
     stream = fields.flag(body, "stream", False)
     chat = {**fields.kept(body, _NAMES), **COUNTED}
-    if chat.get("max_tokens") == 0:  # the prompt is to be read, and kept; one token is the least
+    if chat.get("max_tokens") == 0:  # the prompt is to be read and cached; one token is the minimum
         chat["max_tokens"] = 1
     if stops := chat.pop("stop", None):
         stops = fields.a_list(stops, "stop_sequences")
@@ -62,14 +62,14 @@ def translate(body: Mapping[str, Any], make_id: MakeId = random_id) -> Translate
 
 
 def estimated_tokens(chat: Mapping[str, Any]) -> int:
-    """Return about how many tokens a chat request's prompt has."""
+    """Return about how many tokens the prompt of a chat request has."""
     messages = chat.get("messages", ())
     characters = sum(map(_characters, messages)) + _characters(chat.get("tools"))
     return max(1, characters // CHARACTERS_PER_TOKEN)
 
 
 def counted(tokens: int) -> Json:
-    """Return the answer of `count_tokens`."""
+    """Return the answer to `count_tokens`."""
     return {"input_tokens": tokens}
 
 
@@ -107,7 +107,7 @@ def _conversation(body: Mapping[str, Any]) -> list[Json]:
             param=f"messages[{len(given) - 1}]",
         )
     if not messages or messages[-1]["role"] in ("assistant", "system"):
-        messages.append({"role": "user", "content": " "})  # it was empty, and a turn must be there
+        messages.append({"role": "user", "content": " "})  # it was empty, and there must be a turn
     return messages
 
 
@@ -138,7 +138,7 @@ def _message(message: Json, place: str) -> Iterator[Json]:
 
 
 def _system(value: object, place: str) -> str:
-    """The system text, without the line that would spoil the prompt cache."""
+    """Return the system text, without the line that would spoil the prompt cache."""
     texts = [block.get("text", "") for _, block in _blocks(value, place) if _kind(block) == "text"]
     texts = [fields.a_text(text, place) for text in texts]
     return conversation.PARAGRAPH.join(
@@ -147,7 +147,7 @@ def _system(value: object, place: str) -> str:
 
 
 def _blocks(content: object, place: str) -> list[tuple[str, Json]]:
-    """The blocks of a content, each with its place."""
+    """Return the blocks of a content, each with its place in the request."""
     if content is None:
         return []
     if isinstance(content, str):
@@ -163,7 +163,7 @@ def _kind(block: Json) -> str:
 
 
 def _assistant(blocks: list[tuple[str, Json]]) -> Iterator[Json]:
-    """One message: thoughts, text and calls belong together."""
+    """Yield one message, if any: thoughts, text and calls belong together."""
     thoughts, texts, calls = [], [], []
     for place, block in blocks:
         kind = _kind(block)
@@ -193,7 +193,7 @@ def _call(block: Json, place: str) -> Json:
 
 
 def _user(blocks: list[tuple[str, Json]]) -> Iterator[Json]:
-    """First the results of tools, which templates want right after the calls; then the rest."""
+    """Yield the tool results first, which templates want right after the calls; then the rest."""
     images: list[Json] = []
     rest: list[Json] = []
     for place, block in blocks:
@@ -209,7 +209,7 @@ def _user(blocks: list[tuple[str, Json]]) -> Iterator[Json]:
 
 
 def _result(block: Json, place: str) -> tuple[str, list[Json]]:
-    """The text of a tool's result, and its images, which no template takes there."""
+    """Return the text of a tool's result, and its images, which no template accepts there."""
     texts, images = [], []
     for where, inner in _blocks(block.get("content"), f"{place}.content"):
         for part in _parts(inner, where):
@@ -222,7 +222,7 @@ def _result(block: Json, place: str) -> tuple[str, list[Json]]:
 
 
 def _parts(block: Json, place: str) -> Iterator[Json]:
-    """The content parts that a block of a user's turn amounts to."""
+    """Yield the content parts for a block of a user's turn."""
     kind = _kind(block)
     if kind == "text":
         if text := fields.a_text(block.get("text"), f"{place}.text"):
@@ -263,7 +263,7 @@ def _document(block: Json, place: str) -> Iterator[Json]:
     elif kind == "content":
         for where, inner in _blocks(source.get("content"), f"{place}.source.content"):
             yield from _parts(inner, where)
-    else:  # Claude Code knows the phrase, and goes on without the document
+    else:  # Claude Code knows the phrase, and continues without the document
         raise InvalidRequest(
             f"{place}: this server does not support PDF input. Send the document's text.",
             param=f"{place}.source",
@@ -274,7 +274,7 @@ def _document(block: Json, place: str) -> Iterator[Json]:
 
 
 def _tools(body: Mapping[str, Any]) -> Json:
-    """The functions among the tools. A server tool has no schema: nothing here could run it."""
+    """Return the functions among the tools. Server tools have no schema: nothing here runs them."""
     tools: list[Json] = []
     for index, tool in enumerate(fields.a_list(body.get("tools") or [], "tools")):
         place = f"tools[{index}]"
@@ -327,7 +327,7 @@ def _thinking(body: Mapping[str, Any]) -> Json:
     if effort is not None:
         if not isinstance(effort, str) or effort not in EFFORTS:
             fields.refuse("output_config.effort", f"one of {', '.join(sorted(EFFORTS))}")
-        if chat.get("enable_thinking"):  # alone it does not ask a model to think
+        if chat.get("enable_thinking"):  # effort alone does not ask a model to think
             chat["reasoning_effort"] = effort
     wanted = config.get("format") or body.get("output_format")
     if wanted is not None:

@@ -1,6 +1,6 @@
 """The backend's answer to a chat, as deltas.
 
-One parse an event: an answer is thousands of them.
+Each event is parsed only once: an answer has thousands of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 _decode = json.JSONDecoder().raw_decode
-_arguments = json.JSONDecoder(parse_constant=_no_constant).decode  # clients refuse NaN
+_arguments = json.JSONDecoder(parse_constant=_no_constant).decode  # clients reject NaN
 
 _PROMPT = re.compile(r": [a-z]+ (\d{1,18})/(\d{1,18})")  # how much has been read, of how much
 _LOADING = re.compile(r": loading (.+) \d+s(?: (\d{1,3})%)?")
@@ -40,7 +40,7 @@ _UNKNOWN = (
     "The backend sent an answer in an unknown format. Try again; if the same request fails again, "
     "see the backend's log."
 )
-# What reading a value of another shape than expected raises.
+# The exceptions that reading a value of an unexpected shape raises.
 _WRONG_SHAPE = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 
@@ -50,14 +50,14 @@ class Relayed(Protocol):
     def __iter__(self) -> Iterator[bytes]: ...
 
     def close(self) -> None:
-        """End the answer, however far it is."""
+        """End the answer, however far it has come."""
 
 
 class TranslatedStream:
     """A relayed stream in the words of another dialect.
 
     Args:
-        stream: the relayed one; closing this one closes it.
+        stream: the relayed stream; closing this one closes it, too.
         answer: encodes it.
     """
 
@@ -69,7 +69,7 @@ class TranslatedStream:
         return self._body
 
     def close(self) -> None:
-        """End the answer, however far it is, begun or not."""
+        """End the answer, however far it has come, even if it has not begun."""
         self._body.close()
         self._stream.close()
 
@@ -94,10 +94,10 @@ def _translated(stream: Relayed, answer: Answer) -> Generator[bytes, None, None]
 
 
 def deltas_of(completion: Mapping[str, Any]) -> list[Delta]:
-    """Return what a whole answer is made of.
+    """Return the deltas of a whole answer.
 
     Raises:
-        BackendFailed: it is no answer.
+        BackendFailed: it is not an answer.
     """
     events = ChatEvents()
     deltas: list[Delta] = []
@@ -109,8 +109,10 @@ def deltas_of(completion: Mapping[str, Any]) -> list[Delta]:
 
 
 def reasoning_tokens(deltas: Sequence[Delta]) -> int:
-    """Return about how many tokens of a whole answer were reasoning, which the backend does not
-    tell: as large a part as of the characters."""
+    """Return about how many tokens of a whole answer were reasoning.
+
+    The backend does not tell, so their share of the characters is used.
+    """
     reasoning = sum(len(delta.text) for delta in deltas if isinstance(delta, Reasoning))
     rest = sum(len(delta.text) for delta in deltas if isinstance(delta, Text))
     rest += sum(len(delta.arguments) for delta in deltas if isinstance(delta, Call))
@@ -119,17 +121,17 @@ def reasoning_tokens(deltas: Sequence[Delta]) -> int:
 
 
 class ChatEvents:
-    """What has come of one answer."""
+    """The part of one answer that has arrived so far."""
 
     def __init__(self) -> None:
-        self._call: Mapping[str, Any] | None = None  # that comes in pieces
+        self._call: Mapping[str, Any] | None = None  # the call that arrives in pieces
         self._pieces: list[str] = []  # of its arguments
 
     def read(self, data: bytes) -> list[Delta]:
-        """Return the deltas in some whole events.
+        """Return the deltas in one or several whole events.
 
         Raises:
-            BackendFailed: they are none of the backend's.
+            BackendFailed: they are not events of the backend.
         """
         deltas: list[Delta] = []
         try:
@@ -143,7 +145,7 @@ class ChatEvents:
         return deltas
 
     def take(self, event: Mapping[str, Any], deltas: list[Delta]) -> None:
-        """Add the deltas of one event to a list. A whole answer is taken as one event."""
+        """Append the deltas of one event to a list. A whole answer is taken as one event."""
         if choices := event.get("choices"):
             choice = choices[0]
             delta = choice.get("delta") or choice.get("message") or {}
@@ -151,7 +153,7 @@ class ChatEvents:
             text = delta.get("content") or choice.get("text")
             if reasoning or text:
                 self._end_call(deltas)
-                # The order in which a model says it, all of it in one event or not.
+                # The order in which a model produces them, even if all are in one event.
                 if reasoning:
                     deltas.append(Reasoning(_string(reasoning)))
                 if text:
@@ -169,7 +171,7 @@ class ChatEvents:
             deltas.append(Failed(errors.from_body(error)))
 
     def _take_call(self, piece: Mapping[str, Any], deltas: list[Delta]) -> None:
-        """A call comes whole from `mlx_lm.server`, in pieces from others: its name, then text."""
+        """Take a call: whole from `mlx_lm.server`; from others in pieces, a name and then text."""
         function = piece["function"]
         arguments = function.get("arguments") or ""
         if name := function.get("name"):
@@ -183,8 +185,10 @@ class ChatEvents:
             self._pieces.append(_string(arguments))
 
     def _end_call(self, deltas: list[Delta]) -> None:
-        """No more can come of the call that comes in pieces. What is not whole is left out: no
-        client could run it."""
+        """End the call that arrives in pieces.
+
+        An incomplete call is dropped: no client could run it.
+        """
         if self._call is not None:
             first, self._call = self._call, None
             name = first["function"]["name"]
@@ -194,7 +198,7 @@ class ChatEvents:
 
 
 def _call(call_id: Any, name: Any, arguments: Any) -> Call | None:
-    """Return the call if its arguments are an object."""
+    """Return the call if its arguments are an object, else None."""
     try:
         value = _arguments(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):

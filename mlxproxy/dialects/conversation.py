@@ -1,7 +1,7 @@
-"""Conversations as clients send them, made such that chat templates take them.
+"""Conversations as clients send them, changed so that chat templates accept them.
 
-Templates raise for system text anywhere but at the beginning, for broken arguments of old calls,
-and read a model's old reasoning from one field alone.
+Templates raise errors for system text anywhere but at the beginning and for malformed arguments of
+old calls, and they read a model's old reasoning from only one field.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PARAGRAPH = "\n\n"
 
 
 def settled(messages: Sequence[Json]) -> list[Json]:
-    """Return a conversation with one system message at most, and that one first.
+    """Return a conversation with at most one system message, which comes first.
 
-    The system messages at the beginning become one. Of a later one the text stays where it is, in
-    the user's turn beside it: at the beginning it would change all that the backend has read and
-    kept of the conversation. It is marked as Claude Code marks such text.
+    The system messages at the beginning become one. The text of a later one stays where it is, in
+    the user's turn next to it: at the beginning, it would invalidate all that the backend has read
+    and cached of the conversation. It is marked as Claude Code marks such text.
 
     Args:
-        messages: with a role each, as the guard returns them or a translator makes them.
+        messages: each with a role, as the guard returns them or a translator makes them.
     """
     beginning = 0
     while beginning < len(messages) and messages[beginning]["role"] in SYSTEM:
@@ -35,7 +35,7 @@ def settled(messages: Sequence[Json]) -> list[Json]:
     if beginning:
         text = PARAGRAPH.join(filter(None, map(text_of, messages[:beginning])))
         result.append({**messages[0], "role": "system", "content": text})
-    folded = False  # a system message into the last of the result: what the user says next joins
+    folded = False  # a system message is in the last of the result, which the user's next one joins
     for message in messages[beginning:]:
         role = message["role"]
         if role in SYSTEM:
@@ -67,7 +67,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def joined(one: str | list[Json], other: str | list[Json]) -> str | list[Json]:
-    """Return two contents as one: as text if both are."""
+    """Return two contents as one: as text if both are text."""
     if isinstance(one, str) and isinstance(other, str):
         return PARAGRAPH.join(filter(None, (one, other)))
     return [*_parts(one), *_parts(other)]
@@ -80,7 +80,7 @@ def _parts(content: str | list[Json]) -> list[Json]:
 
 
 def content_of(parts: Iterable[Json]) -> str | list[Json]:
-    """Return content parts as the content of one message: as text if there is nothing else."""
+    """Return content parts as the content of one message: as text if all of them are text."""
     content: str | list[Json] = ""
     for part in parts:
         content = joined(content, part["text"] if part["type"] == "text" else [part])
@@ -92,15 +92,15 @@ def image(url: str) -> Json:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-# -- what a chat request itself may have in it
+# -- what a chat request itself may contain
 
 
 def repaired(messages: object) -> object:
-    """Return the messages of an unchecked chat request, with what clients get wrong put right.
+    """Return the messages of an unchecked chat request, with clients' common mistakes corrected.
 
-    The arguments of a call that are no object become an empty one: the model has written them, and
-    refusing them would end the session. What the model thought is in the field that templates read.
-    No message changes its place, so that the guard's errors name the right one.
+    If the arguments of a call are not an object, they become an empty one: the model wrote them,
+    and rejecting them would end the session. Reasoning moves to the field that templates read.
+    Every message keeps its index, so that the guard's errors name the right one.
     """
     if not isinstance(messages, list):
         return messages
@@ -129,7 +129,7 @@ def _repaired_call(call: Any) -> Any:
 
 
 def arguments(value: object) -> Json:
-    """Return the arguments of a call, parsed; none if they cannot be read."""
+    """Return the arguments of a call, parsed; an empty object if they cannot be read."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -143,10 +143,10 @@ _REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
 
 
 def with_both_spellings(data: bytes) -> bytes:
-    """Return events of the backend, or a whole answer, with `reasoning_content` beside `reasoning`.
+    """Return backend events, or a whole answer, with `reasoning_content` next to `reasoning`.
 
     Half of the clients read one, half the other, none both. The events are not parsed: inside a
-    text of JSON there is a backslash before each quotation mark, so this one begins a field.
+    JSON string there is a backslash before each quotation mark, so this one begins a field.
     """
     if _REASONING not in data or b'"reasoning_content": ' in data:
         return data

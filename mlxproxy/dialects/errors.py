@@ -1,4 +1,4 @@
-"""An error of ours in each dialect's shape: before an answer, and inside its stream."""
+"""The proxy's errors in each dialect's shape: instead of an answer, and inside its stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rendered(NamedTuple):
 
 
 def dialect_of(path: str) -> Dialect:
-    """Return which dialect a path belongs to, whether there is anything at it or not."""
+    """Return the dialect to which a path belongs, whether or not that path is served."""
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
     if path.startswith(("/api/v0/", "/api/v1/")):
@@ -33,7 +33,7 @@ def dialect_of(path: str) -> Dialect:
 def rendered(error: ProxyError, dialect: Dialect, request_id: str) -> Rendered:
     """Return the response for an error.
 
-    The headers are those that only some dialects have; the others are the same for all.
+    Its headers are those that only some dialects have; all others are the same for every dialect.
     """
     headers = {"x-should-retry": "false"} if error.code in _HOPELESS else {}
     if dialect == "anthropic":
@@ -46,8 +46,8 @@ def rendered(error: ProxyError, dialect: Dialect, request_id: str) -> Rendered:
     return Rendered(error.status, error.body(), headers)
 
 
-# Trying again changes nothing until somebody does something. The SDKs of OpenAI and Anthropic obey
-# the header before they look at the status, of which they would try 409, 429 and all from 500 on.
+# A retry cannot succeed until somebody intervenes. The SDKs of OpenAI and Anthropic obey the header
+# before they look at the status; by status, they would retry 409, 429 and everything from 500 on.
 _HOPELESS: Final = frozenset(
     {
         "ambiguous_model",
@@ -77,7 +77,7 @@ _ANTHROPIC_TYPES: Final = {
 
 
 def anthropic(error: ProxyError, request_id: str | None = None) -> Json:
-    """Return Anthropic's object."""
+    """Return Anthropic's error object."""
     kind = _ANTHROPIC_TYPES.get(error.status)
     if kind is None:
         kind = "api_error" if error.status >= 500 else "invalid_request_error"
@@ -99,8 +99,11 @@ def anthropic_event(error: ProxyError, request_id: str | None = None) -> bytes:
 
 
 def responses(error: ProxyError) -> Json:
-    """Return the error of a failed response. Codex shortens the conversation, waits or gives up,
-    depending on the code; others it takes for a hiccup, and tries five times."""
+    """Return the error of a failed response.
+
+    Depending on the code, Codex shortens the conversation, waits or gives up; if it does not know
+    the code, it assumes a temporary fault and tries five times.
+    """
     if too_long(error):
         code = "context_length_exceeded"
     elif error.status == 429:
@@ -118,7 +121,7 @@ def responses(error: ProxyError) -> Json:
 
 
 def ollama(error: ProxyError) -> Json:
-    """Return Ollama's object."""
+    """Return Ollama's error object."""
     return {"error": error.message}
 
 
@@ -131,7 +134,7 @@ def ollama_line(error: ProxyError) -> bytes:
 
 
 def lmstudio(error: ProxyError) -> Json:
-    """Return LM Studio's object."""
+    """Return LM Studio's error object."""
     if error.code == "model_not_found":
         kind = "model_not_found"
     elif error.code == "not_implemented":
@@ -145,13 +148,13 @@ def lmstudio(error: ProxyError) -> Json:
 
 
 def lmstudio_event(error: ProxyError) -> bytes:
-    """Return the event that tells of the error; `chat.end` follows."""
+    """Return the event that reports the error; `chat.end` follows it."""
     return named_event({"type": "error", **lmstudio(error)})
 
 
-# -- an error out of its body
+# -- reading an error from its body
 
-# The backend's sentence, the guard's, and the one for both that OpenAI's clients know.
+# The backend's sentence, the guard's, and the one that replaces both, which OpenAI's clients know.
 _TOO_LONG = (
     re.compile(
         r"has (?:more than )?(?P<size>\d+) (?P<unit>tokens), and .* context is (?P<most>\d+)"
@@ -162,11 +165,11 @@ _TOO_LONG = (
         r"(?P<size>\d+) (?P<unit>tokens|characters)"
     ),
 )
-CHARACTERS_PER_TOKEN = 4  # as a rule
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb
 
 
 def too_long(error: ProxyError) -> tuple[int, int] | None:
-    """Return the tokens of a prompt that does not fit, and the tokens that would."""
+    """Return the token count of a prompt that does not fit, and the count that would fit."""
     for sentence in _TOO_LONG:
         if found := sentence.search(error.message):
             size = int(found["size"])
@@ -177,7 +180,7 @@ def too_long(error: ProxyError) -> tuple[int, int] | None:
 
 
 def from_body(error: Any) -> ProxyError:
-    """Return the error whose object a stream carries as its last event."""
+    """Return the error from the object that a stream carries as its last event."""
     if not isinstance(error, dict):
         return BackendFailed("The backend ended the answer with an error. Try again.")
     kind = _KINDS.get(error.get("code", ""), InternalError)

@@ -1,4 +1,4 @@
-"""Fields of a foreign request: read as what they must be, or refused by their own name."""
+"""Fields of another dialect's request: read as what they must be, or rejected by their own name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlxproxy.errors import InvalidRequest
 
 
 def refuse(place: str, expected: str) -> NoReturn:
-    """Raise the error for the field at that place, with what it must be instead."""
+    """Raise the error for the field at that place; it says what the field must be."""
     raise InvalidRequest(f"{place} must be {expected}.", param=place)
 
 
@@ -42,13 +42,13 @@ def body_of(value: Any) -> dict[str, Any]:
 
 
 def model(body: Mapping[str, Any]) -> str:
-    """Return the name asked for; empty if the request has none."""
+    """Return the model name that the request asks for; empty if it has none."""
     value = body.get("model")
     return "" if value is None else a_text(value, "model")
 
 
 def flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
-    """Return a field that is true or false, or left out."""
+    """Return a boolean field; the default if it is left out."""
     value = body.get(name)
     if value is None:
         return default
@@ -58,16 +58,16 @@ def flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def kept(body: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields that are there, under the names that chat has for them.
+    """Return the fields that are present, under chat's names for them.
 
-    Their values are the guard's to check.
+    The guard checks their values.
 
     Args:
-        names: the dialect's name of a field, and chat's.
+        names: chat's names of the fields, by the dialect's.
     """
     return {chat: body[theirs] for theirs, chat in names.items() if body.get(theirs) is not None}
 
 
 def inverted(names: Mapping[str, str]) -> dict[str, str]:
-    """Return how the dialect calls the chat's fields, where it is another name."""
+    """Return the dialect's names of chat's fields, for those whose names differ."""
     return {chat: theirs for theirs, chat in names.items() if chat != theirs}

@@ -1,8 +1,8 @@
-"""The form between chat and the other dialects: what a request becomes, what an answer is made of.
+"""The form between chat and the other dialects: translated requests, and the parts of an answer.
 
-A request of another dialect becomes a chat request that the guard checks, and an :class:`Answer`
-that encodes what the backend sends in the words of that dialect. Nothing here reads a socket or a
-clock by itself: identifiers and times come from functions that are passed in.
+A request of another dialect is translated into a chat request, which the guard checks, and an
+:class:`Answer`, which encodes what the backend sends in that dialect. Nothing here reads a socket
+or a clock by itself: identifiers and times come from functions that are passed in.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Clock: TypeAlias = Callable[[], float]
 
 
 def random_id(prefix: str) -> str:
-    """Return an identifier that nobody has and nobody guesses."""
+    """Return a unique identifier that cannot be guessed."""
     return prefix + uuid.uuid4().hex
 
 
-# -- what an answer is made of
+# -- the parts of an answer
 
 
 class Text(NamedTuple):
@@ -55,13 +55,13 @@ class Call(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """Why the model stopped."""
+    """The reason why the model stopped."""
 
     reason: str
 
 
 class Usage(NamedTuple):
-    """The backend's count of tokens."""
+    """The backend's token counts."""
 
     prompt: int
     """Tokens of the prompt, those read from the cache among them."""
@@ -70,7 +70,7 @@ class Usage(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How much of the prompt has been read, in tokens."""
+    """The part of the prompt that has been read, in tokens."""
 
     processed: int
     total: int
@@ -85,7 +85,7 @@ class Loading(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Nothing has come, and the client must not give up."""
+    """Nothing has arrived yet, and the client must not give up."""
 
     words: str
     """What is waited for; nothing once the backend has begun with the request."""
@@ -101,7 +101,7 @@ Delta: TypeAlias = Text | Reasoning | Call | Finish | Usage | Progress | Loading
 
 
 class Timing(NamedTuple):
-    """What an answer took, in seconds."""
+    """The time that the phases of an answer took, in seconds."""
 
     waited: float = 0.0
     """For a place, a load among it."""
@@ -116,7 +116,7 @@ class Timing(NamedTuple):
 UNTIMED: Final = Timing()
 
 
-# -- what a request becomes
+# -- a translated request
 
 
 class Translated(NamedTuple):
@@ -167,13 +167,13 @@ def in_their_words(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRe
 
 
 class Answer(abc.ABC):
-    """Encode one answer, either piece by piece (begin, feed, finish) or as a whole.
+    """The encoder of one answer, either piece by piece (begin, feed, finish) or as a whole.
 
-    Nothing follows a :class:`Failed` delta, :meth:`finish` neither.
+    Nothing follows a :class:`Failed` delta, not even :meth:`finish`.
 
     Attributes:
-        model: the name under which the answer is given. The one asked for, until whoever knows the
-            model that answers sets it: before the first delta of that model.
+        model: the model name that the answer states. It is the requested one until the caller that
+            knows which model answers sets it, before the first delta of that model.
     """
 
     headers: ClassVar[Mapping[str, str]] = sse.HEADERS
@@ -188,11 +188,11 @@ class Answer(abc.ABC):
         self._called = False
 
     def begin(self) -> bytes:
-        """Return what can be said before anything has come of the backend."""
+        """Return what can be sent before anything has arrived from the backend."""
         return b""
 
     def feed(self, delta: Delta) -> bytes:
-        """Return what a delta adds to the stream: perhaps nothing."""
+        """Return what a delta adds to the stream, which may be nothing."""
         if isinstance(delta, Text):
             return self.on_text(delta.text)
         self.note(delta)
@@ -211,7 +211,7 @@ class Answer(abc.ABC):
         return b""
 
     def note(self, delta: Delta) -> None:
-        """Remember what the end of the answer tells: of a whole one nothing is fed."""
+        """Remember what the end of the answer states: a whole answer is not fed delta by delta."""
         if isinstance(delta, Reasoning):
             self.thoughts += 1
         elif isinstance(delta, Call):
@@ -223,8 +223,10 @@ class Answer(abc.ABC):
 
     @property
     def stopped_by(self) -> Literal["stop", "length", "tool_calls"]:
-        """Why the model stopped. Never a call that the client has not got: one that cannot be read
-        is dropped by the backend, which tells of it all the same."""
+        """The reason why the model stopped; a call only if the client has received one.
+
+        The backend drops a call that it cannot read, but reports it as the reason nevertheless.
+        """
         if self._finish == "length":
             return "length"
         return "tool_calls" if self._called else "stop"
@@ -239,11 +241,11 @@ class Answer(abc.ABC):
     def on_call(self, call: Call) -> bytes: ...
 
     def on_progress(self, progress: Progress) -> bytes:
-        """Return what says how much of the prompt has been read."""
+        """Return what tells the client how much of the prompt has been read."""
         return self.on_waiting(f"prompt {progress.processed}/{progress.total}")
 
     def on_loading(self, loading: Loading) -> bytes:
-        """Return what says that a model is being loaded."""
+        """Return what tells the client that a model is being loaded."""
         return self.on_waiting(f"loading {loading.model}")
 
     def on_waiting(self, words: str) -> bytes:
@@ -252,7 +254,7 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def on_failed(self, error: ProxyError) -> bytes:
-        """Return the last bytes of an answer that is not whole."""
+        """Return the last bytes of an answer that has failed."""
 
     @abc.abstractmethod
     def finish(self) -> bytes:
@@ -263,8 +265,8 @@ class Answer(abc.ABC):
         """Return the JSON of an answer that was not streamed.
 
         Args:
-            completion: the backend's, or :data:`NOTHING`.
-            timing: what it took; only some dialects tell.
+            completion: the backend's answer, or :data:`NOTHING`.
+            timing: the time that it took; only some dialects state it.
         """
 
 
@@ -274,8 +276,8 @@ Stretch: TypeAlias = Literal["reasoning", "text"]
 class BlockAnswer(Answer):
     """An answer in blocks of one kind each, of which one is open at a time.
 
-    A block is opened by the first piece that belongs in it and that can be seen: what models put
-    between their reasoning and a call is white space, and no block of its own.
+    A block is opened by the first piece of its kind that is not white space: the white space that
+    models put between their reasoning and a call is not a block of its own.
     """
 
     def __init__(self, model: str) -> None:
@@ -298,7 +300,7 @@ class BlockAnswer(Answer):
         return self.close_open() + self.one_call(call)
 
     def close_open(self) -> bytes:
-        """Return the end of the block that is open, if one is."""
+        """Return the end of the open block, if there is one."""
         self._held, self._held_for = "", None
         if self._open is None:
             return b""
@@ -322,7 +324,7 @@ class BlockAnswer(Answer):
 
     @abc.abstractmethod
     def piece(self, text: str) -> bytes:
-        """Return a piece of the block that is open. The one method that runs for every token."""
+        """Return a piece of the open block. This is the only method that runs for every token."""
 
     @abc.abstractmethod
     def close(self, stretch: Stretch) -> bytes:
@@ -330,7 +332,7 @@ class BlockAnswer(Answer):
 
     @abc.abstractmethod
     def one_call(self, call: Call) -> bytes:
-        """Return a call, from its start to its end. No block is open."""
+        """Return a call, from its start to its end. No block may be open."""
 
 
 # -- JSON as it is sent
@@ -347,10 +349,10 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def client_id(call: Call, prefix: str, make_id: MakeId, taken: set[str]) -> str:
-    """Return the id of a call as the client gets it, and sends it back with the result.
+    """Return the id of a call that the client gets, and sends back with the result.
 
-    The backend's is mostly a UUID, which gets the dialect's prefix. One that a model's own format
-    has made is kept, since its template may want to see it again; one that clients refuse, or that
+    The backend's id is mostly a UUID, which gets the dialect's prefix. An id in a model's own
+    format is kept, since its template may want to see it again. An id that clients reject, or that
     another call of the answer has, is replaced.
 
     Args:
@@ -367,5 +369,5 @@ def client_id(call: Call, prefix: str, make_id: MakeId, taken: set[str]) -> str:
 
 
 def named_event(data: Json) -> bytes:
-    """Return a server-sent event that is named by the `type` in its data."""
+    """Return a server-sent event whose name is the `type` in its data."""
     return b"event: %b\ndata: %b\n\n" % (data["type"].encode(), json_bytes(data))

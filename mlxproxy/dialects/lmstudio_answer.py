@@ -36,16 +36,16 @@ _NO_TOOLS: Final = "The request offered no tools."
 
 
 class LMStudioAnswer(BlockAnswer):
-    """Encode one answer of v1.
+    """The encoder of one answer of v1.
 
-    Its stream tells of the load and of the prompt's reading, and ends with the whole answer, after
-    an error too.
+    Its stream reports the load of the model and the reading of the prompt, and ends with the whole
+    answer, even after an error.
 
     Args:
-        model: the name under which it is given.
+        model: the model name that it states.
         make_id: makes its id, and those under which its parts are kept.
-        clock: tells seconds, for what the answer took.
-        remember: keeps the answer, as a response of OpenAI's Responses.
+        clock: returns seconds, to time the answer.
+        remember: stores the answer, as a response of OpenAI's Responses.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LMStudioAnswer(BlockAnswer):
         self._remember = remember
         self._watch = Stopwatch(clock)
         self._phase: Literal["waiting", "loading", "prompt", "answer"] = "waiting"
-        self._loading = ""  # the model that is
+        self._loading = ""  # the model that is being loaded
         self._output: list[Json] = []
         self._pieces: list[str] = []
         self._before = b""
@@ -124,13 +124,13 @@ class LMStudioAnswer(BlockAnswer):
         return before + _event("chat.end", result=self._result(self._watch.timing()))
 
     def _enter(self, delta: Delta) -> bytes:
-        """What is over once this has come."""
+        """Return the events that end the phases that are over once this delta has arrived."""
         if isinstance(delta, Waiting):
             return b"" if delta.words else self._begun()
         return b"" if isinstance(delta, Failed) else self._entered()
 
     def _begun(self) -> bytes:
-        """The backend has the request, and reads the prompt."""
+        """Return the events for the moment when the backend starts to read the prompt."""
         if self._phase in ("prompt", "answer"):
             return b""
         self._watch.begun()
@@ -143,7 +143,7 @@ class LMStudioAnswer(BlockAnswer):
         return loaded + _event("prompt_processing.start")
 
     def _entered(self) -> bytes:
-        """The answer has begun."""
+        """Return the events for the moment when the answer begins."""
         if self._phase == "answer":
             return b""
         self._watch.token()
@@ -165,7 +165,7 @@ class LMStudioAnswer(BlockAnswer):
     # -- both
 
     def _result(self, timing: Timing, kept: bool = True) -> Json:
-        """The whole answer, which is kept before anybody can refer to it."""
+        """Return the whole answer, and store it before anybody can refer to it."""
         usage = self.usage or Usage(0, 0, 0)
         stats: Json = {
             "input_tokens": usage.prompt,
@@ -183,7 +183,7 @@ class LMStudioAnswer(BlockAnswer):
         return result
 
     def _items(self) -> list[Json]:
-        """What was said, as items of Responses."""
+        """Return the output as items of Responses."""
         items: list[Json] = []
         for part in self._output:
             if part["type"] == "message":
@@ -213,18 +213,18 @@ _STOP_REASONS: Final = {
 
 
 class LMStudioV0Answer(Answer):
-    """Encode one answer of v0: OpenAI's, with what it took at its end.
+    """The encoder of one answer of v0: OpenAI's answer, with timings at its end.
 
     Args:
-        model: the name under which it is given.
-        kind: of which endpoint.
-        wants_usage: whether a stream ends with the count of tokens.
+        model: the model name that it states.
+        kind: the endpoint's kind.
+        wants_usage: whether a stream ends with the token counts.
         make_id: makes its id.
-        now: tells seconds since 1970.
-        clock: tells seconds, for what it took.
+        now: returns seconds since 1970.
+        clock: returns seconds, to time the answer.
 
     Attributes:
-        about: `model_info` and `runtime`, which whoever knows the model sets.
+        about: `model_info` and `runtime`; the caller that knows the model sets them.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class LMStudioV0Answer(Answer):
         self._created = int(now())
         self._watch = Stopwatch(clock)
         self._calls = 0
-        self._before: tuple[str, bytes] | None = None  # the text of a chunk, and of which model
+        self._before: tuple[str, bytes] | None = None  # model, and the start of a chunk for it
 
     # -- streamed
 

@@ -1,4 +1,4 @@
-"""Models as LM Studio lists them, from the entries of `/v1/models`."""
+"""Model lists in LM Studio's form, made from the entries of `/v1/models`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _TYPES_V0: Final = {"embedding": "embeddings"}
 
 
 def v0(entries: Iterable[Entry], contexts: Mapping[str, int]) -> Json:
-    """Return the answer of `/api/v0/models`.
+    """Return the answer to `/api/v0/models`.
 
     Args:
-        contexts: the ids of the models that are loaded, and how many tokens each can take.
+        contexts: how many tokens each loaded model can take, by its id.
     """
     return {"object": "list", "data": [one_v0(entry, contexts) for entry in entries]}
 
 
 def one_v0(entry: Entry, contexts: Mapping[str, int]) -> Json:
-    """Return the answer of `/api/v0/models/{id}`. Args: see :func:`v0`."""
+    """Return the answer to `/api/v0/models/{id}`. Args: see :func:`v0`."""
     identity = entry["id"]
     told: Json = {
         "id": identity,
@@ -43,7 +43,7 @@ def one_v0(entry: Entry, contexts: Mapping[str, int]) -> Json:
 
 
 def v1(entries: Iterable[Entry], contexts: Mapping[str, int]) -> Json:
-    """Return the answer of `/api/v1/models`. Args: see :func:`v0`."""
+    """Return the answer to `/api/v1/models`. Args: see :func:`v0`."""
     return {"models": [_one_v1(entry, contexts) for entry in entries]}
 
 

@@ -1,4 +1,4 @@
-"""LM Studio's REST API, v0 and v1: a request as a chat request."""
+"""LM Studio's REST API, v0 and v1: translation of a request into a chat request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.dialects.responses_tools import Tools
 from mlxproxy.errors import InvalidRequest
 
-TEMPERATURE: Final = 0.8  # where neither the request nor the model's files name one
+TEMPERATURE: Final = 0.8  # if neither the request nor the model's files set one
 
 _NAMES: Final = {
     "model": "model",
@@ -36,7 +36,7 @@ _REASONING: Final[Mapping[str, Json]] = {
 
 
 class NotImplementedHere(InvalidRequest):
-    """A part of LM Studio that this server has not."""
+    """A feature of LM Studio that this server does not have."""
 
     status = 501
     code = "not_implemented"
@@ -48,15 +48,15 @@ def translate_v0(
     now: Clock = time.time,
     clock: Clock = time.monotonic,
 ) -> Translated:
-    """Return the chat request of a v0 completion, and who encodes its answer.
+    """Return the chat request for a v0 completion, and the encoder of its answer.
 
-    The request is OpenAI's: the guard checks its messages as they are, and
+    The request is in OpenAI's form: the guard checks its messages as they are, and
     :func:`~mlxproxy.dialects.conversation.settled` follows the guard.
 
     Args:
-        kind: of which endpoint.
-        now: tells seconds since 1970.
-        clock: tells seconds, for what an answer took.
+        kind: the endpoint's kind.
+        now: returns seconds since 1970.
+        clock: returns seconds, to time the answer.
     """
     body = fields.body_of(body)
     stream = fields.flag(body, "stream", False)
@@ -73,7 +73,7 @@ def ttl(body: Mapping[str, Any]) -> float | None:
     """Return the idle seconds after which a model that this request loads is unloaded.
 
     Raises:
-        InvalidRequest: it is no number of seconds.
+        InvalidRequest: it is not a number of seconds.
     """
     value = body.get("ttl")
     if value is not None and (type(value) not in (int, float) or not 0 < value < 1e10):
@@ -87,14 +87,14 @@ def translate_v1(
     make_id: MakeId = random_id,
     clock: Clock = time.monotonic,
 ) -> Translated:
-    """Return the chat request of an `/api/v1/chat`, and who encodes its answer.
+    """Return the chat request for an `/api/v1/chat`, and the encoder of its answer.
 
     Args:
-        store: where earlier answers are, and where this one goes.
-        clock: tells seconds, for what an answer took.
+        store: holds earlier answers, and takes this one.
+        clock: returns seconds, to time the answer.
 
     Raises:
-        InvalidRequest: what cannot be translated, by LM Studio's name of it.
+        InvalidRequest: a field cannot be translated; the error has LM Studio's name for it.
         NotImplementedHere: it asks for tools that the server runs.
     """
     body = fields.body_of(body)
@@ -133,7 +133,7 @@ def translate_v1(
 
 
 def _input(given: Any) -> list[Json]:
-    """What the user says and shows, as content parts of Responses."""
+    """Return the user's text and images as content parts of Responses."""
     if isinstance(given, str) and given:
         return [{"type": "input_text", "text": given}]
     if not isinstance(given, list) or not given:

@@ -1,6 +1,7 @@
 """Ollama's chat and generate: an answer, streamed or whole.
 
-A stream is lines of JSON and nothing else: its readers parse every line, and know no comments.
+A stream consists of lines of JSON and nothing else: clients parse every line, and there are no
+comments.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ _NANOSECONDS: Final = 1_000_000_000
 
 
 class OllamaAnswer(Answer):
-    """Encode one answer.
+    """The encoder of one answer.
 
     Args:
-        model: the name under which it is given.
-        kind: of which endpoint.
-        make_id: makes the ids of calls whose own will not do.
-        now: tells seconds since 1970.
-        clock: tells seconds, for what the answer took.
-        only: what was asked for instead of an answer.
+        model: the model name that it states.
+        kind: the endpoint's kind.
+        make_id: makes the ids of calls whose own ids cannot be used.
+        now: returns seconds since 1970.
+        clock: returns seconds, to time the answer.
+        only: the load or unload that was requested instead of an answer, if any.
     """
 
     headers: ClassVar[Mapping[str, str]] = {**sse.HEADERS, "Content-Type": _MEDIA_TYPE}
@@ -70,7 +71,7 @@ class OllamaAnswer(Answer):
         self._watch = Stopwatch(clock)
         self._only = only
         self._call_ids: set[str] = set()
-        self._before: tuple[str, bytes] | None = None  # the text of a line, and of which model
+        self._before: tuple[str, bytes] | None = None  # model, and the start of a line for it
 
     # -- streamed
 
@@ -99,7 +100,7 @@ class OllamaAnswer(Answer):
         return self.on_waiting("loading")
 
     def on_waiting(self, words: str) -> bytes:
-        """Return a line of an answer in which nothing is said."""
+        """Return a line of the answer with no text in it."""
         if not words:
             self._watch.begun()
         return self._encoded(self._line(""))
@@ -149,13 +150,13 @@ class OllamaAnswer(Answer):
         return {"id": identity, "function": function}
 
     def _end(self, timing: Timing) -> Json:
-        """What the last line tells. A call of a tool is no reason of its own here."""
+        """Return the fields of the last line. Ollama has no reason of its own for tool calls."""
         usage = self.usage or Usage(0, 0, 0)
         reason = "length" if self.stopped_by == "length" else "stop"
         return {
             "done": True,
             "done_reason": reason,
-            "total_duration": _nanoseconds(sum(timing) - timing.loaded),  # a part of the wait
+            "total_duration": _nanoseconds(sum(timing) - timing.loaded),  # a part of `waited`
             "load_duration": _nanoseconds(timing.waited),
             "prompt_eval_count": usage.prompt,
             "prompt_eval_duration": _nanoseconds(timing.prompt),
@@ -165,11 +166,11 @@ class OllamaAnswer(Answer):
 
 
 def timestamp(seconds: float) -> str:
-    """Return a moment as Go writes it."""
+    """Return a time as Go formats it."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _nanoseconds(seconds: float) -> int:
-    """At least one: clients divide by it."""
+    """Return whole nanoseconds, at least one: clients divide by them."""
     return max(1, round(seconds * _NANOSECONDS))

@@ -1,4 +1,4 @@
-"""Models as Ollama lists them, from the entries of `/v1/models`."""
+"""Model lists in Ollama's form, made from the entries of `/v1/models`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mlxproxy.dialects.ollama_answer import timestamp
 VERSION: Final = "0.32.0"
 """The version of Ollama that these answers are like: clients refuse old ones, and read digits."""
 UNKNOWN: Final = "unknown"
-LONG_SECONDS: Final = 10 * 365 * 86400  # for ever, as a date that every client can read
+LONG_SECONDS: Final = 10 * 365 * 86400  # "forever", as a date that every client can parse
 
 Entry = Mapping[str, Any]
 
 
 def tags(entries: Iterable[Entry]) -> Json:
-    """Return the answer of `/api/tags`."""
+    """Return the answer to `/api/tags`."""
     return {"models": [_tag(entry) for entry in entries]}
 
 
 def running(entries: Iterable[tuple[Entry, float, float, int]], now: float) -> Json:
-    """Return the answer of `/api/ps`.
+    """Return the answer to `/api/ps`.
 
     Args:
-        entries: each with the seconds until it is unloaded (infinity: never), the bytes it takes
-            in memory, and the tokens of its context.
+        entries: each with the seconds until it is unloaded (infinity: never), the bytes that it
+            takes in memory, and the tokens of its context.
         now: seconds since 1970.
     """
     models = []
@@ -41,7 +41,7 @@ def running(entries: Iterable[tuple[Entry, float, float, int]], now: float) -> J
 
 
 def shown(entry: Entry, template: str = "") -> Json:
-    """Return the answer of `/api/show`.
+    """Return the answer to `/api/show`.
 
     Args:
         template: the model's chat template.
@@ -82,7 +82,7 @@ def _tag(entry: Entry) -> Json:
 
 
 def _details(entry: Entry) -> Json:
-    """Each of them a text: Zed reads no null."""
+    """Return the details, each of which is a string: Zed cannot read null."""
     family = entry["architecture"] or UNKNOWN
     quantization = entry["quantization"] or {}
     return {

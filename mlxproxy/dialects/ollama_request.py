@@ -1,4 +1,4 @@
-"""Ollama's chat and generate: a request as a chat request."""
+"""Ollama's chat and generate: translation of a request into a chat request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mlxproxy.dialects.ollama_answer import OllamaAnswer, Only
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.shapes import EFFORTS
 
-LATEST: Final = ":latest"  # what some clients append to each name without a colon
-TEMPERATURE: Final = 0.8  # Ollama's own, where the model's files name none
+LATEST: Final = ":latest"  # some clients append this to each name without a colon
+TEMPERATURE: Final = 0.8  # Ollama's own, if the model's files set none
 
-# All other options tune Ollama's own engine, or its memory.
+# All other options tune Ollama's own engine or its memory use.
 _OPTIONS: Final = {
     "num_predict": "max_tokens",
     "temperature": "temperature",
@@ -37,7 +37,7 @@ _NAMES: Final = {
     "enable_thinking": "think",
     "reasoning_effort": "think",
 }
-# What the base64 of each kind of image begins with.
+# How the base64 of each kind of image begins.
 _IMAGE_TYPES: Final = {"iVBOR": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp"}
 LONGEST_DURATION: Final = 64  # characters
 _FOR_EVER_SECONDS: Final = 1e10
@@ -54,16 +54,16 @@ def translate_chat(
     now: Clock = time.time,
     clock: Clock = time.monotonic,
 ) -> Translated:
-    """Return the chat request of an `/api/chat`, and who encodes its answer.
+    """Return the chat request for an `/api/chat`, and the encoder of its answer.
 
     Without messages, it asks for a load or an unload: see :func:`keep_alive`.
 
     Args:
-        now: tells seconds since 1970.
-        clock: tells seconds, for what an answer took.
+        now: returns seconds since 1970.
+        clock: returns seconds, to time the answer.
 
     Raises:
-        InvalidRequest: what cannot be translated, by Ollama's name of it.
+        InvalidRequest: a field cannot be translated; the error has Ollama's name for it.
     """
     body = fields.body_of(body)
     _refuse_log_probabilities(body)
@@ -85,15 +85,15 @@ def translate_generate(
     now: Clock = time.time,
     clock: Clock = time.monotonic,
 ) -> Translated:
-    """Return the request for an `/api/generate`, and who encodes its answer.
+    """Return the request for an `/api/generate`, and the encoder of its answer.
 
-    It is for the backend's text completions if it asks for the prompt as it is, raw. Without a
-    prompt, it asks for a load or an unload: see :func:`keep_alive`.
+    If it asks for a raw prompt, without a template, the result is for the backend's text
+    completions. Without a prompt, it asks for a load or an unload: see :func:`keep_alive`.
 
     Args: see :func:`translate_chat`.
 
     Raises:
-        InvalidRequest: what cannot be translated, by Ollama's name of it.
+        InvalidRequest: a field cannot be translated; the error has Ollama's name for it.
     """
     body = fields.body_of(body)
     _refuse_log_probabilities(body)
@@ -130,12 +130,12 @@ _REFUSED: Final = {
 
 
 def keep_alive(body: Mapping[str, Any]) -> float | None:
-    """Return for how many seconds the model is to stay loaded after the answer.
+    """Return how many seconds the model is to stay loaded after the answer.
 
-    None if the request does not say; infinity for ever; 0 to unload it as soon as it is idle.
+    None: the request does not say; infinity: forever; 0: unload it as soon as it is idle.
 
     Raises:
-        InvalidRequest: it is no duration.
+        InvalidRequest: it is not a duration.
     """
     value = body.get("keep_alive")
     if value is None:
@@ -147,7 +147,7 @@ def keep_alive(body: Mapping[str, Any]) -> float | None:
 
 
 def _seconds(text: str) -> Any:
-    """A duration as Go writes it, or a number of seconds."""
+    """Return the seconds in a text: a duration in Go's format, or a number of seconds."""
     if len(text) > LONGEST_DURATION:
         return None
     if found := _DURATION.fullmatch(text):
@@ -164,7 +164,7 @@ def _asked(body: Mapping[str, Any]) -> str:
 
 
 def _only(body: Mapping[str, Any], empty: bool) -> Only:
-    """What a request without a question asks for."""
+    """Return what a request without a prompt asks for: a load or an unload."""
     seconds = keep_alive(body)
     if not empty:
         return None
@@ -181,10 +181,10 @@ def _translated(
 
 
 def _common(body: Mapping[str, Any]) -> Json:
-    """The fields that chat and generate share."""
+    """Return the fields that chat and generate have in common."""
     options = fields.an_object(body.get("options") or {}, "options")
     chat: Json = {"model": _asked(body), **fields.kept(options, _OPTIONS), **COUNTED}
-    if chat.get("max_tokens", -1) in (-1, -2):  # without a limit, to the end of the context
+    if chat.get("max_tokens", -1) in (-1, -2):  # no limit except the end of the context
         chat["max_tokens"] = -1
     if chat.get("repetition_context_size") == -1:  # all of the context
         del chat["repetition_context_size"]
@@ -219,7 +219,7 @@ def _refuse_log_probabilities(body: Mapping[str, Any]) -> None:
 
 
 class _Messages:
-    """Messages in chat's form: with ids of calls, which Ollama's clients mostly do without."""
+    """Messages in chat's form, which has ids for calls; Ollama's clients mostly send none."""
 
     def __init__(self) -> None:
         self._calls = 0
@@ -267,8 +267,11 @@ class _Messages:
         return {"id": identity, "type": "function", "function": made}
 
     def _result(self, message: Json, text: str) -> Json:
-        """The result of the call that it names, else of the first one of that tool, else of the
-        first one that has none."""
+        """Return the result as a message, matched to a call.
+
+        The call is the one that it names, else the first open call of that tool, else the first
+        open call. A call is open while it has no result.
+        """
         made: Json = {"role": "tool", "content": text}
         wanted, tool = message.get("tool_call_id"), message.get("tool_name")
         found = next(
@@ -295,7 +298,7 @@ class _Messages:
 
 
 def _images(value: object, place: str) -> list[Json]:
-    """Images, which come without a word about what they are."""
+    """Return the images as content parts; clients send them without their type."""
     images = []
     for index, image in enumerate(fields.a_list(value or [], place)):
         data = fields.a_text(image, f"{place}[{index}]")

@@ -1,8 +1,8 @@
 """OpenAI's Responses: an answer, streamed or whole.
 
 Codex reads a stream by `output_item.added` and `.done` and gives up without `completed`; OpenAI's
-SDK compares the ids of an item wherever it comes. So each item is made once, and is the same in its
-own events and in the answer at the end.
+SDK compares the ids of an item wherever it occurs. So each item is made once, and is the same in
+its own events and in the answer at the end.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from mlxproxy.errors import ProxyError
 
 
 class ResponsesAnswer(BlockAnswer):
-    """Encode one response.
+    """The encoder of one response.
 
     Args:
-        model: the name under which it is given.
-        echo: what it repeats of the request.
-        tools: the request's.
-        make_id: makes the ids of the response, of its items, and of calls whose own will not do.
-        now: tells seconds since 1970.
+        model: the model name that it states.
+        echo: the fields of the request that it repeats.
+        tools: the tools of the request.
+        make_id: makes the ids of the response, of its items, and of calls whose own ids cannot be
+            used.
+        now: returns seconds since 1970.
         replayable: whether thoughts carry what a client that stores them sends back.
-        remember: keeps the whole response.
+        remember: stores the whole response.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class ResponsesAnswer(BlockAnswer):
         self._sequence = 0
         self._output: list[Json] = []
         self._item_id = ""
-        self._place: Json = {}  # of the part that is open
+        self._place: Json = {}  # of the open part
         self._pieces: list[str] = []
-        self._before = self._after = b""  # the text of a delta's event
+        self._before = self._after = b""  # a delta's event around its number
         self._waiting: tuple[bytes, bytes] | None = None
         self._call_ids: set[str] = set()
 
@@ -79,9 +80,10 @@ class ResponsesAnswer(BlockAnswer):
         return created + self.on_waiting("")
 
     def on_waiting(self, words: str) -> bytes:
-        """Return an event: Codex takes no comment for a sign of life.
+        """Return an event, since Codex does not accept comments as a sign of life.
 
-        It repeats less of the request than the others, whose tools alone may be 100 kB.
+        It repeats less of the request than the other events, in which the tools alone may be
+        100 kB.
         """
         if self._waiting is None:
             shorter = {**self._response("in_progress"), "instructions": None, "tools": []}
@@ -116,7 +118,7 @@ class ResponsesAnswer(BlockAnswer):
     def close(self, stretch: Stretch) -> bytes:
         text, place = "".join(self._pieces), self._place
         if stretch == "text":
-            # Nothing comes after the end that was cut off: until then, each item is whole.
+            # Only the end can be cut off, and nothing follows it: all items before it are whole.
             status = "incomplete" if self.stopped_by == "length" else "completed"
             part = _output_text(text)
             item = _message(self._item_id, status, [part])
@@ -181,7 +183,7 @@ class ResponsesAnswer(BlockAnswer):
     # -- both
 
     def _end(self) -> Json:
-        """The whole response, which is kept before anybody can refer to it."""
+        """Return the whole response, and store it before anybody can refer to it."""
         if self.stopped_by == "length":
             response = self._response("incomplete")
             response["incomplete_details"] = {"reason": "max_output_tokens"}
@@ -236,7 +238,7 @@ _END: Final = b"}\n\n"
 
 
 def _template(kind: str, rest: Json) -> tuple[bytes, bytes]:
-    """What stands before and after the sequence number of an event."""
+    """Return the bytes before and after the sequence number of an event."""
     before, _, after = named_event({"type": kind, "sequence_number": 0, **rest}).partition(b":0,")
     return before + b":", b"," + after
 
@@ -255,7 +257,7 @@ def _summary(text: str) -> Json:
 
 
 def _free_text(call: Call) -> str:
-    """What a model has written for a tool that takes text: as it was told to, or otherwise."""
+    """Return the text for a tool that takes text, whether or not the model followed the schema."""
     values = list(call.value.values())
     given = call.value.get("input", values[0] if len(values) == 1 else None)
     return given if isinstance(given, str) else call.arguments

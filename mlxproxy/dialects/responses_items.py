@@ -1,4 +1,4 @@
-"""The items of a Responses conversation, as chat messages."""
+"""Conversion of the items of a Responses conversation into chat messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def items_of(given: Any, place: str = "input") -> list[Json]:
     """Return the input of a request as a list of items.
 
     Raises:
-        InvalidRequest: it is no input.
+        InvalidRequest: it is not a valid input.
     """
     if given is None or given == "":
         return []
@@ -40,7 +40,7 @@ def resolved(items: Sequence[Json], find: Find, place: str = "input") -> list[Js
     """Return the items with each reference replaced by the item that it names.
 
     Raises:
-        InvalidRequest: nothing of that id is stored.
+        InvalidRequest: no item with that id is stored.
     """
     result = []
     for index, item in enumerate(items):
@@ -60,16 +60,17 @@ def resolved(items: Sequence[Json], find: Find, place: str = "input") -> list[Js
 
 
 def messages_of(items: Sequence[Json], tools: Tools, earlier: int = 0) -> list[Json]:
-    """Return the chat messages that the items amount to.
+    """Return the chat messages for the items.
 
-    What no chat has is left out: sessions are resumed with items of other servers in them.
+    Items without a counterpart in chat are left out: resumed sessions contain items from other
+    servers.
 
     Args:
-        tools: the request's, for the names of old calls.
-        earlier: how many of the items are not of this request's own input.
+        tools: the tools of the request, for the names of old calls.
+        earlier: how many of the items precede this request's own input.
 
     Raises:
-        InvalidRequest: an item whose content would be missed.
+        InvalidRequest: an item cannot be converted, and its content would be missed.
     """
     made = _Conversation(tools)
     for index, item in enumerate(items):
@@ -78,10 +79,10 @@ def messages_of(items: Sequence[Json], tools: Tools, earlier: int = 0) -> list[J
 
 
 class _Conversation:
-    """What the items so far amount to.
+    """The messages for the items so far.
 
-    All that an assistant does in a row, speaking, thinking and calling, is one message; the
-    outputs of its calls follow, and what they show follows them.
+    All that an assistant does in a row (text, reasoning and calls) is one message; the outputs of
+    its calls follow it, and the images in these outputs follow them.
     """
 
     def __init__(self, tools: Tools) -> None:
@@ -148,7 +149,7 @@ class _Conversation:
         self._messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
 
     def _assistant(self) -> Json:
-        """The assistant's message that goes on, or a new one."""
+        """Return the assistant's message that continues, or a new one."""
         self._show()
         if not self._messages or self._messages[-1]["role"] != "assistant":
             self._messages.append({"role": "assistant", "content": ""})
@@ -160,14 +161,14 @@ class _Conversation:
         return message
 
     def _show(self) -> None:
-        """What the outputs of tools show: no template takes it in them."""
+        """Append the images in tool outputs as a user's message: templates take none in outputs."""
         if self._shown:
             self._messages.append({"role": "user", "content": self._shown})
             self._shown = []
 
 
 def _thought(item: Json) -> str:
-    """What the model thought, as this server has told it."""
+    """Return the model's reasoning, as this server has sent it."""
     for key in ("content", "summary"):
         parts = item.get(key)
         if isinstance(parts, list):
@@ -178,7 +179,7 @@ def _thought(item: Json) -> str:
 
 
 def _parts(content: Any, place: str) -> Iterator[Json]:
-    """The content parts of a message or of an output."""
+    """Yield the content parts of a message or of an output."""
     if content is None:
         return
     if isinstance(content, str):

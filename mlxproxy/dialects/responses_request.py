@@ -1,4 +1,4 @@
-"""OpenAI's Responses: a request as a chat request."""
+"""OpenAI's Responses: translation of a request into a chat request."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def translate(
     make_id: MakeId = random_id,
     now: Clock = time.time,
 ) -> Translated:
-    """Return the chat request of a Responses request, and who encodes its answer.
+    """Return the chat request for a Responses request, and the encoder of its answer.
 
-    An answer that is to be stored is stored when it is whole, before its end is told.
+    An answer that is to be stored is stored when it is complete, before its last event is sent.
 
     Args:
-        store: where earlier answers are, and where this one goes.
-        now: tells seconds since 1970.
+        store: holds earlier answers, and takes this one.
+        now: returns seconds since 1970.
 
     Raises:
-        InvalidRequest: what cannot be translated, by its name in Responses.
+        InvalidRequest: a field cannot be translated; the error has its name in Responses.
     """
     body = fields.body_of(body)
     stream = fields.flag(body, "stream", False)
@@ -86,7 +86,7 @@ def translate(
 
 def _chat(body: Mapping[str, Any], items: list[Json], tools: Tools, earlier: int) -> Json:
     chat = {**fields.kept(body, _NAMES), **COUNTED}
-    chat.setdefault("max_tokens", -1)  # Codex sends none, and takes an answer cut short for a fault
+    chat.setdefault("max_tokens", -1)  # Codex sends none, and treats a truncated answer as an error
     messages = messages_of(items, tools, earlier)
     if instructions := fields.a_text(body.get("instructions") or "", "instructions"):
         messages.insert(0, {"role": "system", "content": instructions})
@@ -111,7 +111,7 @@ def _chat(body: Mapping[str, Any], items: list[Json], tools: Tools, earlier: int
 
 
 def _format(form: Json) -> Json:
-    """Flat here; in chat, a schema is one level deeper."""
+    """Return chat's response format: it is flat here; in chat, a schema is one level deeper."""
     if form.get("type") != "json_schema":
         return form
     schema = fields.an_object(form.get("schema"), "text.format.schema")
@@ -125,7 +125,7 @@ def _includes(body: Mapping[str, Any], name: str) -> bool:
 
 
 def _echo(body: Mapping[str, Any]) -> Json:
-    """What an answer repeats of its request."""
+    """Return the fields of the request that an answer repeats."""
     reasoning = body.get("reasoning")
     effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
     summary = reasoning.get("summary") if isinstance(reasoning, dict) else None

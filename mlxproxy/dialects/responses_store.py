@@ -1,7 +1,7 @@
-"""Answers that a client may refer to: the latest ones, up to a number and a size.
+"""Stored answers to which a client may refer: the latest ones, up to a number and a size.
 
-A conversation is kept as items: its input, those of the answers before it among them, and what was
-answered.
+A conversation is stored as items: its input, which includes those of earlier answers, and its
+output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_BYTES = 32 << 20
 
 
 class PreviousResponseNotFound(InvalidRequest):
-    """What a request goes on from is not kept, or not any more."""
+    """The answer that a request continues is not stored, or no longer."""
 
     code = "previous_response_not_found"
 
@@ -33,7 +33,7 @@ class PreviousResponseNotFound(InvalidRequest):
 
 
 class ResponseNotFound(InvalidRequest):
-    """The answer that is asked for is not kept, or not any more."""
+    """The requested answer is not stored, or no longer."""
 
     status = 404
     code = "not_found"
@@ -55,7 +55,7 @@ class _Entry(NamedTuple):
 
 
 class ResponsesStore:
-    """Keep answers for any number of threads; the one not used for longest goes first."""
+    """A store of answers, for any number of threads; the least recently used is evicted first."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self.max_responses = max_responses
@@ -67,11 +67,11 @@ class ResponsesStore:
 
     @property
     def size(self) -> int:
-        """How many bytes are kept."""
+        """The number of bytes that are stored."""
         return self._bytes
 
     def put(self, response: Json, items: Sequence[Json]) -> None:
-        """Keep an answer, if it is not larger than all that may be kept.
+        """Store an answer, unless it alone is larger than the store may be.
 
         Args:
             items: the whole input.
@@ -89,10 +89,10 @@ class ResponsesStore:
                 self._drop(next(iter(self._entries)))
 
     def conversation(self, identity: str) -> list[Json]:
-        """Return all items up to an answer, its own among them.
+        """Return all items up to an answer, including its own.
 
         Raises:
-            PreviousResponseNotFound: it is not kept.
+            PreviousResponseNotFound: it is not stored.
         """
         entry = self._used(identity)
         if entry is None:
@@ -103,7 +103,7 @@ class ResponsesStore:
         """Return the JSON of an answer.
 
         Raises:
-            ResponseNotFound: it is not kept.
+            ResponseNotFound: it is not stored.
         """
         entry = self._used(identity)
         if entry is None:
@@ -111,10 +111,10 @@ class ResponsesStore:
         return entry.response
 
     def input_items(self, identity: str) -> Json:
-        """Return the list of the items that an answer is about, the latest first.
+        """Return the list of an answer's input items, the latest first.
 
         Raises:
-            ResponseNotFound: it is not kept.
+            ResponseNotFound: it is not stored.
         """
         entry = self._used(identity)
         if entry is None:
@@ -129,16 +129,16 @@ class ResponsesStore:
         return {"object": "list", "data": items, **empty, **ends, "has_more": False}
 
     def item(self, identity: str) -> Json | None:
-        """Return an item of an answer that is kept."""
+        """Return an item of a stored answer; None if there is no item with that id."""
         with self._lock:
             item = self._output.get(identity)
         return None if item is None else cast(Json, json.loads(item))
 
     def delete(self, identity: str) -> Json:
-        """Forget an answer, and return the confirmation.
+        """Delete an answer; return the confirmation.
 
         Raises:
-            ResponseNotFound: it is not kept.
+            ResponseNotFound: it is not stored.
         """
         with self._lock:
             found = self._drop(identity)
@@ -153,7 +153,7 @@ class ResponsesStore:
             return self._entries.get(identity)
 
     def _drop(self, identity: str) -> bool:
-        """Forget an answer. Under the lock."""
+        """Delete an answer; return whether it was there. The caller holds the lock."""
         entry = self._entries.pop(identity, None)
         if entry is None:
             return False

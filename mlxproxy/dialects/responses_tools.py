@@ -1,7 +1,8 @@
-"""The tools of a Responses request, as functions that a model can call, and back.
+"""The tools of a Responses request, converted to functions that a model can call, and back.
 
-Codex offers each MCP server as a namespace of functions, and some tools as text in a grammar of
-their own. The model sees functions alone; the client gets each call as one of the tool it offered.
+Codex offers each MCP server as a namespace of functions, and some tools that take text in a grammar
+of their own. The model sees only functions; the client gets each call as a call of the tool that it
+offered.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _INPUT = {
 
 
 class Origin(NamedTuple):
-    """What the client calls a function."""
+    """The client's name for a function."""
 
     kind: Literal["function", "custom"]
     name: str
@@ -35,7 +36,7 @@ class Tools:
     """The functions among the tools of a request.
 
     Attributes:
-        functions: as chat has them.
+        functions: in chat's form.
     """
 
     def __init__(self) -> None:
@@ -44,10 +45,10 @@ class Tools:
         self._names: dict[tuple[str | None, str], str] = {}
 
     def add(self, tools: Sequence[Any], place: str, namespace: str | None = None) -> None:
-        """Add what a model can call. What only OpenAI's servers can run is left out.
+        """Add the tools that a model can call, without those that only OpenAI's servers can run.
 
         Raises:
-            InvalidRequest: a tool without a name.
+            InvalidRequest: a tool has no name.
         """
         for index, tool in enumerate(tools):
             where = f"{place}[{index}]"
@@ -65,21 +66,21 @@ class Tools:
                 self._offer("custom", tool, where, namespace, _INPUT)
 
     def origin(self, name: str) -> Origin:
-        """Return what the client calls the function that the model calls so."""
+        """Return the client's name for the function that the model calls by this name."""
         return self._origins.get(name) or Origin("function", name)
 
     def name(self, name: str, namespace: str | None = None) -> str:
-        """Return what the model calls a tool of the client's, offered now or in a call of old."""
+        """Return the model's name for a client's tool, whether offered now or in an old call."""
         known = self._names.get((namespace, name))
         return known or (name if namespace is None else _flat(namespace, name))
 
     def choice(self, choice: Any) -> Any:
         """Return chat's `tool_choice`; None leaves it to the model.
 
-        A choice among some of the tools leaves the others out.
+        A choice among some of the tools removes the others.
 
         Raises:
-            InvalidRequest: it is no choice.
+            InvalidRequest: it is not a valid choice.
         """
         if choice is None or choice in ("auto", "none", "required"):
             return choice
@@ -131,7 +132,7 @@ def _description(tool: Json, place: str) -> str:
 
 
 def _flat(namespace: str, name: str, hashed: bool = False) -> str:
-    """One name of a namespace and a name, always the same, and such that models can write it."""
+    """Return one name for a namespace and a name; it is stable, and models can write it."""
     full = f"{namespace}__{name}"
     plain = _ODD.sub("_", full)
     if plain == full and len(plain) <= LONGEST_NAME and not hashed:

@@ -1,4 +1,4 @@
-"""What a streamed answer took, for the dialects that tell."""
+"""Timing of a streamed answer, for the dialects that state it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from mlxproxy.dialects.form import Clock, Timing
 
 
 class Stopwatch:
-    """Times one answer: the first call of each method counts.
+    """A stopwatch for one answer; only the first call of each method counts.
 
     Args:
-        clock: tells seconds, from any moment on.
+        clock: returns seconds since any fixed moment.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -20,23 +20,23 @@ class Stopwatch:
         self._first: float | None = None
 
     def loading(self) -> None:
-        """A model is being loaded for the request."""
+        """Note that a model is being loaded for the request."""
         if self._load is None:
             self._load = self._clock()
 
     def begun(self) -> None:
-        """The backend has the request."""
+        """Note that the backend has the request."""
         if self._begun is None:
             self._begun = self._clock()
 
     def token(self) -> None:
-        """Something of the answer has come."""
+        """Note that a part of the answer has arrived."""
         if self._first is None:
             self.begun()
             self._first = self._clock()
 
     def timing(self) -> Timing:
-        """Return what the answer took until now."""
+        """Return the time that the answer has taken so far."""
         end = self._clock()
         begun = end if self._begun is None else self._begun
         first = end if self._first is None else self._first

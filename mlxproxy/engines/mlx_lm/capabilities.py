@@ -1,6 +1,6 @@
-"""What a model can do, decided as ``mlx_lm.tokenizer_utils`` decides it when it loads the model.
+"""The capabilities of a model, decided as ``mlx_lm.tokenizer_utils`` does when it loads the model.
 
-The tables below follow that module; a test compares them with the one that is installed.
+The tables below follow that module; a test compares them with the installed version.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from mlxproxy.catalog.model import Capabilities
 from mlxproxy.catalog.template import SWITCH, thinking_switch
 from mlxproxy.files import MB, Unreadable, open_regular, read_object, read_text
 
-# Any one of these makes a tokenizer; without one the first chat ends the backend's thread.
+# Any one of these makes a tokenizer; without one, the first chat crashes the backend's generation
+# thread.
 _VOCABULARY = re.compile(
     r"tokenizer\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|spiece\.model|"
     r"sentencepiece.*\.model|.*\.tiktoken|tiktoken\.model|qwen\.tiktoken"
 )
 
-# What a template has to contain, all of it, for the backend to read tool calls from an answer.
+# The backend reads tool calls from an answer if the template contains all strings of one line.
 _TOOL_CALLS = (
     ("<minimax:tool_call>",),
     ("<|tool_call>", "<tool_call|>"),
@@ -41,7 +42,7 @@ _TOOL_CALLS = (
     ("<tool_call>", "tool_call.name"),
 )
 _MESSAGE_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-# Where no template says so: all of one line in the vocabulary.
+# If no template says so: all tokens of one line must be in the vocabulary.
 _TOOL_TOKENS = (_MESSAGE_TOKENS, ("<|tool_call_start|>", "<|tool_call_end|>"))
 _THINK_TOKENS = (
     ("<think>", "</think>"),
@@ -52,27 +53,27 @@ _THINK_TOKENS = (
 )
 _TOKENS = frozenset(token for group in (*_TOOL_TOKENS, *_THINK_TOKENS) for token in group)
 _QUOTED = re.compile(b"|".join(re.escape(json.dumps(it).encode()) for it in sorted(_TOKENS)))
-_OTHER_SWITCH = re.compile(r"\bthinking\b")  # of templates that the backend cannot switch
+_OTHER_SWITCH = re.compile(r"\bthinking\b")  # in templates that the backend cannot switch
 _CHUNK = 1 << 20
 _LONGEST = max(map(len, _TOKENS)) + 2
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a model's tokenizer files say, as far as it matters here."""
+    """The contents of a model's tokenizer files, as far as they matter here."""
 
     folder: str
     files: Collection[str]
     config: Mapping[str, Any]
     template: str | None
-    templates: Mapping[Any, Any] | None  # where the model has several, by name
+    templates: Mapping[Any, Any] | None  # by name, if the model has several
 
     @classmethod
     def read(cls, folder: str, files: Collection[str]) -> TokenizerFiles:
-        """Reads them.
+        """Read the tokenizer files of a folder.
 
         Raises:
-            Unreadable: the backend would fail over one of them, or hang.
+            Unreadable: one of them would make the backend fail or hang.
         """
         config: dict[str, Any] = {}
         if TOKENIZER_CONFIG in files:
@@ -96,7 +97,7 @@ class TokenizerFiles:
         )
 
     def vocabulary(self) -> set[str]:
-        """Those of the tokens above that the vocabulary has."""
+        """Return those of the tokens above that are in the vocabulary."""
         added = map(_dict, _dict(self.config.get("added_tokens_decoder")).values())
         found = {token for it in added if isinstance(token := it.get("content"), str)} & _TOKENS
         for file in (TOKENIZER, "added_tokens.json"):
@@ -108,19 +109,19 @@ class TokenizerFiles:
 def capabilities(
     tokenizer: TokenizerFiles, defaults: Mapping[str, Any], *, vision: bool
 ) -> Capabilities:
-    """What a model can do.
+    """Return what a model can do.
 
     Args:
         tokenizer: its tokenizer files.
-        defaults: what its architecture says of tokenizers that say nothing themselves.
-        vision: the backend gives it images.
+        defaults: its architecture's settings for tokenizers that have none of their own.
+        vision: the backend passes images to it.
     """
     template = tokenizer.template
     parser = tokenizer.config.get("tool_parser_type") or defaults.get("tool_parser_type")
     renderer = tokenizer.config.get("chat_template_type") or (
         defaults.get("chat_template_type") if template is None else None
     )
-    # mlx-lm looks into a template only where it is the only one.
+    # mlx-lm looks into a template only if it is the only one.
     searched = template if tokenizer.templates is None else None
     tools = parser is not None or _any_in(_TOOL_CALLS, searched or "")
     may_think = renderer is not None or "think" in (template or "") or "channel" in (template or "")
@@ -129,10 +130,10 @@ def capabilities(
     tokens = next((it for it in _THINK_TOKENS if vocabulary.issuperset(it)), None)
     if tokens is None or not may_think:
         return Capabilities(tools=tools, vision=vision)
-    if renderer is not None or template is None:  # a function of mlx-lm's renders it
+    if renderer is not None or template is None:  # rendered by a function of mlx-lm
         return Capabilities(tools=tools, vision=vision, thinking=True, thinking_switch=True)
     if SWITCH not in template:
-        # Many vocabularies have these tokens for relatives of the model that do think.
+        # Many vocabularies have these tokens only for related models that do think.
         thinks = any(token in template for token in tokens)
         told = thinks and not _OTHER_SWITCH.search(template)
         return Capabilities(
@@ -153,9 +154,9 @@ def _dict(value: object) -> Mapping[Any, Any]:
 
 
 def _check_whole(path: str) -> None:
-    """Raises Unreadable where the file does not begin and end as a JSON object does.
+    """Raise Unreadable if the file does not begin and end like a JSON object.
 
-    The largest tokenizers take the parser most of a second, and a cut file shows at its end.
+    Parsing the largest tokenizers takes most of a second, and a truncated file shows at its end.
     """
     with open_regular(path) as (file, size):
         start, end = os.pread(file, 64, 0), os.pread(file, 64, max(0, size - 64))
@@ -164,7 +165,7 @@ def _check_whole(path: str) -> None:
 
 
 def _tokens_in(path: str) -> set[str]:
-    """The tokens above that stand, quoted, in a JSON file of any size."""
+    """Return those of the tokens above that occur, quoted, in a JSON file of any size."""
     found: set[bytes] = set()
     try:
         with open_regular(path) as (file, _):

@@ -1,4 +1,4 @@
-"""A whole answer out of a stream's events, as `mlx_lm.server` itself would have sent it."""
+"""A whole answer, built from a stream's events as `mlx_lm.server` itself would have sent it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ _COMMON = ("id", "system_fingerprint", "object", "model", "created")  # in the b
 
 
 class Completion:
-    """What has come of a stream so far, each event taken when it comes: parsed all at the end, a
-    long answer's events would hold up every other stream.
+    """The part of a stream that has arrived so far.
+
+    Each event is parsed when it arrives: parsing all events of a long answer at its end would hold
+    up every other stream.
 
     Attributes:
-        usage: the backend's count of tokens, once it has come.
+        usage: the backend's token counts, once they have arrived.
     """
 
     def __init__(self) -> None:
@@ -32,15 +34,15 @@ class Completion:
         self._calls: list[dict[str, Any]] = []
 
     def add(self, data: bytes) -> None:
-        """Takes one or several whole events.
+        """Take one or several whole events.
 
         Raises:
-            BackendFailed: they are none of the backend's.
+            BackendFailed: they are not events of the backend.
         """
         lines = [line for line in data.split(b"\n") if line.startswith(b"data: ")]
         events = b",".join(line[6:] for line in lines if line != _DONE_LINE)
         with _known_shape():
-            for event in parsed(b"[%b]" % events):  # one call for all is four times as quick
+            for event in parsed(b"[%b]" % events):  # one call for all is four times as fast
                 self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -58,10 +60,10 @@ class Completion:
             self._calls += delta.get("tool_calls") or ()
 
     def answer(self) -> bytes:
-        """The JSON of the whole answer.
+        """Return the JSON of the whole answer.
 
         Raises:
-            BackendFailed: the events amount to none.
+            BackendFailed: the events do not form an answer.
         """
         with _known_shape():
             answer = {key: self._first[key] for key in _COMMON}
@@ -88,10 +90,10 @@ class Completion:
 
 
 def usage_of(answer: bytes) -> dict[str, Any]:
-    """Return the backend's count of tokens in a whole answer of its own.
+    """Return the token counts in a whole answer of the backend.
 
     Raises:
-        BackendFailed: it is no answer.
+        BackendFailed: it is not an answer.
     """
     with _known_shape():
         value = parsed(answer)
@@ -99,7 +101,7 @@ def usage_of(answer: bytes) -> dict[str, Any]:
 
 
 def _objects(*values: Any) -> tuple[dict[str, Any], ...]:
-    """The values, if each is an object with something in it."""
+    """Return the values if each is an object that is not empty."""
     if not all(isinstance(value, dict) and value for value in values):
         raise TypeError
     return values

@@ -1,4 +1,4 @@
-"""What `mlx_lm.server` says when a load fails, and what a person can do about it.
+"""The messages of `mlx_lm.server` when a load fails, and what the user can do about each.
 
 Measured with mlx-lm 0.31.3 and 0.32.2.
 """

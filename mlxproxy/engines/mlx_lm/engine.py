@@ -1,4 +1,4 @@
-"""`mlx_lm.server` as an engine: see `backend/protocol.py` for what each part is for."""
+"""`mlx_lm.server` as an engine; `backend/protocol.py` explains what each part is for."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class MlxLm:
 
     Args:
         server_bin: the setting MLX_SERVER_BIN.
-        max_tokens: of an answer whose request sets none.
-        cache_bytes: says how many bytes the prompt cache of a model may hold that takes so many.
+        max_tokens: the limit for an answer whose request sets none.
+        cache_bytes: returns how many bytes the prompt cache of a model may take, given the bytes
+            that the model takes.
     """
 
     name = program.NAME
     health: Probe = readiness.HEALTH
-    trusts_output = False  # it logs what clients and models said
+    trusts_output = False  # it logs what clients and models say
     advice = diagnosis.ADVICE
     rules = rules.RULES
 
@@ -42,7 +43,7 @@ class MlxLm:
 
     @property
     def inspector(self) -> Inspector:
-        """Reads model folders for the mlx-lm that the program belongs to."""
+        """Return the inspector for the mlx-lm to which the program belongs."""
         return Inspector(Package(program.package_of(self._server_bin)))
 
     def command(self, spec: ModelSpec, address: Address) -> Command:
@@ -64,9 +65,9 @@ class MlxLm:
                 *("--model", spec.path),
                 *("--host", address.host),
                 *("--port", str(address.port)),
-                # Its own default is 512, which ends an answer of today's models in mid-thought.
+                # Its own default is 512, which cuts off today's models in mid-thought.
                 *("--max-tokens", str(self._longest_answer(spec))),
-                # Without it, ten prompts of whatever length are kept (mlx-lm issue 1390).
+                # Without it, ten prompts of any length are kept (mlx-lm issue 1390).
                 *("--prompt-cache-bytes", str(cache or self._cache_bytes(spec.needed_bytes))),
                 *_tuning(spec.tuning),
                 "--chat-template-args",
@@ -84,11 +85,11 @@ class MlxLm:
         return readiness.stages(spec.path)
 
     def death_in(self, output: bytes) -> str | None:
-        """Return why the generation thread has ended, if the output tells that it has."""
+        """Return why the generation thread has crashed, if the output shows that it has."""
         return readiness.death_in(output)
 
     def wire(self, has: Callable[[str], bool]) -> MlxLmWire:
-        """Return how it spells requests and answers."""
+        """Return the wire, which knows how it spells requests and answers."""
         return MlxLmWire(counts_cached=has("progress"))
 
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
@@ -98,7 +99,7 @@ class MlxLm:
     def unmet(
         self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
     ) -> Iterable[Unmet]:
-        """Return what of a checked request the answer does without."""
+        """Return the parts of a checked request that the answer will not honour."""
         return unmet.unmet(request, spec.model.capabilities, has)
 
     def examine(self) -> Examined:
@@ -111,7 +112,7 @@ class MlxLm:
 
 
 def _tuning(tuning: Tuning) -> list[str]:
-    """Return the options that are set for a model, beside those that every command line has."""
+    """Return the options set for a model, in addition to those of every command line."""
     options = {
         "--draft-model": tuning.draft_model,
         "--adapter-path": tuning.adapter,

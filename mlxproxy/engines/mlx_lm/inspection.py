@@ -1,4 +1,4 @@
-"""One model folder: what its files say, and whether mlx-lm can load it."""
+"""The inspection of one model folder: what its files say, and whether mlx-lm can load it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CONTEXT = (
     "model_max_length",
 )
 
-# Parts of multi-modal and multi-token models that mlx-lm drops before it loads a tensor.
+# Parts of multi-modal and multi-token models that mlx-lm drops before it loads any tensor.
 LEFT_OUT = (
     "vision_tower.",
     "vision_model.",
@@ -59,7 +59,7 @@ LEFT_OUT = (
 
 
 class Inspector:
-    """Reads model folders for one mlx-lm.
+    """A reader of model folders for one mlx-lm.
 
     Args:
         package: what is installed.
@@ -70,11 +70,11 @@ class Inspector:
 
     @property
     def fingerprint(self) -> str:
-        """Differs where another mlx-lm may judge otherwise."""
+        """An identifier that changes if another mlx-lm may judge differently."""
         return self._package.fingerprint
 
     def __call__(self, folder: Folder) -> Model:
-        """Return the model in a folder. Whatever is wrong with it stands in its `reason`."""
+        """Return the model in a folder; its `reason` says what is wrong with it, if anything is."""
         publisher, slash, _ = folder.id.partition("/")
         weights = folder.named(".safetensors", ".gguf", *_PYTORCH)
         model = Model(
@@ -87,7 +87,7 @@ class Inspector:
         )
         try:
             return self._inspect(model, folder)
-        except Exception:  # a folder nobody thought of must not hide all others
+        except Exception:  # an unforeseen folder must not hide all others
             log.exception("%s could not be inspected", folder.path)
             return replace(
                 model, reason="Its files could not be inspected; the log has the details."
@@ -223,7 +223,7 @@ class _Reading:
         return capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision), None
 
     def _quantized_config(self) -> Mapping[str, Any]:
-        """The config with its quantization where mlx-lm looks for it."""
+        """Return the config with its quantization in the place where mlx-lm looks for it."""
         if "quantization" in self._config or "quantization_config" in self._config:
             return self._config
         if "quantization_config" in self._text:
@@ -240,10 +240,11 @@ class _Reading:
 def quantization_of(
     config: Mapping[str, Any],
 ) -> tuple[Quantization, dict[str, Any] | None, str | None]:
-    """How a config says that the weights are packed.
+    """Return how the weights are packed, according to a config.
 
     Returns:
-        For counting; for the listing; and why mlx-lm would refuse it, if it would.
+        The packing for counting; the packing for the listing; and why mlx-lm would reject it, or
+        None.
     """
     own = config.get("quantization")
     if own is not None:
@@ -318,7 +319,7 @@ def _type_without_config(folder: Folder) -> str | None:
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the text model, with what the whole config says besides."""
+    """Return the config of the text model, completed with the entries of the whole config."""
     for name in ("text_config", "llm_config", "language_config"):
         part = config.get(name)
         if isinstance(part, dict):
@@ -328,5 +329,5 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _sentence(phrase: str) -> str:
     first, rest = phrase[:1], phrase[1:]
-    named = first.islower() and "." in phrase.partition(" ")[0]  # a file's name keeps its letters
+    named = first.islower() and "." in phrase.partition(" ")[0]  # a file name keeps its case
     return f"{first if named else first.upper()}{rest}."

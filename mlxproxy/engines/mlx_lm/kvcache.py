@@ -1,4 +1,4 @@
-"""How much memory mlx-lm's key-value cache takes for each token, as a model's config tells."""
+"""The memory that mlx-lm's key-value cache takes per token, according to a model's config."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from mlxproxy.catalog.model import KVCache
 
 Kind = Literal["full", "window", "none"]
 
-# Modules that keep keys and values in full although their attention has a compressed form.
+# Modules that keep full keys and values although their attention has a compressed form.
 _UNCOMPRESSED = frozenset({"deepseek_v2", "minicpm3", "youtu_llm"})
 _MAX_LAYERS = 10_000
 
 
 def kv_cache(config: Mapping[str, Any], module: str, *, windowed: bool) -> KVCache | None:
-    """The cache that mlx-lm keeps for a model; None where the config does not tell.
+    """Return the cache that mlx-lm keeps for a model; None if the config does not tell.
 
-    The fixed state of recurrent layers is left out: it is small beside the weights.
+    The fixed state of recurrent layers is left out: it is small compared with the weights.
 
     Args:
         config: the part of the config that describes the text model.
         module: the module of ``mlx_lm.models`` that runs it.
-        windowed: that module keeps no more of a sliding layer than its window.
+        windowed: that module keeps no more than the window of a sliding layer.
     """
     layers = number(config, "num_hidden_layers", "num_layers", "n_layers", "n_layer")
     heads = number(config, "num_attention_heads", "n_heads", "n_head")
@@ -67,7 +67,7 @@ def kv_cache(config: Mapping[str, Any], module: str, *, windowed: bool) -> KVCac
 
 
 def _compressed(config: Mapping[str, Any], heads: int, module: str) -> int | None:
-    """Numbers a layer keeps of a token with multi-head latent attention; None without it."""
+    """Return how many numbers multi-head latent attention keeps per token; None without it."""
     rank = number(config, "kv_lora_rank")
     if rank is None:
         return None
@@ -81,7 +81,7 @@ def _compressed(config: Mapping[str, Any], heads: int, module: str) -> int | Non
 
 
 def _kinds(config: Mapping[str, Any], layers: int) -> list[Kind]:
-    """What each layer remembers. Every family writes it in its own way."""
+    """Return what each layer keeps. Every model family declares it in its own way."""
     every = range(layers)
     types = config.get("layer_types")
     if not isinstance(types, list) or len(types) < layers:
@@ -118,7 +118,7 @@ def _kind(name: object) -> Kind:
 
 
 def number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these entries that is a whole number above 0, of a sane size."""
+    """Return the first of these entries that is an integer above 0, of a sane size."""
     for name in names:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40:

@@ -1,4 +1,4 @@
-"""The proxy's end of the channel to `inside/`: what the backend says of itself."""
+"""The proxy's end of the channel to `inside/`, over which the backend reports on itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Link:
     """The channel to one backend, read by a thread of its own until the backend closes it.
 
     Args:
-        on_death: called with the reason when the generation thread has ended.
+        on_death: called with the reason when the generation thread has crashed.
     """
 
     def __init__(self, on_death: Callable[[str], None]) -> None:
@@ -34,11 +34,11 @@ class Link:
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """Return the child's end, which becomes its standard input."""
+        """Return the child's end of the channel, which becomes the child's standard input."""
         return self.theirs.fileno()
 
     def open(self) -> None:
-        """Begin to read; the child has its end by now."""
+        """Start to read. The child must have its end by now."""
         self.theirs.close()
         threading.Thread(target=self._run, name="backend-link", daemon=True).start()
 
@@ -48,7 +48,7 @@ class Link:
             self._ours.send(b"\n")
 
     def close(self) -> None:
-        """Give up both ends: there is no child."""
+        """Close both ends, because there is no child."""
         self.theirs.close()
         self._ours.close()
 
@@ -57,7 +57,7 @@ class Link:
         return feature in self._features
 
     def hang(self, waiting_since: float, stall_timeout: float, load_timeout: float) -> str | None:
-        """Return why the backend hangs; None while it lives, or where its life is not told."""
+        """Return why the backend hangs; None while it is alive, or if it sends no reports."""
         with self._lock:
             if self._liveness is None:
                 return None

@@ -1,8 +1,8 @@
-"""Tell a long silence from a hang, by what the backend's own process says of itself.
+"""Tell a long silence from a hang, using what the backend's own process reports.
 
-A tool call of ten minutes, the reading of a long prompt and a slow machine are silent towards the
-client, but their steps go on. A generation thread that hangs makes no step; a process that hangs
-as a whole no longer even says so.
+During a tool call of ten minutes, while a long prompt is read, or on a slow machine, nothing
+reaches the client, but the backend's steps go on. A generation thread that hangs makes no step; a
+process that hangs as a whole no longer even reports that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IDLE_SHARE: Final = 0.05
 
 @dataclass(frozen=True)
 class Beat:
-    """What the backend said of its generation thread (see `inside/report.py`)."""
+    """A report of the backend on its generation thread (see `inside/report.py`)."""
 
     steps: int
     doing: str | None
@@ -37,7 +37,7 @@ class Beat:
         """Return the beat in a report.
 
         Raises:
-            ValueError, KeyError, TypeError: there is none in it.
+            ValueError, KeyError, TypeError: the report contains no beat.
         """
         doing = value["doing"]
         return cls(
@@ -53,7 +53,8 @@ class Liveness:
     """The beats of one backend, and what follows from them. All times are monotonic seconds.
 
     Args:
-        computes_on_cpu: whether a step uses this process's processor time; on a GPU it does not.
+        computes_on_cpu: whether a step uses processor time of the backend's process; on a GPU it
+            does not.
     """
 
     def __init__(self, computes_on_cpu: bool) -> None:
@@ -64,9 +65,9 @@ class Liveness:
         self._used_at = 0.0  # the last sign of progress or of processor time
 
     def take(self, beat: Beat, now: float) -> None:
-        """Take a beat that has come."""
+        """Take a beat that has arrived."""
         last, since = self._last, now - self._beat_at
-        # Beats pause while nobody asks for anything.
+        # Beats pause while there are no requests.
         paused = last is None or not (last.busy and beat.busy) or since > SILENT_SECONDS
         if last is None or paused or beat.steps != last.steps:
             self._step_at = self._used_at = now
@@ -77,10 +78,10 @@ class Liveness:
     def hang(
         self, now: float, waiting_since: float, stall_timeout: float, load_timeout: float
     ) -> str | None:
-        """Return why the backend hangs; None while it lives.
+        """Return why the backend hangs; None while it is alive.
 
         Args:
-            waiting_since: since when the request has waited that asks.
+            waiting_since: when the request on whose behalf this is called began to wait.
             stall_timeout: seconds that one step may take.
             load_timeout: seconds that the load of an adapter or draft model may take.
         """
@@ -101,7 +102,7 @@ class Liveness:
         return None
 
     def _stuck_after(self, doing: str | None) -> float:
-        """Return the seconds without any use of the processor that this work can never take."""
+        """Return after how many seconds without processor time this work must be stuck."""
         if doing == "load":
             return math.inf
         if self._on_cpu or doing == "tokenize":

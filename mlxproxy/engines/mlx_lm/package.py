@@ -1,5 +1,7 @@
-"""What the installed mlx-lm package can load, read from its source: importing it would cost the
-proxy two seconds and hundreds of megabytes."""
+"""The models that the installed mlx-lm package can load, read from its source.
+
+Importing it would cost the proxy two seconds and hundreds of megabytes.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the source of one module of ``mlx_lm.models`` tells.
+    """The facts that the source of one module of ``mlx_lm.models`` reveals.
 
     Attributes:
         name: the module's name.
         windowed: it knows caches that keep no more than the window of a sliding layer.
-        makes_cache: it says itself what its layers keep; without that each keeps everything.
-        defaults: what it takes for entries that a config.json leaves out.
-        tokenizer: its settings for tokenizers that bring none of their own.
+        makes_cache: it defines itself what its layers keep; otherwise each keeps everything.
+        defaults: its values for entries that a config.json leaves out.
+        tokenizer: its settings for tokenizers that have none of their own.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Package:
     """The tables of one installed mlx-lm.
 
     Args:
-        folder: its package folder; None for the one this Python would import.
+        folder: its package folder; None for the one that this Python would import.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -45,7 +47,7 @@ class Package:
 
     @property
     def fingerprint(self) -> str:
-        """Differs when the tables may differ; costs a few `stat` calls and no reading."""
+        """An identifier that changes if the tables may change; it takes only a few `stat` calls."""
         parts = [str(self._folder)]
         for name in ("utils.py", "models", "processors", "_version.py"):
             try:
@@ -57,9 +59,10 @@ class Package:
         return ":".join(parts)
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture | None:
-        """The module that mlx-lm would load a config with; None where it has none.
+        """Return the module with which mlx-lm would load a config; None if it has none.
 
-        Without tables (no mlx-lm is found) every architecture counts as known: the backend knows.
+        Without tables (if no mlx-lm is found), every architecture counts as known: the backend
+        decides.
         """
         kind = config.get("model_type")
         if not isinstance(kind, str):
@@ -76,7 +79,7 @@ class Package:
     def text_architecture(
         self, architecture: Architecture, text: Mapping[str, Any]
     ) -> Architecture:
-        """The module of the text part of a model with several parts, else the model's own.
+        """Return the module for the text part of a model with several parts, else the model's own.
 
         Args:
             text: the part of the config that describes the text model.
@@ -88,7 +91,7 @@ class Package:
         )
 
     def sees_images(self, config: Mapping[str, Any], architecture: Architecture) -> bool:
-        """Whether the backend gives images to a model of this config."""
+        """Return whether the backend passes images to a model with this config."""
         name = config.get("processor_type", architecture.name)
         return bool(config.get("vision_config")) and str(name) in self._processors
 
@@ -162,7 +165,7 @@ def _mapping(value: object) -> Mapping[Any, Any]:
 
 
 def _defined(tree: ast.Module) -> dict[str, ast.stmt]:
-    """A module's classes, and the imports of what it imports by name."""
+    """Return a module's classes, and the import statements of what it imports by name."""
     names: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -179,7 +182,7 @@ def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
-    """The module's values that are written as literals."""
+    """Return the module's values that are written as literals."""
     constants = {}
     for name, value in _assignments(tree):
         try:
@@ -190,7 +193,7 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 
 
 def _defaults(tree: ast.Module) -> dict[str, Any]:
-    """The defaults of the classes that take the config; those of the text part win."""
+    """Return the defaults of the classes that take the config; those of the text part win."""
     classes = [
         node
         for node in tree.body

@@ -1,4 +1,4 @@
-"""The `mlx_lm.server` program: where it is, how it is started, what it belongs to."""
+"""The `mlx_lm.server` program: where it is, how it is started, and which package it belongs to."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ log = logging.getLogger("mlxproxy.engines.mlx_lm")
 
 NAME = "mlx_lm.server"
 INSIDE = Path(__file__).parent / "inside" / "start.py"
-EXAMINE_SECONDS = 120.0  # a first start takes its time
-# The first line of a script that pip has made; the first two, where the path has a space.
+EXAMINE_SECONDS = 120.0  # a first start can take long
+# The first line of a script that pip has made, or the first two if the path has a space.
 _PYTHON = re.compile(
     rb"#! ?(?:/bin/sh\n'''exec' [\"']?)?(/[^\n\"']*/(?:python|pypy)[\w.]*)"
     rb"(?: ?\n|[\"']? \"\$0\" \"\$@\"\n)"
@@ -57,14 +57,16 @@ def server_program(configured: Path | None) -> Path:
 
 
 def program_on_path_alone() -> Path | None:
-    """Return the program that is found by this shell's PATH and in no other way."""
+    """Return the program if only this shell's PATH leads to it, else None."""
     found = shutil.which(NAME)
     return Path(found).absolute() if found and not _beside_python().is_file() else None
 
 
 def program_command(program: Path) -> list[str]:
-    """Return how to start that `mlx_lm.server`: from inside (`inside/`), if it is the script that
-    pip makes; a wrapper of another kind is run as it is."""
+    """Return the command that starts that `mlx_lm.server`.
+
+    The script that pip makes is started from inside (`inside/`); any other wrapper is run as it is.
+    """
     try:
         with program.open("rb") as file:
             script = file.read(2048)
@@ -82,7 +84,7 @@ def is_inside(command: list[str]) -> bool:
 
 
 def package_of(configured: Path | None) -> Path | None:
-    """Return the mlx_lm package that belongs to the program; None where it is not beside it."""
+    """Return the mlx_lm package that belongs to the program; None if it is not next to it."""
     try:
         program = server_program(configured)
     except LoadFailed:

@@ -1,8 +1,8 @@
-"""When `mlx_lm.server` is ready, when it can no longer generate, and how each shows.
+"""Detection of when `mlx_lm.server` is ready, and of when it can no longer generate.
 
 Its port is open and `/health` answers 200 before the model is loaded, so neither proves anything:
-only a chat does. A load that fails, and a request that fails in the wrong place, end the generation
-thread alone; the process lives on.
+only a chat does. A load that fails, and a request that fails in the wrong place, crash only the
+generation thread; the process lives on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ FIRST_CHAT: Final[Mapping[str, Any]] = {
     "messages": [{"role": "user", "content": "Hi"}],
     "max_tokens": 1,
 }
-# Queued behind the load, then refused.
+# It is queued behind the load, then rejected.
 INVALID_PROMPT: Final[Mapping[str, Any]] = {"prompt": None, "max_tokens": 1}
 
 DIED: Final = "generation thread died"
-# 0.32 logs the first and lives on with /health 503; 0.31 dies with a bare traceback of its thread.
+# 0.32 logs the first and lives on with /health 503; the thread of 0.31 dies with a bare traceback.
 _DEATH = re.compile(rb"generation thread died: ?(.*)|Exception in thread .*\(_generate\)")
 
 
@@ -40,7 +40,7 @@ def stages(model: str) -> tuple[Stage, ...]:
     """Return the steps to readiness.
 
     Args:
-        model: the model's path, as requests name it: another spelling would load it a second time.
+        model: the model's path as requests spell it: another spelling would load it a second time.
     """
     load = Probe(TEXT_PATH, _load_has_ended, {**INVALID_PROMPT, "model": model})
     chat = Probe(CHAT_PATH, _chat, {**FIRST_CHAT, "model": model})
@@ -48,7 +48,7 @@ def stages(model: str) -> tuple[Stage, ...]:
 
 
 def death_in(output: bytes) -> str | None:
-    """Return why the generation thread has ended, if the output tells that it has."""
+    """Return why the generation thread has crashed, if the output shows that it has."""
     if b"generation thread died" not in output and b"(_generate)" not in output:
         return None
     match = _DEATH.search(output)
@@ -59,7 +59,7 @@ def death_in(output: bytes) -> str | None:
 
 
 def _load_has_ended(_: int, __: bytes) -> Fault | None:
-    """Any answer does: the load has ended, well or not."""
+    """Accept any answer: the load has ended, successfully or not."""
     return None
 
 

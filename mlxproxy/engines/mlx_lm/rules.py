@@ -1,7 +1,7 @@
-"""What a request may say to `mlx_lm.server`, and what happens to it otherwise.
+"""The rules for what a request may contain for `mlx_lm.server`, and what happens otherwise.
 
-One wrong value ends its generation thread, and with it every answer in flight; others make it load,
-fetch or compute at everyone's expense. Measured with mlx-lm 0.31.3 and 0.32.2.
+One wrong value crashes its generation thread, and with it every answer in flight; others make it
+load, fetch or compute at everyone's expense. Measured with mlx-lm 0.31.3 and 0.32.2.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mlxproxy.guard import shapes
 from mlxproxy.guard.check import Kind, Rule, Rules
 from mlxproxy.guard.shapes import Limits
 
-MAX_TOP_LOGPROBS = 11  # OpenAI's is 20, and fewer may be returned
+MAX_TOP_LOGPROBS = 11  # OpenAI's limit is 20, and fewer may be returned
 CONTEXT_SIZE = shapes.integer(0, 1 << 20)
 
-# "kills" is the generation thread, and so every answer in flight, until the backend is restarted.
-# "compiles": a new value is compiled into a new kernel while all streams stand still (1 to 3 s on
-# a CPU), hence the rounding: there are only so many values.
+# "kills": it crashes the generation thread, and so every answer in flight, until the backend is
+# restarted. "compiles": each new value is compiled into a new kernel while all streams stall (1 to
+# 3 s on a CPU); rounding limits the number of values.
 _COMMON: Final = {
     "model": Rule(shapes.string, "the caller replaces it; here it only has to be a name"),
     "adapters": Rule(shapes.allowed(lambda it: it.adapters), "a path that is read, and loaded"),
@@ -84,8 +84,9 @@ _TEXT: Final = {
 
 
 def is_exclusive(request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
-    """Return whether the backend answers this checked request alone: it waits until all others
-    have their answers, and lets nobody else begin meanwhile.
+    """Return whether the backend answers this checked request alone.
+
+    Such a request waits until all others have their answers, and no other begins meanwhile.
 
     Args:
         has: whether a feature of `inside/` is armed.
@@ -97,11 +98,11 @@ def is_exclusive(request: Mapping[str, Any], has: Callable[[str], bool]) -> bool
 
 
 def _combine(request: dict[str, Any], limits: Limits) -> None:
-    """What one field says about another."""
+    """Adjust fields whose meaning depends on other fields."""
     if "max_completion_tokens" in request:
         request["max_tokens"] = request.pop("max_completion_tokens")
     _choose_tools(request)
-    if request.get("temperature") == 0:  # always the likeliest token: nothing is left to chance
+    if request.get("temperature") == 0:  # always the likeliest token: nothing is random
         request.pop("seed", None)
     alternatives = request.get("logprobs")
     if isinstance(alternatives, int) and not isinstance(alternatives, bool):
@@ -121,7 +122,7 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
 
 
 def _choose_tools(request: dict[str, Any]) -> None:
-    """Offer the model those tools alone that `tool_choice` leaves to it."""
+    """Offer the model only the tools that `tool_choice` allows."""
     choice = request.get("tool_choice")
     if choice == "none":
         request.pop("tools", None)

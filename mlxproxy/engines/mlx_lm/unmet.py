@@ -1,4 +1,4 @@
-"""What `mlx_lm.server` answers without, though a request asks for it."""
+"""The parts of a request that `mlx_lm.server` does not honour in its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxproxy.catalog.template import SWITCH
 def unmet(
     request: Mapping[str, Any], can: Capabilities, has: Callable[[str], bool]
 ) -> Iterator[Unmet]:
-    """Yield what of a checked request the answer does without.
+    """Yield the parts of a checked request that the answer will not honour.
 
     Args:
         request: as it was checked, see `rules.py`.

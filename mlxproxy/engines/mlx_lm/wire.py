@@ -1,4 +1,4 @@
-"""How `mlx_lm.server` spells OpenAI's requests, events, answers and errors."""
+"""The wire format of `mlx_lm.server`: its spelling of OpenAI's requests, answers and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("mlxproxy.relay")
 
 _PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d{1,18})\n")
 
-# What the backend says may hold paths of this machine, or a client's own words, in whatever form:
+# The backend's messages may contain paths of this machine, or a client's own words, in any form:
 # only sentences of a known kind are passed on.
 _TEMPLATE = re.compile(
     r"[Cc]onversation|\broles?\b|[Uu]ser query|template|has no attribute|Only '?text"
@@ -34,7 +34,7 @@ _TOO_LONG = re.compile(
 )
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Try again; if the same request fails again, see the backend's log."
-_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own does not
+_WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."  # its own log does not
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z ,'/-]{0,120}\.?")
 
 
@@ -42,11 +42,11 @@ class MlxLmWire:
     """The wire of mlx-lm 0.31 and 0.32.
 
     Args:
-        counts_cached: whether the keepalives of a stream count the cached tokens of the prompt, as
-            they do with the feature `progress` of `inside/`; the plain server leaves them out.
+        counts_cached: whether the keepalives of a stream count the cached tokens of the prompt;
+            they do with the feature `progress` of `inside/`, but not in the plain server.
     """
 
-    # `choices` comes last; only the event with the usage goes on after it.
+    # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
 
     def __init__(self, counts_cached: bool) -> None:
@@ -64,15 +64,15 @@ class MlxLmWire:
         return not (fields.get("logprobs") or fields.get("top_logprobs", 0) > 0)
 
     def model_field(self, name: str) -> bytes:
-        """Return `"model": "…"` as Python's `json` writes it: a text has its quotes escaped."""
+        """Return `"model": "…"` as Python's `json` writes it: quotes in a string are escaped."""
         return b'"model": ' + json.dumps(name).encode()
 
     def completion(self) -> Completion:
-        """Return a whole answer that is still to be put together."""
+        """Return an empty completion, which puts a whole answer together."""
         return Completion()
 
     def usage_of(self, answer: bytes) -> Mapping[str, Any]:
-        """Return the count of tokens in a whole answer."""
+        """Return the token counts in a whole answer."""
         return usage_of(answer)
 
     def prompt_tokens(self, data: bytes) -> int | None:
@@ -81,9 +81,10 @@ class MlxLmWire:
         return int(match[1]) if match else None
 
     def error(self, status: int, body: bytes) -> ProxyError:
-        """Return its error in the contract's shape.
+        """Return the error of the backend in the contract's shape.
 
-        It answers 404 for whatever goes wrong in a generation, with a text that may hold paths.
+        It answers 404 to anything that goes wrong in a generation, with a text that may contain
+        paths.
         """
         try:
             text = parsed(body)["error"]
@@ -109,5 +110,5 @@ class MlxLmWire:
 
 
 def _told(what: str, text: str, known: re.Pattern[str]) -> str:
-    """Return a sentence with the backend's own words, if they are of the known kind."""
+    """Return a sentence that quotes the backend's words if they are of the known kind."""
     return f"{what}: {text.rstrip('.')}." if known.fullmatch(text) else f"{what}."
