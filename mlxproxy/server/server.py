@@ -34,9 +34,9 @@ WATERMARK = 256 << 10
 OWN_DESCRIPTORS = 40
 CROWDED = 2.0  # seconds that a connection may be idle while there is no room for another one
 REST = 0.5  # seconds without accepting, after an accept for which the system had no resources left
-# With these intervals (seconds), the system itself probes whether a silent client's machine is still
-# there. There is no other sign of a machine that was unplugged, or of a client that disconnected
-# long after the end of its sending.
+# With these intervals (seconds), the system itself probes whether a silent client's machine is
+# still there. There is no other sign of a machine that was unplugged, or of a client that
+# disconnected long after the end of its sending.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 STOPPED = 10.0  # seconds that the last bytes have to reach the clients
 
