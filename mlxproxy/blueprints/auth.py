@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed
 
-# Names that always mean this machine or its virtual machines' host, whoever asks.
+# Names that always mean this machine or the host of its virtual machines, whichever client asks.
 LOCAL_NAMES = ("localhost", "host.docker.internal", "host.containers.internal")
 LOCAL_SUFFIXES = (".local", ".localhost")
 # Values of Sec-Fetch-Site (Fetch Metadata, W3C) if no other site takes part in a request: it comes

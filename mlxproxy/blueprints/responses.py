@@ -33,5 +33,5 @@ def delete(identity: str) -> dict[str, Any]:
 
 @blueprint.get("/<path:identity>/input_items")
 def input_items(identity: str) -> dict[str, Any]:
-    """Return the input items that a stored answer was given to."""
+    """Return the input items of a stored answer."""
     return services().responses.input_items(identity)

@@ -68,8 +68,8 @@ class EventBus:
         """Return a new follower of these kinds of event (of all, if none is named).
 
         Raises:
-            TooManyRequests: there are so many followers, in all or of this client, that one more
-                would leave no thread for others.
+            TooManyRequests: this client, or all clients together, have as many followers as are
+                allowed; one more could leave no thread for others.
         """
         subscription = Subscriber(frozenset(kinds) or None, client)
         with self._lock:

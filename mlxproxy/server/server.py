@@ -68,7 +68,7 @@ class Listener(TcpWSGIServer):
         return self._resting_until if self._resting_until > time.monotonic() else math.inf
 
     def expire(self) -> None:
-        """Accept again: the next turn asks :meth:`readable`."""
+        """Do nothing: the next turn calls :meth:`readable` and accepts again."""
 
     def set_socket_options(self, connection: socket.socket) -> None:
         super().set_socket_options(connection)
