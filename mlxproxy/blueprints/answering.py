@@ -1,4 +1,4 @@
-"""From a request, whatever its dialect, to a lease, and from the backend's answer to a response."""
+"""The way from a request in any dialect to a lease, and from the backend's answer to a response."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ NO_DEFAULTS: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a request may say to a model, for a request that is fitted to the model first.
+    """The terms of a model for a request whose fields are first adapted to that model.
 
     Args:
-        terms: those of the model, or of any.
+        terms: the terms of the model, or of any model.
         spec: the model; None: any.
         optional: fields to leave out for a model that cannot think.
-        names: fields that the client calls otherwise.
+        names: fields for which the client uses other names.
     """
 
     terms: Terms
@@ -45,10 +45,10 @@ class Fitted:
     names: Mapping[str, str]
 
     def check(self, body: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-        """Return the fields, checked, with the conversation as templates take it.
+        """Check the fields and return them, with the conversation in the form templates accept.
 
         Raises:
-            InvalidRequest: the model cannot take them; in the client's words.
+            InvalidRequest: the model cannot take them; the error uses the client's field names.
         """
         if self.optional and self.spec and not self.spec.model.capabilities.thinking:
             body = {name: value for name, value in body.items() if name not in self.optional}
@@ -63,7 +63,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that is checked and has its lease."""
+    """A request that has been checked and has its lease."""
 
     body: RequestBody
     kind: Kind
@@ -74,12 +74,12 @@ class Asked:
 
     @property
     def request(self) -> Request:
-        """What is sent to the backend."""
+        """The request that is sent to the backend."""
         return Request(PATHS[self.kind], self.body, self.name)
 
     def warn(self) -> None:
-        """Tell the client what its answer is without. For when its end is seen to."""
-        backend = self.lease.backend  # not there yet, where the wait for it is long
+        """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
+        backend = self.lease.backend  # None as long as a long wait for it goes on
         if (spec := backend.spec if backend else self.lease.target or self.known) is not None:
             has = backend.has if backend else lambda _: True
             warn(services().selection.engine_of(spec).unmet(self.body.fields, spec, has))
@@ -98,10 +98,10 @@ def ask(
     Args:
         optional, names: see :class:`Fitted`.
         ttl: idle seconds after which a model that this request loads is unloaded.
-        defaults: fields for a request that neither the client nor the settings nor the model give.
+        defaults: fields that apply if neither the client, the settings nor the model sets them.
 
     Raises:
-        ProxyError: it is refused.
+        ProxyError: the request is rejected.
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
@@ -136,10 +136,10 @@ def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
 
 
 def dialect_body() -> dict[str, Any]:
-    """Return the request's body, all of which can be translated and given back.
+    """Return the request's body; all of it can be translated and returned to the client.
 
     Raises:
-        InvalidJSON, InvalidRequest, TooManyRequests: see `json_body`, and what is no plain JSON.
+        InvalidJSON, InvalidRequest, TooManyRequests: see `json_body`; also if it is not plain JSON.
     """
     body = json_body()
     check.require_plain(body)
@@ -173,7 +173,7 @@ def answered(
         on_spec: called with the model that answers, before its first delta.
 
     Raises:
-        ProxyError: why there is none.
+        ProxyError: there is no answer; the error says why.
     """
     answer = translated.answer
     if translated.chat is None:
@@ -201,7 +201,7 @@ def answered(
 
 
 def nothing(translated: Translated) -> Response:
-    """Return the answer to a request that asks for none."""
+    """Return the empty answer to a request that asks for no generation."""
     answer = translated.answer
     if translated.stream:
         return Response(answer.begin() + answer.finish(), headers=dict(answer.headers))
@@ -209,7 +209,7 @@ def nothing(translated: Translated) -> Response:
 
 
 def _loaded(name: str, ttl: float | None) -> str:
-    """Wait for the model of that name as an answer would; return the id of what is loaded."""
+    """Wait for the model of that name as an answer would; return the id of the loaded model."""
     lease = services().controller.lease(client(), disconnect(), _target(name, ttl))
     try:
         lease.wait()
@@ -219,10 +219,10 @@ def _loaded(name: str, ttl: float | None) -> str:
 
 
 def load(spec: ModelSpec) -> None:
-    """Load a model and wait for it.
+    """Load a model and wait until it is loaded.
 
     Raises:
-        ProxyError: it could not be.
+        ProxyError: it could not be loaded.
     """
     controller, claim = services().controller, Claim(client())
     controller.load(spec, claim)
@@ -231,10 +231,10 @@ def load(spec: ModelSpec) -> None:
 
 
 def unload(path: str) -> None:
-    """Unload a model, if it is loaded, and wait for it.
+    """Unload a model, if it is loaded, and wait until it is unloaded.
 
     Raises:
-        ProxyError: it could not be.
+        ProxyError: it could not be unloaded.
     """
     controller, claim = services().controller, Claim(client())
     controller.unload(claim, path)
@@ -262,6 +262,6 @@ def entries() -> list[dict[str, Any]]:
 
 
 def contexts() -> dict[str, int]:
-    """Return the ids of the models that are loaded, and how many tokens each can take."""
+    """Return the ids of the loaded models, each with the length of its context in tokens."""
     models = [spec.model for spec in services().controller.residents()]
     return {model.id: model.max_context_length or 0 for model in models}

@@ -1,4 +1,4 @@
-"""Anthropic's Messages, streamed or whole, and the count of their tokens."""
+"""Anthropic's Messages API, streamed or whole, and its token counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ blueprint = Blueprint("anthropic", __name__, url_prefix="/v1/messages")
 
 @blueprint.post("")
 def messages() -> Response:
-    """The model's next message."""
+    """Return the model's next message."""
     translated = anthropic_request.translate(dialect_body())
     assert isinstance(translated.answer, AnthropicAnswer)
     translated.answer.request_id = g.request_id
@@ -24,7 +24,7 @@ def messages() -> Response:
 
 @blueprint.post("/count_tokens")
 def count_tokens() -> dict[str, Any]:
-    """About how many tokens the prompt of these messages has."""
+    """Return an estimate of how many tokens the prompt of these messages has."""
     chat = anthropic_request.translate(dialect_body()).chat
     assert chat is not None
     return anthropic_request.counted(anthropic_request.estimated_tokens(chat))

@@ -1,4 +1,4 @@
-"""The WSGI application: a blueprint a concern, and the hooks around them."""
+"""The WSGI application: one blueprint per concern, and the hooks around them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlxproxy.blueprints.services import Services
 
 
 def create_app(services: Services) -> Flask:
-    """The WSGI application of one proxy.
+    """Return the WSGI application of one proxy.
 
     Args:
         services: its parts, as `mlxproxy.wiring.build` makes them from the settings.
@@ -28,8 +28,8 @@ def create_app(services: Services) -> Flask:
     app = Flask("mlxproxy", instance_path=str(services.settings.instance_path), static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body
-    app.url_map.merge_slashes = False  # which answers with a redirect, in HTML
-    app.url_map.strict_slashes = False  # the same; a slash at the end means nothing
+    app.url_map.merge_slashes = False  # merging answers with a redirect, in HTML
+    app.url_map.strict_slashes = False  # so does this; a slash at the end means nothing
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     hooks.install(app)

@@ -1,9 +1,9 @@
-"""Who may call: API keys, and what protects a household's machine from web pages.
+"""Access control: API keys, and checks that protect a household's machine from web pages.
 
-A page in any browser of the network can send requests to this proxy. It cannot hide where it comes
-from (`Origin`, or `Sec-Fetch-Site` where it may send no Origin, as for an image), nor, when it lets
-its own name point at this machine (DNS rebinding), that name (`Host`). Clients that are no browsers
-send neither of the first two, and an address or a known name.
+A page in any browser on the network can send requests to this proxy. It cannot hide where it comes
+from (`Origin`, or `Sec-Fetch-Site` if the browser sends no Origin, as for an image). Nor can it
+hide its own name (`Host`) when it makes that name point at this machine (DNS rebinding). Clients
+other than browsers send neither of the first two headers, and as Host an address or a known name.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from dataclasses import dataclass
 
 from mlxproxy.errors import HostNotAllowed, InvalidApiKey, OriginNotAllowed
 
-# Names that always mean this machine or its virtual machines' host, whoever asks.
+# Names that always mean this machine or the host of its virtual machines, whichever client asks.
 LOCAL_NAMES = ("localhost", "host.docker.internal", "host.containers.internal")
 LOCAL_SUFFIXES = (".local", ".localhost")
-# What a browser says of where a request comes from (Fetch Metadata, W3C) if no other site has part
-# in it: the proxy's own pages, or somebody who has typed the address.
+# Values of Sec-Fetch-Site (Fetch Metadata, W3C) if no other site takes part in a request: it comes
+# from the proxy's own pages, or from somebody who has typed the address.
 OWN_SITES = ("same-origin", "none")
-# What a link on any page may lead to: these answer at once, and change nothing.
+# Paths that a link on any page may lead to: these answer immediately and change nothing.
 LINKED_PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/models/loaded")
 
 
 @dataclass(frozen=True)
 class Access:
-    """The rules of one proxy.
+    """The access rules of one proxy.
 
     Attributes:
-        keys: accepted API keys; none: everybody may call.
+        keys: accepted API keys; if empty, everybody may call.
         origins: browser origins that may call, ``*`` for any; this machine's pages always may.
-        hosts: further names for the Host header, ``*`` for any.
+        hosts: additional names for the Host header, ``*`` for any.
         names: this machine's own names.
     """
 
@@ -44,7 +44,7 @@ class Access:
     names: frozenset[str] = frozenset()
 
     def check_host(self, host: str) -> None:
-        """Raises HostNotAllowed unless the Host header's name is one of ours."""
+        """Raise HostNotAllowed unless the Host header's name is one of this proxy's names."""
         name = _name_of(host)
         if not ("*" in self.hosts or _is_local(name) or name in self.hosts | self.names):
             raise HostNotAllowed(
@@ -53,7 +53,7 @@ class Access:
             )
 
     def check_origin(self, origin: str | None, host: str) -> None:
-        """Raises OriginNotAllowed if a browser page from elsewhere asks."""
+        """Raise OriginNotAllowed if a browser page of an origin that may not call asks."""
         if origin is not None and not self.allows(origin, host):
             raise OriginNotAllowed(
                 f"Pages from {origin[:100]!r} may not call this proxy. Add the origin to "
@@ -61,17 +61,17 @@ class Access:
             )
 
     def check_site(self, site: str | None, host: str, followed: bool) -> None:
-        """Raises OriginNotAllowed if a page of another site asks in a way that tells no Origin.
+        """Raise OriginNotAllowed if a page of another site asks in a way that sends no Origin.
 
         Args:
-            site: the `Sec-Fetch-Site` header; None where the client is no browser, or the browser
+            site: the `Sec-Fetch-Site` header; None if the client is not a browser, or the browser
                 does not trust the address (it trusts https, and http to this machine).
-            host: the Host header, checked before.
-            followed: whether somebody has followed a link, to what a link may lead to.
+            host: the Host header, already checked.
+            followed: whether somebody has followed a link to a path that links may lead to.
         """
         if site is None or site in OWN_SITES or followed or "*" in self.origins:
             return
-        # On one site, which another port does not leave, are pages of this machine.
+        # Another port is still the same site, so these are pages of this machine.
         if site == "same-site" and self._is_this_machine(_name_of(host)):
             return
         raise OriginNotAllowed(
@@ -81,8 +81,10 @@ class Access:
         )
 
     def allows(self, origin: str, host: str) -> bool:
-        """Whether pages of this origin may call: this machine's, this proxy's own, an app's, those
-        set."""
+        """Return whether pages of this origin may call.
+
+        Pages of this machine, of this proxy, of an app and of the origins in the settings may.
+        """
         origin = origin.lower()
         if "*" in self.origins or origin in self.origins:
             return True
@@ -99,13 +101,17 @@ class Access:
         return is_loopback(name) or name in self.names
 
     def check_key(self, authorization: str | None, x_api_key: str | None) -> str | None:
-        """The key that was given, None where none is set. Raises InvalidApiKey if it is wrong."""
+        """Return the key that was sent; None if no keys are set.
+
+        Raises:
+            InvalidApiKey: the key is wrong or missing.
+        """
         if not self.keys:
             return None
         scheme, _, value = (authorization or "").partition(" ")
         given = value.strip() if scheme.lower() == "bearer" else x_api_key or ""
-        # Every key is compared, so that the time tells nothing.
-        # WSGI gives a header's bytes as Latin-1 text.
+        # Every key is compared, so that the time taken reveals nothing.
+        # WSGI passes a header's bytes as Latin-1 text.
         sent = given.encode("latin-1", "replace")
         right = [hmac.compare_digest(sent, key.encode()) for key in self.keys]
         if not any(right):
@@ -118,7 +124,7 @@ class Access:
 
 
 def own_names() -> frozenset[str]:
-    """This machine's names, in lower case, with and without their domain."""
+    """Return this machine's names, in lower case, with and without their domain."""
     full = socket.gethostname().lower()
     short = full.split(".")[0]
     return frozenset({full, short, f"{short}.local"} - {"", ".local"})
@@ -126,11 +132,11 @@ def own_names() -> frozenset[str]:
 
 _NAME = r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*"
 _HOST = re.compile(rf"(?:\[([0-9a-f:.]+(?:%[\w.-]+)?)\]|({_NAME})\.?)(?::[0-9]{{0,5}})?", re.ASCII)
-# A browser's own writing of an origin (HTML, "ASCII serialisation"), and nothing else.
+# Exactly the form in which a browser writes an origin (HTML, "ASCII serialisation").
 _ORIGIN = re.compile(rf"https?://((?:\[([0-9a-f:.]+)\]|({_NAME}))(?::[0-9]{{1,5}})?)")
-# Apps that are made of pages have these schemes to themselves: a browser opens nothing under them,
-# so no page of the web has such an origin. A local file and a sandboxed page of any site are
-# ``null`` or ``file://``; a browser's extensions are others' code as well.
+# These schemes are used only by apps that are built from web pages: a browser opens nothing under
+# them, so no page of the web has such an origin. A local file and a sandboxed page of any site have
+# the origin ``null`` or ``file://``; browser extensions are third-party code as well.
 _APP_SCHEMES = ("app", "capacitor", "ionic", "tauri", "vscode-file", "vscode-webview")
 _APP_ORIGIN = re.compile(rf"(?:{'|'.join(_APP_SCHEMES)})://{_NAME}")
 _LONGEST_HOST = 255 + len(":65535")  # RFC 1035, 2.3.4
@@ -138,7 +144,7 @@ _LONGEST_ORIGIN = len("https://") + _LONGEST_HOST
 
 
 def _name_of(host: str) -> str:
-    """The name or address in a Host header, in lower case; empty if it is no such header."""
+    """Return the name or address in a Host header, in lower case; empty if it is invalid."""
     match = _HOST.fullmatch(host.lower()) if len(host) <= _LONGEST_HOST else None
     return (match[1] or match[2]) if match else ""
 
@@ -157,7 +163,7 @@ def _is_address(name: str) -> bool:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a name or an address, in lower case, is always of the machine that asks for it."""
+    """Return whether a name or an address, in lower case, always means the machine that uses it."""
     if _is_address(name):
         return ipaddress.ip_address(name.partition("%")[0]).is_loopback
     return name == "localhost" or name.endswith(".localhost")

@@ -1,4 +1,4 @@
-"""How many bytes of bodies are in memory at once: a share for each client, a limit for all."""
+"""A limit on the bytes of bodies in memory at the same time: per client, and for all together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 from mlxproxy.errors import TooManyRequests
 
-SMALL = 64 << 10  # bytes; bodies below are not counted: the number of requests is limited already
+SMALL = 64 << 10  # bytes; smaller bodies are not counted: the number of requests is limited anyway
 
 
 class Budget:
-    """Bytes that requests hold from the reading of their bodies to the end of their answers.
+    """The bytes that requests hold from reading their bodies until their answers end.
 
     Args:
-        limit: of all clients together. One client has half of it at most.
+        limit: bytes for all clients together. One client may hold at most half of it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,11 +24,11 @@ class Budget:
         self._held: Counter[str] = Counter()
 
     def take(self, client: str, size: int) -> Callable[[], None]:
-        """Take so many bytes; return what gives them back, to be called once.
+        """Reserve `size` bytes; return a function that releases them, to be called once.
 
         Raises:
-            TooManyRequests: the client, or all together, hold too much already. Who holds nothing
-                may take a body of any allowed size while the half of it is free.
+            TooManyRequests: the client, or all clients together, hold too much already. A client
+                that holds nothing may exceed its half, as long as the limit for all is kept.
         """
         if size < SMALL:
             return lambda: None

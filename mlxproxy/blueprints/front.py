@@ -1,4 +1,4 @@
-"""`GET /`: a page for whoever opens the address, and a sign of life for programs (`HEAD /`)."""
+"""`GET /`: a page for people who open the address, and a sign of life for programs (`HEAD /`)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mlxproxy.text import harmless
 
 blueprint = Blueprint("front", __name__)
 
-# The paths to look at, which a link on the page leads to, and those that programs call.
+# Paths to look at: the page links to them, and programs call them.
 LINKS = {
     "/v1/models": "the models on disk",
     "/v1/models/loaded": "what is loaded",
     "/health": "whether all is well",
 }
-_KINDS = ("text/plain", "text/html", "application/json")  # the first for those that take any
-# Without a style: the security headers allow the page nothing but its text.
+_KINDS = ("text/plain", "text/html", "application/json")  # the first for clients that accept any
+# The page has no style: the security headers allow it nothing but its text.
 _PAGE = Markup(
     '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width">\n'
@@ -36,7 +36,7 @@ _TEXT = (
 
 @blueprint.get("/")
 def front() -> Response:
-    """What runs here, as a page, as text or as JSON."""
+    """Describe what runs here, as a page, as text or as JSON."""
     catalog = services().catalog
     count = sum(model.loadable for model in catalog.models())
     spec = services().controller.current()

@@ -1,4 +1,4 @@
-"""`GET /health`: whether the proxy and the backend are there. Needs no key and never waits."""
+"""`GET /health`: whether the proxy and the backend are up. It needs no key and never waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ blueprint = Blueprint("health", __name__)
 
 @blueprint.get("/health")
 def health() -> dict[str, Any]:
-    """The original's four fields, then what is under way and what went wrong last."""
+    """Return the original's four fields, then what is under way and what went wrong last."""
     parts = services()
     state = shapes.state(parts.controller.describe())
     answer = {
@@ -29,7 +29,7 @@ def health() -> dict[str, Any]:
             request.headers.get("Authorization"), request.headers.get("x-api-key")
         )
     except ProxyError:
-        # Without the key: what a health check needs, no paths and no log lines.
+        # Without the key, a client gets what a health check needs, but no paths and no log lines.
         return {**answer, "model_id": state["id"]}
     missing = [str(root) for root in parts.catalog.missing_roots()]
     return {
@@ -46,7 +46,7 @@ def health() -> dict[str, Any]:
 
 
 def backend_word(state: dict[str, Any]) -> str:
-    """`ok`, `loading` or `not_running`, as the contract names them."""
+    """Return `ok`, `loading` or `not_running`, the contract's names for the backend's state."""
     if state["state"] in ("ready", "draining"):
         return "ok"
     transition = state["transition"]

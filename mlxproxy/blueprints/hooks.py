@@ -1,4 +1,4 @@
-"""What holds for every request: who may call, its id, its log line, the shape of errors."""
+"""Hooks around every request: access checks, its id, its log line, the shape of errors."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlxproxy.request")
 
 OPEN_PATHS = ("/health",)  # need no API key
-QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: their log lines are for DEBUG
-# Parsed, a body of nothing but small values is thirty times as large, and all else stands still
-# meanwhile. Ten times the commas of the longest prompt that fits into any context.
+QUIET_PATHS = ("/health", "/metrics")  # polled every few seconds, so logged at DEBUG only
+# A body of nothing but small values is thirty times as large once parsed, and everything else
+# stalls meanwhile. This is ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
-VALUE_BYTES = 64  # of an empty list, the smallest that is one object each
-HOST = "mlxproxy.host"  # where the environment has the Host header
+VALUE_BYTES = 64  # of an empty list, the smallest value that is an object of its own
+HOST = "mlxproxy.host"  # the key in the environment that holds the Host header
 
 
 def disconnect() -> Disconnect:
-    """The client's presence; one that never ends where the server does not tell (tests)."""
+    """Return the client's `Disconnect`; one that never fires if the server has none (tests)."""
     return cast(Disconnect, request.environ.get("mlxproxy.disconnect") or Disconnect())
 
 
@@ -64,22 +64,22 @@ def _this_request() -> Request:
 
 
 def client() -> str:
-    """Who asks, for a fair share of the places: the API key where keys count, else the address."""
+    """Return who asks, for fair queueing: the API key if keys are set, else the address."""
     return g.get("key") or request.remote_addr or "unknown"
 
 
 def take_memory(size: int) -> None:
-    """Takes so many bytes of what may be in memory, to the end of this request's answer.
+    """Reserve `size` bytes of the memory for bodies until this request's answer ends.
 
     Raises:
-        TooManyRequests: its client holds, or all hold, too many already.
+        TooManyRequests: this client, or all clients together, hold too many already.
     """
-    if (at_end := request.environ.get("mlxproxy.at_end")) is not None:  # of our own server
+    if (at_end := request.environ.get("mlxproxy.at_end")) is not None:  # set by mlxproxy's server
         at_end.callback(services().bodies.take(client(), size))
 
 
 def json_body(required: bool = True) -> dict[str, Any]:
-    """The request's body as a JSON object.
+    """Return the request's body, parsed as a JSON object.
 
     Raises:
         InvalidJSON, InvalidRequest: it is not JSON, or not an object.
@@ -87,7 +87,7 @@ def json_body(required: bool = True) -> dict[str, Any]:
     """
     take_memory(request.content_length or 0)
     raw = request.get_data(cache=False)
-    # (A tool call's arguments are a text in the text, whose commas may be written as escapes.)
+    # (A tool call's arguments are JSON inside a JSON string, and its commas may be escaped.)
     values = sum(raw.count(comma) for comma in (b",", rb"\u002c", rb"\u002C"))
     if values > MAX_VALUES:
         raise InvalidRequest(f"The body has more than {MAX_VALUES:,} values.")
@@ -107,10 +107,10 @@ def json_body(required: bool = True) -> dict[str, Any]:
 def streamed(
     body: Relayed, stats: AnswerStats, headers: Mapping[str, str] = sse.HEADERS
 ) -> Response:
-    """Return a streamed answer as the response; its end is the end of this request."""
+    """Return a response that streams the answer; the request ends when the answer ends."""
     if (at_end := request.environ.get("mlxproxy.at_end")) is not None:
-        at_end.callback(body.close)  # should nobody come to read it
-    # Passed through directly, the server iterates over the stream itself, with nothing in between.
+        at_end.callback(body.close)  # in case nobody ever reads it
+    # With direct_passthrough, the server iterates over the stream itself, with nothing in between.
     return Response(_Recorded(body, stats), headers=dict(headers), direct_passthrough=True)
 
 
@@ -134,9 +134,9 @@ class _Recorded:
 
 
 def warn(warnings: Iterable[Unmet]) -> None:
-    """Tell the client, in a header, what its answer is without, and the log which fields that are.
+    """Tell the client in a header what its answer lacks, and log the names of those fields.
 
-    To be called once for a request.
+    Call it once per request.
     """
     if found := tuple(warnings):
         g.warnings = " ".join(f"{one.field}: {one.sentence}" for one in found)
@@ -144,11 +144,11 @@ def warn(warnings: Iterable[Unmet]) -> None:
 
 
 def install(app: Flask) -> None:
-    """Adds all of this to the application."""
+    """Install all of these hooks in the application."""
     inner = app.wsgi_app
 
     def wsgi_app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        # Which hosts are ours is decided here alone: werkzeug refuses some in a way of its own.
+        # Only this module decides which hosts are allowed: werkzeug rejects some in its own way.
         environ[HOST] = environ.pop("HTTP_HOST", "")
         return inner(environ, start_response)
 
@@ -159,8 +159,8 @@ def install(app: Flask) -> None:
 
 
 def _admit() -> Response | None:
-    # Each use of `request` and `g` looks the context up, and `request.headers` searches for each
-    # name: used throughout, they cost as much again as all of Flask's own work.
+    # Each use of `request` and `g` looks up the context, and `request.headers` searches for each
+    # name: used throughout, they would cost as much again as all of Flask's own work.
     asked = _this_request()
     environ, parts = asked.environ, services()
     g.request_id = request_id(environ.get("HTTP_X_REQUEST_ID", ""))
@@ -174,7 +174,7 @@ def _admit() -> Response | None:
     access = parts.access
     host = environ[HOST]
     origin = environ.get("HTTP_ORIGIN")
-    if host:  # HTTP/1.0 clients need not send one; every browser does
+    if host:  # HTTP/1.0 clients need not send a Host header; every browser does
         access.check_host(host)
     access.check_origin(origin, host)
     if origin is None and (site := environ.get("HTTP_SEC_FETCH_SITE")) is not None:
@@ -189,7 +189,7 @@ def _admit() -> Response | None:
 
 
 def _is_followed_link(asked: Request) -> bool:
-    """Whether somebody has followed a link on a page, to what a link may lead to."""
+    """Return whether somebody has followed a link on a page to a path that links may lead to."""
     fetch = [asked.environ.get(f"HTTP_SEC_FETCH_{name}") for name in ("MODE", "DEST")]
     return (
         asked.method == "GET" and asked.path in LINKED_PATHS and fetch == ["navigate", "document"]
@@ -215,7 +215,7 @@ def _finish(response: Response) -> Response:
 
 
 def _end_line(response: Response) -> None:
-    """End JSON with a line feed, so that a terminal's prompt begins a line."""
+    """End JSON with a line feed, so that a terminal's prompt starts on a new line."""
     parts = response.response
     if response.mimetype != "application/json" or not isinstance(parts, list) or not parts:
         return
@@ -225,7 +225,7 @@ def _end_line(response: Response) -> None:
 
 
 def _share(response: Response, origin: str) -> None:
-    """What lets a browser hand the answer to a page of an allowed origin."""
+    """Add the headers that let a browser hand the answer to a page of an allowed origin."""
     headers = response.headers
     headers["Access-Control-Allow-Origin"] = origin
     headers["Cross-Origin-Resource-Policy"] = "cross-origin"
@@ -241,7 +241,10 @@ def _share(response: Response, origin: str) -> None:
 
 
 def recorder() -> Callable[[int, AnswerStats | None], None]:
-    """What writes this request's one log line and event at its end, in whatever thread that is."""
+    """Return a function that records the end of this request: one log line, one event, metrics.
+
+    It may be called from any thread.
+    """
     asked = _this_request()
     parts, started, path, facts = services(), g.started, asked.path, g.who
     route = asked.url_rule.rule if asked.url_rule else "other"
@@ -258,14 +261,14 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
         level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
         if log.isEnabledFor(level):
             shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
-            line = shown.encode("unicode_escape").decode()  # one line, whatever
+            line = shown.encode("unicode_escape").decode()  # always a single line
             log.log(level, "%s", line, extra={logs.REQUEST: facts})
 
     return record
 
 
 def _render(error: Exception) -> Response:
-    """Any error as the contract's object; what nobody foresaw goes to the log alone."""
+    """Return any error as the contract's object; details of unexpected ones go to the log only."""
     known = _known(error)
     if known is None:
         log.error("request %s failed", g.get("request_id"), exc_info=error)
@@ -273,7 +276,7 @@ def _render(error: Exception) -> Response:
             "An internal error occurred in mlxproxy. Its log has the details under the request "
             f"id {g.request_id}."
         )
-    # What has raised it may still hold it, and its frames hold the body of the request.
+    # Whatever raised it may keep a reference to it, and its frames refer to the request's body.
     error.__traceback__ = None
     shown = rendered(known, dialect_of(_this_request().path), g.request_id)
     response = jsonify(shown.body)

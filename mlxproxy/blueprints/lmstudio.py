@@ -1,4 +1,4 @@
-"""LM Studio's REST API, v0 and v1: answers, and the models."""
+"""LM Studio's REST API, v0 and v1: its answers and its models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ blueprint = Blueprint("lmstudio", __name__, url_prefix="/api")
 
 @blueprint.post("/v0/chat/completions")
 def chat_v0() -> Response:
-    """OpenAI's chat, with what the answer took."""
+    """Answer as OpenAI's chat completions do, with statistics of the answer."""
     return _answered_v0("chat")
 
 
 @blueprint.post("/v0/completions")
 def completions_v0() -> Response:
-    """OpenAI's text completion, with what the answer took."""
+    """Answer as OpenAI's text completions do, with statistics of the answer."""
     return _answered_v0("text")
 
 
@@ -52,19 +52,19 @@ def _answered_v0(kind: Kind) -> Response:
 
 @blueprint.get("/v0/models")
 def models_v0() -> dict[str, Any]:
-    """The models that can be loaded."""
+    """Return the models that can be loaded."""
     return lmstudio_models.v0(entries(), contexts())
 
 
 @blueprint.get("/v0/models/<path:name>")
 def model_v0(name: str) -> dict[str, Any]:
-    """One model."""
+    """Return one model."""
     return lmstudio_models.one_v0(services().catalog.find(name).to_dict(), contexts())
 
 
 @blueprint.post("/v1/chat")
 def chat_v1() -> Response:
-    """The model's answer, and what it took."""
+    """Return the model's answer, with statistics."""
     body = dialect_body()
     translated = lmstudio_request.translate_v1(body, services().chats)
     return answered(translated, lmstudio_request.ttl(body))
@@ -72,7 +72,7 @@ def chat_v1() -> Response:
 
 @blueprint.get("/v1/models")
 def models_v1() -> dict[str, Any]:
-    """The models that can be loaded."""
+    """Return the models that can be loaded."""
     return lmstudio_models.v1(entries(), contexts())
 
 

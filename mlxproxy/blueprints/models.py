@@ -1,4 +1,4 @@
-"""Model management: list, tell what is loaded, load, unload."""
+"""Model management: list models, report what is loaded, load, unload."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from mlxproxy.settings import seconds
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 PROGRESS_INTERVAL = 0.5  # seconds between two progress events
-MAX_NAMES = 16  # adapters or draft models of a load: each answer and event about it repeats them
+MAX_NAMES = 16  # adapters or draft models of a load; each answer and event about it repeats them
 
 
 @blueprint.get("")
 def listing() -> Response:
-    """All models that can be loaded; with `?all=true` the others too, with reasons.
+    """List the models that can be loaded; with `?all=true` the others too, with reasons.
 
-    `complete` is false while a folder has not been read to its end since the start.
+    `complete` is false until every folder has been read to its end once since the start.
 
     Raises:
-        ModelsRootUnavailable: nothing has been read yet, and an empty list would not be true.
+        ModelsRootUnavailable: nothing has been read yet, so an empty list would be wrong.
     """
     everything = request.args.get("all", "").lower() in ("1", "true", "yes")
     catalog = services().catalog
-    complete = catalog.is_complete()  # asked first: the list may know more than it says, never less
+    complete = catalog.is_complete()  # asked first: a list may have more than it claims, never less
     models = catalog.models()
     if not complete and not models:
         catalog.require_disk()
@@ -54,7 +54,7 @@ def listing() -> Response:
     ids = [*(model.id for model in shown), *(profile.name for profile, _ in profiles)]
     told = "true" if complete else "false"
     first, last = (json.dumps(ids[end]) if ids else "null" for end in (0, -1))
-    # Without `has_more`, Anthropic's SDK would ask for the next page for ever.
+    # Without `has_more`, Anthropic's SDK would ask for the next page forever.
     return _json(
         f'{{"object": "list", "complete": {told}, "has_more": false, "first_id": {first}, '
         f'"last_id": {last}, "data": [{", ".join(items)}]}}'
@@ -62,7 +62,7 @@ def listing() -> Response:
 
 
 def _items(models: Iterable[Model]) -> list[str]:
-    """Models as the listing shows them, in JSON: what their files tell, and what is so now."""
+    """Return the models as JSON items of the listing: facts from their files and current state."""
     controller = services().controller
     snapshot = controller.describe()
     loaded = {slot.spec.path for slot in snapshot.slots if slot.spec is not None}
@@ -91,7 +91,7 @@ def _json(text: str) -> Response:
 
 @blueprint.get("/loaded")
 def loaded() -> dict[str, Any]:
-    """What is loaded, since when, with which options; or why nothing is."""
+    """Report what is loaded, since when and with which options, or why nothing is loaded."""
     state = shapes.state(services().controller.describe())
     if state["model_id"] is None:
         kept = (
@@ -104,7 +104,7 @@ def loaded() -> dict[str, Any]:
 
 @blueprint.get("/<path:name>")
 def one(name: str) -> Response:
-    """One model, by the same names as a load takes."""
+    """Return one model, by any name that a load accepts."""
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
     selection = services().selection
@@ -117,7 +117,7 @@ def one(name: str) -> Response:
 
 @blueprint.post("/load")
 def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
-    """Loads a model; answers when it has really answered a first chat."""
+    """Load a model; answer once the model has really answered a first chat."""
     body = _body()
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
@@ -143,9 +143,9 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 
 @blueprint.post("/unload")
 def unload() -> dict[str, Any]:
-    """Unloads a model; cancels a load of it in progress.
+    """Unload a model; cancel a load of it that is in progress.
 
-    Without `model_id`, the one that answers requests without a name.
+    Without `model_id`, this unloads the model that answers requests that name none.
     """
     body = _body(required=False)
     parts = services()
@@ -158,17 +158,17 @@ def unload() -> dict[str, Any]:
 
 
 def _body(required: bool = True) -> dict[str, Any]:
-    """The request's body, all of whose text can be given back and looked up."""
+    """Return the request's body; all text in it can be returned to the client and looked up."""
     body = json_body(required)
     check.require_text(body)
     return body
 
 
 def _wanted(body: dict[str, Any]) -> ModelSpec:
-    """The load that the body asks for.
+    """Return the specification of the load that the body asks for.
 
     Raises:
-        ProxyError: a wrong field, an unknown or unusable model.
+        ProxyError: a field is wrong, or the model is unknown or unusable.
     """
     name, parts = _name(body), services()
     ttl = body.get("ttl")
@@ -198,7 +198,7 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
 
 
 def _name(body: dict[str, Any]) -> str:
-    """The model that the body names."""
+    """Return the name of the model in the body."""
     name = body.get("model_id", body.get("model"))
     if not isinstance(name, str) or not name.strip():
         raise InvalidRequest(
@@ -237,7 +237,7 @@ def _told(wanted: ModelSpec) -> dict[str, Any]:
 
 
 def _progress(controller: Controller, claim: Claim, wanted: ModelSpec) -> Iterator[bytes]:
-    """The load as server-sent events: progress, then `loaded` or the error."""
+    """Yield the load as server-sent events: progress, then `loaded` or the error."""
     try:
         while not claim.wait(PROGRESS_INTERVAL):
             yield sse.event({"status": "loading", **shapes.progress(controller.progress(claim))})

@@ -1,18 +1,18 @@
-"""What goes on: log lines, events, metrics.
+"""Log lines, events and metrics: what the proxy is doing.
 
 ``GET /v1/logs`` answers with the last lines as text, or follows the log as server-sent events.
 ``GET /v1/events`` sends a ``snapshot`` first and then, each with ``at`` in Unix seconds:
 
 =================== ================================================================================
-``state``           the controller's state has changed: all of it, as in the snapshot
-``load``            a load's slot, phase, seconds and (where known) bytes; each second of it
-``loaded``          a load has ended well: ``slot``, ``id``, ``seconds``
-``death``           a backend has ended by itself: ``slot``, ``id``, ``reason``
+``state``           the controller's state has changed: the whole state, as in the snapshot
+``load``            a load's slot, phase, seconds and (if known) bytes; sent every second
+``loaded``          a load has succeeded: ``slot``, ``id``, ``seconds``
+``death``           a backend has exited by itself: ``slot``, ``id``, ``reason``
 ``request_started`` ``id``, ``client``, ``method``, ``path``
-``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer of the
+``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer by the
                     model ``model``, ``outcome``, ``tokens_in``, ``cached_tokens``, ``tokens_out``,
                     ``waited``, ``first_token``, ``tokens_per_second``
-``lost``            the reader was too slow: ``count`` events are gone, a new snapshot follows
+``lost``            the reader was too slow: ``count`` events are lost, a new snapshot follows
 =================== ================================================================================
 """
 
@@ -40,7 +40,7 @@ blueprint = Blueprint("observe", __name__)
 
 KEEPALIVE = 15.0  # seconds of silence after which a follower gets a comment
 TICK = 1.0  # seconds between two progress events of a load
-LOG_POLL = 0.25  # seconds; the file's writer may be a little behind the event
+LOG_POLL = 0.25  # seconds; the file's writer may lag a little behind the event
 LINES, MOST_LINES = 200, 10_000
 SOURCES = ("proxy", "backend")
 EVENTS = ("state", "load", "loaded", "death", "request_started", "request")
@@ -48,9 +48,9 @@ EVENTS = ("state", "load", "loaded", "death", "request_started", "request")
 
 @blueprint.get("/v1/logs")
 def logs() -> Response:
-    """The log of the proxy or a backend: its last lines, and with `follow=true` all to come.
+    """Return the last lines of the proxy's or a backend's log; with `follow=true`, follow it.
 
-    With several backends, `port` says which; the first by default.
+    With several backends, `port` says which one is meant; by default it is the first.
     """
     parts = services()
     source = request.args.get("source", SOURCES[0])
@@ -69,7 +69,7 @@ def logs() -> Response:
 
 @blueprint.get("/v1/events")
 def events() -> Response | dict[str, Any]:
-    """What happens, as it happens; with `follow=false` the snapshot alone, as JSON."""
+    """Stream what happens, as it happens; with `follow=false`, return just the snapshot as JSON."""
     parts = services()
     if not _flag("follow", True):
         return snapshot(parts)
@@ -79,9 +79,9 @@ def events() -> Response | dict[str, Any]:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """The counts since the start, for Prometheus."""
+    """Return the counts since the start, for Prometheus."""
     from mlxproxy.observability import (
-        prometheus,  # imports prometheus_client: not before somebody asks
+        prometheus,  # imports prometheus_client, so not before somebody asks
     )
 
     controller = services().controller
@@ -95,7 +95,7 @@ def metrics() -> Response:
 
 
 def snapshot(parts: Services) -> dict[str, Any]:
-    """The state as the controller describes it, with speed (tokens per second) and memory."""
+    """Return the state as the controller describes it, with speed (tokens/s) and memory (bytes)."""
     spec = parts.controller.current()
     held = parts.controller.memory()
     told = shapes.state(parts.controller.describe())
@@ -116,10 +116,10 @@ def _followed(
     kinds: tuple[str, ...],
     stream: Callable[[Subscriber], Iterator[bytes]],
 ) -> Response:
-    """The stream as a response that gives its place back when it ends, however it does.
+    """Return the stream as a response that unsubscribes when it ends, however it ends.
 
     Raises:
-        TooManyRequests: so many follow already.
+        TooManyRequests: too many clients are following already.
     """
     if request.method == "HEAD":
         return Response(headers=sse.HEADERS)
@@ -132,7 +132,7 @@ def _followed(
         parts.bus.unsubscribe(subscription)
         record(response.status_code, None)
 
-    response.call_on_close(end)  # a generator that was never begun would not tell
+    response.call_on_close(end)  # a generator that was never started runs no `finally`
     return response
 
 
@@ -165,9 +165,9 @@ def _events(parts: Services, client: Disconnect, subscription: Subscriber) -> It
 def _log_events(
     parts: Services, client: Disconnect, subscription: Subscriber, path: Path, lines: int
 ) -> Iterator[bytes]:
-    """The log's lines from its file, which the subscription only tells to look at."""
+    """Yield the log's lines from its file; the subscription only says when to look at it."""
     silent = 0.0
-    yield sse.comment()  # carries the head: the first line may be long in coming
+    yield sse.comment()  # so that the head is sent: the first line may take long to come
     with LogTail(path, lines) as tail:
         while not (parts.bus.closed or client.gone):
             if text := tail.read():

@@ -1,4 +1,4 @@
-"""Ollama's API: chat, generate, and the models."""
+"""Ollama's API: chat, generate and its models."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mlxproxy.errors import InvalidRequest
 
 blueprint = Blueprint("ollama", __name__, url_prefix="/api")
 
-SHORTEST_TTL_SECONDS = 1.0  # a keep_alive of 0: the answer comes first
+SHORTEST_TTL_SECONDS = 1.0  # for a keep_alive of 0: the answer comes before the unload
 
 
 @blueprint.post("/chat")
 def chat() -> Response:
-    """The model's next message."""
+    """Return the model's next message."""
     body = dialect_body()
     return _answered(body, ollama_request.translate_chat(body))
 
 
 @blueprint.post("/generate")
 def generate() -> Response:
-    """The model's answer to a prompt."""
+    """Return the model's answer to a prompt."""
     body = dialect_body()
     return _answered(body, ollama_request.translate_generate(body))
 
@@ -39,20 +39,20 @@ def _answered(body: dict[str, Any], translated: Translated) -> Response:
         unload(services().selection.path_of(translated.answer.model))
         return nothing(translated)
     ttl = None
-    if seconds is not None:  # a ttl of 0 means for ever
+    if seconds is not None:  # a ttl of 0 means forever
         ttl = 0.0 if math.isinf(seconds) else max(seconds, SHORTEST_TTL_SECONDS)
     return answered(translated, ttl)
 
 
 @blueprint.get("/tags")
 def tags() -> dict[str, Any]:
-    """The models that can be loaded."""
+    """Return the models that can be loaded."""
     return ollama_models.tags(entries())
 
 
 @blueprint.get("/ps")
 def running() -> dict[str, Any]:
-    """The models that are loaded."""
+    """Return the models that are loaded."""
     slots = [slot for slot in services().controller.describe().slots if slot.spec is not None]
     told = []
     for slot in slots:
@@ -66,19 +66,19 @@ def running() -> dict[str, Any]:
 
 @blueprint.get("/version")
 def version() -> dict[str, Any]:
-    """The version of Ollama that the answers are like."""
+    """Return the version of Ollama whose answers these ones imitate."""
     return {"version": ollama_models.VERSION}
 
 
 @blueprint.post("/show")
 def show() -> dict[str, Any]:
-    """One model."""
+    """Return one model."""
     return ollama_models.shown(services().catalog.find(_name(dialect_body())).to_dict())
 
 
 @blueprint.post("/pull")
 def pull() -> dict[str, Any]:
-    """Success for a model that is there: nothing is downloaded."""
+    """Report success for a model that is on disk; nothing is ever downloaded."""
     services().catalog.find(_name(dialect_body())).require_loadable()
     return {"status": "success"}
 
@@ -86,15 +86,15 @@ def pull() -> dict[str, Any]:
 @blueprint.post("/embed")
 @blueprint.post("/embeddings")
 def embed() -> Response:
-    """No embeddings, in words."""
+    """Reject the request with a message: there are no embeddings."""
     raise InvalidRequest("This server has no embeddings. Use another server for them.")
 
 
 def _name(body: dict[str, Any]) -> str:
-    """The model that the body names.
+    """Return the name of the model in the body.
 
     Raises:
-        InvalidRequest: it names none.
+        InvalidRequest: the body names none.
     """
     name = fields.a_text(body.get("model") or body.get("name"), "model")
     return name.removesuffix(ollama_request.LATEST)

@@ -1,4 +1,4 @@
-"""OpenAI's chat and text completions, streamed or whole. Their bytes are the backend's own."""
+"""OpenAI's chat and text completions, streamed or whole. The bytes are the backend's own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 
 @blueprint.post("/chat/completions")
 def chat() -> Response:
-    """The loaded model's answer to a conversation."""
+    """Return the loaded model's answer to a conversation."""
     given = json_body()
     if "messages" in given:
         given["messages"] = conversation.repaired(given["messages"])
@@ -26,7 +26,7 @@ def chat() -> Response:
 
 @blueprint.post("/completions")
 def completions() -> Response:
-    """The loaded model's continuation of a text."""
+    """Return the loaded model's continuation of a text."""
     return _complete(json_body(), "text")
 
 
@@ -38,7 +38,7 @@ def _complete(given: dict[str, Any], kind: Kind) -> Response:
         response = streamed(stream, asked.stats)
     else:
         whole = relay.whole(asked.lease, asked.request, asked.stats)
-        if kind == "chat":  # in a stream, for each token, it would cost too much
+        if kind == "chat":  # for each token of a stream, this would cost too much
             whole = conversation.with_both_spellings(whole)
         response = Response(whole, mimetype="application/json")
     asked.warn()

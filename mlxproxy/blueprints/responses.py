@@ -1,4 +1,4 @@
-"""OpenAI's Responses, streamed or whole, and those that are kept."""
+"""OpenAI's Responses API: answers, streamed or whole, and the stored ones."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ blueprint = Blueprint("responses", __name__, url_prefix="/v1/responses")
 
 @blueprint.post("")
 def create() -> Response:
-    """The model's answer to the items of a conversation."""
+    """Return the model's answer to the items of a conversation."""
     return answered(responses_request.translate(dialect_body(), services().responses))
 
 
 @blueprint.get("/<path:identity>")
 def one(identity: str) -> Response:
-    """An answer that is kept."""
+    """Return a stored answer."""
     return Response(services().responses.response(identity), mimetype="application/json")
 
 
 @blueprint.delete("/<path:identity>")
 def delete(identity: str) -> dict[str, Any]:
-    """Forget an answer."""
+    """Delete a stored answer."""
     return services().responses.delete(identity)
 
 
 @blueprint.get("/<path:identity>/input_items")
 def input_items(identity: str) -> dict[str, Any]:
-    """What an answer that is kept was about."""
+    """Return the input items of a stored answer."""
     return services().responses.input_items(identity)

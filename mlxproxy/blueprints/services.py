@@ -22,12 +22,12 @@ from mlxproxy.settings import Settings
 
 @dataclass(frozen=True)
 class Services:
-    """Made once by `mlxproxy.wiring`, held by the application (``app.extensions``).
+    """The parts, made once by `mlxproxy.wiring`, held by the application (``app.extensions``).
 
     Attributes:
-        bodies: bytes of requests in memory.
-        responses: answers of Responses that clients may refer to.
-        chats: the same of LM Studio.
+        bodies: the budget of bytes that request bodies take up in memory.
+        responses: stored answers of the Responses API that clients may refer to.
+        chats: the same for LM Studio's API.
     """
 
     settings: Settings

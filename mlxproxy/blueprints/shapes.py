@@ -18,7 +18,7 @@ from mlxproxy.controller.state import (
 
 
 def state(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the whole state: what `/health` and `/v1/models/loaded` are made of."""
+    """Return the whole state, from which `/health` and `/v1/models/loaded` are built."""
     main, failure, operation = snapshot.main, snapshot.failure, snapshot.operation
     spec, left = main.spec, main.idle_unload_in
     return {
@@ -40,7 +40,7 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def progress(done: Progress) -> dict[str, Any]:
-    """Return how far a load is."""
+    """Return how far a load has progressed."""
     return {
         "slot": done.slot,
         **_names(done.spec),
@@ -95,7 +95,7 @@ def operations(snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def _names(spec: ModelSpec | None) -> dict[str, str | None]:
-    """The contract calls the path `model_id`, and the id `id`."""
+    """Return the model's names; the contract calls its path `model_id`, and its id `id`."""
     return {"model_id": spec.path if spec else None, "id": spec.model_id if spec else None}
 
 

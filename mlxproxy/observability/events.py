@@ -1,4 +1,4 @@
-"""Events for whoever follows them: published without waiting, lost for those too slow."""
+"""Events for subscribers: publishing never waits, and a subscriber that is too slow loses some."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from mlxproxy.errors import TooManyRequests
 
-KEPT = 512  # events that a slow reader may fall behind
+KEPT = 512  # events that a slow reader may lag behind
 FOLLOWERS = 16  # each holds a thread of the server's reserve
-FOLLOWERS_OF_ONE = 8  # of one client at most, so that others find a place
+FOLLOWERS_OF_ONE = 8  # at most, per client, so that there is room for others
 
 Event = tuple[str, dict[str, Any]]
 
 
 class Subscriber:
-    """One follower's place: the events since it came, the oldest dropped past KEPT."""
+    """One follower's queue: the events since it subscribed; beyond KEPT, the oldest are dropped."""
 
     def __init__(self, kinds: frozenset[str] | None, client: str) -> None:
         self.kinds = kinds
@@ -35,20 +35,20 @@ class Subscriber:
             self._changed.notify()
 
     def get(self, timeout: float) -> Event | None:
-        """The next event, or None when there was none for `timeout` seconds or it was woken."""
+        """Return the next event; None after `timeout` seconds without one, or after `wake`."""
         with self._changed:
             if not self._events:
                 self._changed.wait(timeout)
             return self._events.popleft() if self._events else None
 
     def wake(self) -> None:
-        """Ends a wait in `get`."""
+        """End a wait in `get`."""
         with self._changed:
             self._changed.notify()
 
 
 class EventBus:
-    """Where events are published and followed."""
+    """The place where events are published and followed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class EventBus:
         self.closed = False
 
     def publish(self, kind: str, data: dict[str, Any]) -> None:
-        """Tells all followers; never blocks, so it may be called under any lock."""
+        """Send an event to all followers; never block, so it may be called under any lock."""
         with self._lock:
             followers = [it for it in self._followers if it.kinds is None or kind in it.kinds]
         if followers:
@@ -65,11 +65,11 @@ class EventBus:
                 follower.put(event)
 
     def subscribe(self, *kinds: str, client: str = "") -> Subscriber:
-        """A new follower of these kinds of event (of all, if none is named).
+        """Return a new follower of these kinds of event (of all, if none is named).
 
         Raises:
-            TooManyRequests: so many follow, or so many of this client's, that more would leave
-                no thread for others.
+            TooManyRequests: this client, or all clients together, have as many followers as are
+                allowed; one more could leave no thread for others.
         """
         subscription = Subscriber(frozenset(kinds) or None, client)
         with self._lock:
@@ -88,7 +88,7 @@ class EventBus:
             self._followers.discard(subscription)
 
     def close(self) -> None:
-        """Ends all following: the proxy is about to stop."""
+        """Wake all followers so that they end: the proxy is about to stop."""
         self.closed = True
         with self._lock:
             followers = list(self._followers)

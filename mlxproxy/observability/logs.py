@@ -1,4 +1,4 @@
-"""The proxy's own log: to the terminal, to a rotated file, and to those who follow it."""
+"""The proxy's own log, written to the terminal, to a rotated file and to its followers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mlxproxy.observability.events import EventBus
 from mlxproxy.text import harmless
 from mlxproxy.writing import Writer
 
-LONGEST_LINE = 4000  # characters; what is longer is made so by what somebody sends
+LONGEST_LINE = 4000  # characters; only text that somebody has sent makes a line longer
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-REQUEST = "request"  # a record's attribute: the facts of a request, of which a person wants few
-LONGEST_PATH = 30  # characters of a request's path, for a person
+REQUEST = "request"  # a record's attribute: the facts of a request, of which a person needs few
+LONGEST_PATH = 30  # characters of a request's path, in lines for people
 
 
 class _OneLine(logging.Formatter):
-    """A record is one line, whatever a client has sent; a traceback of ours may follow."""
+    """Formats a record as one line, whatever a client has sent; a traceback may follow it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         line = super().formatMessage(record)
@@ -35,7 +35,7 @@ class _OneLine(logging.Formatter):
         return "".join(it if it.isprintable() else ascii(it)[1:-1] for it in line)
 
     def format(self, record: logging.LogRecord) -> str:
-        record.exc_text = None  # another handler's formatter may have left it there
+        record.exc_text = None  # another handler's formatter may have cached it there
         return super().format(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
@@ -43,7 +43,7 @@ class _OneLine(logging.Formatter):
 
 
 class _ForPeople(_OneLine):
-    """A record in one line of 80 columns, as far as possible: the log file has the rest."""
+    """Formats a record as one line, of 80 columns if possible; the log file has the rest."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -58,7 +58,7 @@ class _ForPeople(_OneLine):
 
 
 def request_line(facts: Mapping[str, Any]) -> str:
-    """Return what a person wants to know of a request: who, what, how it ended, and how fast."""
+    """Return what a person wants to know about a request: who, what, how it ended, how fast."""
     path = facts["path"]
     if len(path) > LONGEST_PATH:
         path = path[: LONGEST_PATH - 1] + "…"
@@ -73,7 +73,7 @@ def request_line(facts: Mapping[str, Any]) -> str:
 
 
 class _Follow(logging.Handler):
-    """Hands each line to the file's writer and to the hub; neither waits."""
+    """Passes each line to the file's writer and to the event bus; neither waits."""
 
     def __init__(self, file: LogFile, bus: EventBus) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class _Follow(logging.Handler):
 
 
 class _Unwaited(io.TextIOBase):
-    """A stream in place of standard output or error that nobody ever waits for.
+    """A replacement for standard output or error on which no writer ever blocks.
 
-    A terminal whose user has pressed Ctrl-S, or a pipe that nobody reads, takes no more text:
-    whoever wrote to it would stand still, and all who need what he holds.
+    A terminal whose user has pressed Ctrl-S, or a pipe that nobody reads, accepts no more text. A
+    thread that writes to it would block, and so would every thread that needs a lock it holds.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -116,12 +116,12 @@ class _Unwaited(io.TextIOBase):
         return self._stream.encoding
 
     def finish(self) -> None:
-        """Write what has come, for a second at most."""
+        """Write what is queued, for a second at most."""
         self._writer.close()
 
     def _out(self, text: str) -> None:
-        # Past Python's own buffer: its lock, held by a thread that waits, would keep the process
-        # from ending.
+        # This bypasses Python's own buffer: its lock, held by a thread that waits, would keep the
+        # process from exiting.
         rest = text.encode(self.encoding, "replace")
         while rest:
             rest = rest[os.write(self._stream.fileno(), rest) :]
@@ -129,8 +129,8 @@ class _Unwaited(io.TextIOBase):
 
 @contextmanager
 def unwaited() -> Iterator[None]:
-    """Within this, no print, log line or traceback waits for who reads them."""
-    with open(os.devnull, "w") as nowhere:  # a service may have neither
+    """Make sure that within this block no print, log line or traceback waits for its reader."""
+    with open(os.devnull, "w") as nowhere:  # a service may have neither stream
         output, error = _Unwaited(sys.stdout or nowhere), _Unwaited(sys.stderr or nowhere)
         try:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
@@ -141,9 +141,9 @@ def unwaited() -> Iterator[None]:
 
 
 def to_terminal(level: str) -> None:
-    """Logs to standard error from now on: warnings only, where nobody watches it.
+    """Log to standard error from now on; only warnings if it is not a terminal.
 
-    A service's standard error is a file that nothing rotates; all is in ``logs/proxy.log``.
+    A service's standard error is a file that nothing rotates; ``logs/proxy.log`` has everything.
     """
     terminal = logging.StreamHandler()
     if sys.stderr.isatty():
@@ -152,11 +152,11 @@ def to_terminal(level: str) -> None:
         terminal.setFormatter(_OneLine(FORMAT, "%H:%M:%S"))
         terminal.setLevel(logging.WARNING)
     logging.basicConfig(level=level, handlers=[terminal])
-    logging.getLogger("waitress").setLevel(logging.WARNING)  # told of each client that leaves
+    logging.getLogger("waitress").setLevel(logging.WARNING)  # it logs each client that disconnects
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     logging.getLogger("filelock").setLevel(logging.WARNING)
 
 
 def to_followers(file: LogFile, bus: EventBus) -> None:
-    """Logs to the file and to the hub from now on, too."""
+    """Log to the file and to the event bus, too, from now on."""
     logging.getLogger().addHandler(_Follow(file, bus))

@@ -1,4 +1,4 @@
-"""A log file's last lines and what is added to them, across its rotation."""
+"""The last lines of a log file and the lines added after them, across rotations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import BinaryIO
 from mlxproxy.files import Unreadable, opened
 from mlxproxy.text import harmless
 
-LINE_BYTES = 200  # of an average line: how far back to look for a number of them
+LINE_BYTES = 200  # of an average line; decides how far back to look for a number of lines
 BLOCK_BYTES = 1 << 16
 
 
 class LogTail:
     """Reads whole lines of a file that another thread writes and rotates (`logfile.LogFile`).
 
-    A reader who is slow loses nothing that the rotation has not deleted, and costs no memory.
+    A slow reader loses only what the rotation has deleted, and costs no memory.
 
     Args:
         path: the file; it need not exist yet.
-        lines: how many of the lines that are there :meth:`read` gives first.
+        lines: how many of the existing lines :meth:`read` returns first.
     """
 
     def __init__(self, path: Path, lines: int) -> None:
@@ -49,7 +49,7 @@ class LogTail:
             self._file.close()
 
     def read(self) -> str:
-        """The whole lines that have come since the last call; empty if there are none."""
+        """Return the whole lines written since the last call; an empty text if there are none."""
         data = self._rest + self._more()
         end = data.rfind(b"\n") + 1
         self._rest = data[end:]
@@ -66,7 +66,7 @@ class LogTail:
         return data
 
     def _rotated(self) -> bool:
-        """Whether the path names another file than the one that is open."""
+        """Return whether the path names another file than the one that is open."""
         try:
             now = os.stat(self._path)
         except OSError:
@@ -82,9 +82,9 @@ def _opened(path: Path) -> BinaryIO | None:
 
 
 def _last(file: BinaryIO, lines: int) -> list[bytes]:
-    """About so many lines at the file's end, where it stands afterwards."""
+    """Return roughly the last `lines` lines; leave the file positioned at its end."""
     size = os.fstat(file.fileno()).st_size
     start = max(0, size - lines * LINE_BYTES)
     file.seek(start)
     found = file.read(size - start).splitlines(keepends=True)
-    return found[1:] if start else found  # the first is cut
+    return found[1:] if start else found  # the first line is incomplete

@@ -1,6 +1,6 @@
-"""What has happened since the start, counted as it happens: cheap enough to be always on.
+"""Counts of what has happened since the start, cheap enough to be always on.
 
-Nothing here knows Prometheus; `exposition` writes the counts in its format when somebody asks.
+Nothing here depends on Prometheus; `prometheus` writes the counts in its format on request.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ LOAD = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 
 
 class Histogram:
-    """How many observations were at most each bound (and above the one before), and their sum."""
+    """The number of observations up to each bound (and above the one before), and their sum."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # the last: above all bounds
+        self.counts = [0] * (len(bounds) + 1)  # the last counts those above all bounds
         self.sum = 0.0
 
     def add(self, value: float) -> None:
@@ -36,16 +36,16 @@ class Histogram:
 
 
 def _histograms(bounds: Sequence[float]) -> Callable[[], dict[str, Histogram]]:
-    """A histogram for each model, made when there is something to be put into it."""
+    """Return a factory for histograms by model, each made when its first value is added."""
     return lambda: defaultdict(partial(Histogram, bounds))
 
 
 @dataclass
 class Counts:
-    """All figures since the start; each but the requests by the id of a model on disk.
+    """All figures since the start, each by the id of a model on disk, except the requests.
 
     Attributes:
-        requests: by the route's pattern and the status, both of which are few.
+        requests: by the route's pattern and the status; there are few of either.
         first_token: seconds from a request to its first token, waiting included.
         speed: tokens per second of each answer.
         loads: seconds from a backend's start to its first answer.
@@ -65,7 +65,7 @@ class Counts:
 
 @dataclass
 class _Place:
-    """One slot, as its states go by.
+    """One slot, updated as its state changes.
 
     Attributes:
         left_ready: when the swap under way began, in monotonic seconds.
@@ -76,7 +76,7 @@ class _Place:
 
 
 class Metrics:
-    """The counts of one proxy, and who is being answered now. May be used by many threads."""
+    """The counts of one proxy and its answers in flight. May be used by many threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -87,15 +87,15 @@ class Metrics:
         self._places: defaultdict[int, _Place] = defaultdict(_Place)
 
     def counts(self) -> Counts:
-        """A copy that no longer changes."""
+        """Return a copy that no longer changes."""
         with self._lock:
             return copy.deepcopy(self._counts)
 
     def speed(self, model: str | None = None) -> dict[str, float | None]:
-        """Tokens per second: of all streams under way together, and of the last whole answer.
+        """Return tokens per second: of all streams in flight together, and of the last full answer.
 
         Args:
-            model: the id of the one whose answers count; None: all.
+            model: the id of the model whose answers count; None: all models.
         """
         with self._lock:
             streams = [it for it in self._streams.values() if model in (None, it.model)]
@@ -109,12 +109,12 @@ class Metrics:
         return {"now": round(sum(rates), 1) if rates else None, "last": last}
 
     def stream_begun(self, stats: AnswerStats) -> None:
-        """A stream has begun; :meth:`request` ends it."""
+        """Record that a stream has begun; :meth:`request` records its end."""
         with self._lock:
             self._streams[id(stats)] = stats
 
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
-        """A request has ended; `stats` if it was one for an answer of the model."""
+        """Record that a request has ended; `stats` is given if a model was to answer it."""
         figures = stats.figures() if stats is not None else {}
         model = figures.get("model")
         with self._lock:
@@ -133,7 +133,7 @@ class Metrics:
                 self._last_speed = self._last_speeds[model] = speed
 
     def event(self, event: Event) -> None:
-        """Take one of the controller's events, in their order; this never waits."""
+        """Take one of the controller's events, in their order; never wait."""
         with self._lock:
             if isinstance(event, Loaded):
                 self._counts.loads[event.spec.model_id].add(event.seconds)
@@ -149,7 +149,7 @@ class Metrics:
         place, state = self._places[slot.id], slot.state
         before, place.state = place.state, state
         if state is SlotState.EMPTY or (state is SlotState.READY and before is SlotState.DRAINING):
-            place.left_ready = None  # an unload, a failure, or a swap that was called off
+            place.left_ready = None  # an unload, a failure, or a swap that was canceled
         elif before is SlotState.READY and state in (SlotState.DRAINING, SlotState.STOPPING):
             place.left_ready = time.monotonic()
         elif state is SlotState.READY and place.left_ready is not None and slot.spec is not None:

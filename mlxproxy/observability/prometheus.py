@@ -1,4 +1,4 @@
-"""The counts in the formats that Prometheus reads."""
+"""Exposition of the counts in the formats that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LABELS = ("model",)
 def render(
     counts: Counts, state: Snapshot, memory: Mapping[int, int], accept: str
 ) -> tuple[bytes, str]:
-    """All metrics as text, and its content type.
+    """Return all metrics as text, and its content type.
 
     Args:
-        counts: what has happened.
-        state: what is now, as the controller describes it.
+        counts: the counts since the start.
+        state: the current state, as the controller describes it.
         memory: bytes that the backend of each slot holds.
-        accept: the Accept header of whoever asks.
+        accept: the Accept header of the request.
     """
-    registry = CollectorRegistry()  # our own: the library's global one has metrics we do not mean
+    registry = CollectorRegistry()  # not the library's global one, which has unrelated metrics
     registry.register(_Now(counts, state, memory))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
@@ -91,7 +91,7 @@ class _Now(Collector):
         )
 
     def _gauge(self, name: str, meaning: str, values: Mapping[int, float]) -> GaugeMetricFamily:
-        """A value for each model that is loaded, given those of the slots."""
+        """Return a gauge with a value for each loaded model, from the values of the slots."""
         gauge = GaugeMetricFamily(name, meaning, labels=LABELS)
         for slot in self._state.slots:
             if slot.spec is not None:

@@ -1,14 +1,14 @@
-"""A client's connection: waitress's channel and task, with what streams and odd clients need.
+"""A client's connection: waitress's channel and task, extended for streams and unusual clients.
 
-A client's end is told at once, a token is sent at once, and a connection is closed so that the
-other side can still read why.
+A disconnect is reported immediately, a token is sent immediately, and a connection is closed in
+such a way that the other side can still read why.
 
-The direct path below is the one piece of our own between waitress and the socket. waitress copies
-each piece of a body into a buffer, then flushes the buffer with four more calls and its locks; a
-chunk is sent here from the request's own thread, while nothing is buffered. With 32 streams and two
-cores that takes the processor time of an event from 2.25 to 1.7 times nginx's, and its time on the
-way from 1.5 to 1.3 times (p50), from 1.4 to 1.15 times (p99). `Channel` alone is waitress's own
-path, and the same tests pass over both.
+The direct path below is the only code of mlxproxy's own between waitress and the socket. waitress
+copies each piece of a body into a buffer, then flushes the buffer with four more calls and its
+locks. Here, a chunk is sent from the request's own thread as long as nothing is buffered. With 32
+streams and two cores, this reduces the processor time of an event from 2.25 to 1.7 times nginx's,
+and its latency from 1.5 to 1.3 times (p50) and from 1.4 to 1.15 times (p99). `Channel` alone is
+waitress's own path, and the same tests pass over both.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from mlxproxy.server.parser import Parser
 
 log = logging.getLogger("mlxproxy.request")
 
-JOINED = 64 << 10  # bytes of a body that are worth a copy to go out with the head
-DEAF_AFTER = 60.0  # seconds in which a client must take some of what waits for it
-# Seconds after the client's end of sending at which it is asked whether it is still there: late
-# enough that a quick answer needs no asking, twice since the first answer may be that of a proxy
-# which is about to close, and a last look at what came back.
+JOINED = 64 << 10  # bytes; up to this size a body is worth copying so that it goes with the head
+DEAF_AFTER = 60.0  # seconds within which a client must read some of the data queued for it
+# Seconds after the client has ended its sending at which it is probed for being still there: late
+# enough that a quick answer needs no probe; twice, since the first reply may come from a proxy
+# that is about to close; and a last check for what came back.
 ASK_AT = (0.3, 1.0, 1.6)
-LOOK_EVERY = 10.0  # seconds between two looks after that
-LINGER = 3.0  # seconds for which what a client still sends is read after its answer
-LINGER_BYTES = 64 << 20  # and how much of it
-DISCARD = 256 << 10  # bytes read at once then
+LOOK_EVERY = 10.0  # seconds between two checks after that
+LINGER = 3.0  # seconds for which the data that a client still sends is read after its answer
+LINGER_BYTES = 64 << 20  # and the most of it that is read
+DISCARD = 256 << 10  # bytes per read in that time
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 COMMENT = sse.comment()
 
 
 class Request(WSGITask):
-    """A request whose environment has its client's presence, and what is to be done at its end."""
+    """A request whose environment holds its client's `Disconnect` and its end callbacks."""
 
-    wrote_header = False  # as in waitress, which has no types
+    wrote_header = False  # as in waitress, which has no type hints
 
     def service(self) -> None:
         with ExitStack() as self.at_end:
@@ -75,7 +75,7 @@ class Request(WSGITask):
     def build_response_header(self) -> bytes:
         head: bytes = super().build_response_header()
         if self.request.command == "HEAD":
-            self.chunked_response = False  # not even the chunk that ends a body
+            self.chunked_response = False  # not even the chunk that ends a body is sent
         return head
 
     def write(self, data: bytes) -> None:
@@ -88,11 +88,11 @@ class Request(WSGITask):
         channel.question = self._comment()
 
     def begin(self, data: bytes) -> None:
-        """Send the head, and the beginning of the body."""
+        """Send the head and the beginning of the body."""
         super().write(data)
 
     def _comment(self) -> bytes:
-        """Return what may be sent between two pieces of the answer and means nothing there."""
+        """Return bytes that may be sent between two pieces of the answer and mean nothing there."""
         for name, value in self.response_headers:
             if name.lower() == "content-type" and value.startswith(sse.MEDIA_TYPE):
                 return (
@@ -108,12 +108,15 @@ class Request(WSGITask):
         super().finish()
         backlog = channel.total_outbufs_len > channel.adj.outbuf_high_watermark
         if backlog and len(channel.requests) > 1:
-            # It asks on without reading: its next request would wait for it, on a thread.
+            # The client sends requests without reading answers: its next one would block a thread.
             self.close_on_finish = True
 
 
 class BadRequest(ErrorTask):
-    """What the server itself refuses (a broken head, a body too large), as the contract's error."""
+    """A request that the server itself rejects (a broken head, too large a body).
+
+    It is answered with the contract's error.
+    """
 
     def execute(self) -> None:
         self.channel.question = b""
@@ -149,18 +152,19 @@ class BadRequest(ErrorTask):
 class Channel(HTTPChannel):
     """A client's connection, from its acceptance to its end.
 
-    waitress reads nothing of a connection while its request runs; reading on
-    (`channel_request_lookahead`) is how the end of what the client sends is seen while no byte
-    flows. A client that sends no more has either left or waits for its answer (`shutdown(SHUT_WR)`,
-    as `nc -N` does), and TCP does not say which: it must be sent something. One that has left
-    answers that with a reset, which ends the connection. So a client that waits gets what means
-    nothing at that point of its answer, twice at most: an interim response (RFC 9110, 15.2) or a
-    comment between events.
+    By default, waitress does not read from a connection while its request runs. It reads on here
+    (`channel_request_lookahead`), which reveals the end of the client's sending while no byte
+    flows. A client that has ended its sending has either disconnected or waits for its answer
+    (`shutdown(SHUT_WR)`, as `nc -N` does). TCP does not say which, so something must be sent to it.
+    A client that has disconnected replies with a reset, which ends the connection. So a client that
+    waits gets, at most twice, bytes that mean nothing at that point of its answer: an interim
+    response (RFC 9110, 15.2) or a comment between events.
 
     Attributes:
-        question: what may be sent so, now: empty where nothing may, None where nothing ever can
-            before the answer (HTTP/1.0 has no interim responses). Set by the request's thread
-            around what it sends, so that nothing gets between the parts of a piece.
+        question: the bytes that may be sent as such a probe now; empty if nothing may be sent, None
+            if nothing can ever be sent before the answer (HTTP/1.0 has no interim responses). The
+            request's thread sets it around what it sends, so that no probe gets between the parts
+            of a piece.
     """
 
     parser_class = Parser
@@ -168,23 +172,23 @@ class Channel(HTTPChannel):
     error_task_class = BadRequest
     disconnect: Disconnect | None = None
     question: bytes | None = b""
-    _half_closed: float | None = None  # since when the client sends no more (monotonic seconds)
-    _asked = 0  # how often it was asked since whether it is there
-    _parted: float | None = None  # since when it has all that it gets
+    _half_closed: float | None = None  # when the client ended its sending (monotonic seconds)
+    _asked = 0  # how often it has been probed since then
+    _parted: float | None = None  # when everything had been sent to it (monotonic seconds)
     _discarded = 0
     _last_activity = 0.0
 
     @property
     def last_activity(self) -> float:
-        """When something last went over the connection, in monotonic seconds."""
+        """The time of the last traffic on the connection, in monotonic seconds."""
         return self._last_activity
 
     @last_activity.setter
     def last_activity(self, now: float) -> None:
-        # waitress gives the time of day, which jumps when the machine wakes or its clock is set.
+        # waitress passes the time of day, which jumps when the machine wakes or its clock is set.
         self._last_activity = time.monotonic()
 
-    # -- what the poll loop asks
+    # -- called by the poll loop
 
     def readable(self) -> bool:
         if self._parted is not None:
@@ -208,17 +212,17 @@ class Channel(HTTPChannel):
             return math.inf
         if self._asked < len(ASK_AT):
             return self._half_closed + ASK_AT[self._asked]
-        # macOS's poll tells nothing of a connection of which nothing is wanted.
+        # macOS's poll reports nothing about a connection for which no event is requested.
         return self._half_closed + LOOK_EVERY * (1 + self._asked - len(ASK_AT))
 
     def expire(self) -> None:
-        """Do what the time has come for: ask a silent client, or close."""
+        """Do what is due: probe a silent client, or close the connection."""
         if self.requests and not self.total_outbufs_len:
             self._ask()
         else:
             self.handle_close()
 
-    # -- the I/O thread's part
+    # -- for the I/O thread
 
     def handle_read(self) -> None:
         size = self.adj.recv_bytes if self._parted is None else DISCARD
@@ -237,12 +241,12 @@ class Channel(HTTPChannel):
             self._last_activity = time.monotonic()
             self.received(data)
         else:
-            self._half_closed = time.monotonic()  # and closed where no answer is due: see writable
+            self._half_closed = time.monotonic()  # closed if no answer is due: see writable
 
     def received(self, data: bytes) -> bool:
         last = self.requests[-1:]
         if last and last[0].error is not None:
-            return False  # what follows a request that is refused may be its body
+            return False  # what follows a rejected request may be its body
         return bool(super().received(data))
 
     def handle_write(self) -> None:
@@ -258,10 +262,10 @@ class Channel(HTTPChannel):
             self._part()
 
     def _part(self) -> None:
-        """Close in stages (RFC 9112, 9.6): what the client still sends is read for a while.
+        """Close in stages (RFC 9112, 9.6): read what the client still sends for a while.
 
-        A socket closed with something unread resets the connection, and the client, or the proxy it
-        comes through, may lose the answer that said why.
+        Closing a socket that has unread data resets the connection. The client, or a proxy in
+        front of it, may then lose the answer that said why.
         """
         if self._half_closed is None:
             try:
@@ -274,15 +278,15 @@ class Channel(HTTPChannel):
         self.handle_close()
 
     def _ask(self) -> None:
-        """Find out whether the client is still there."""
+        """Probe whether the client is still there."""
         self._asked += 1
         if self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.handle_close()
         elif self._asked >= len(ASK_AT):
             return
         elif self.question is None:
-            # An answer without its head can only be waited for or given up. Whoever works on it
-            # may give it up; where nobody does, it goes out as ever.
+            # Before its head is sent, an answer can only be waited for or aborted. Whoever works on
+            # it may abort it; if nobody does, it is sent as usual.
             self._asked = len(ASK_AT)
             if self.disconnect is not None:
                 self.disconnect.leave()
@@ -290,7 +294,7 @@ class Channel(HTTPChannel):
             self.handle_close()
 
     def _send_question(self) -> bool:
-        """Send it unless the answer itself is being sent; return False if the client has left."""
+        """Send the probe unless the answer is being sent; return False if the client has left."""
         with self.outbuf_lock:
             question = self.question
             if question and not self.total_outbufs_len:
@@ -306,22 +310,26 @@ class Channel(HTTPChannel):
         return True
 
     def send_continue(self) -> None:
-        with self.outbuf_lock:  # a request's thread may call this, while the I/O thread closes
+        with self.outbuf_lock:  # a request's thread may call this while the I/O thread closes
             if self.request.completed or not self.connected:
-                self.request.expect_continue = False  # there is no body to go on with
+                self.request.expect_continue = False  # there is no body to continue with
             else:
                 super().send_continue()
 
     def handle_close(self) -> None:
         super().handle_close()
-        # Only now: a request that begins meanwhile finds the connection ended, or is found here.
+        # Not before: a request that begins meanwhile either sees the connection closed or is
+        # notified here.
         if self.disconnect is not None:
             self.disconnect.leave()
 
 
 class DirectRequest(Request):
-    """A request whose body goes the short way: its beginning together with the head (one packet,
-    one wake of the client), each further chunk as it comes."""
+    """A request whose body takes the direct path.
+
+    Its beginning is sent together with the head (one packet, one wake-up of the client), and each
+    further chunk as it comes.
+    """
 
     def begin(self, data: bytes) -> None:
         joined = self.complete and self.has_body and 0 < len(data) <= JOINED
@@ -342,7 +350,7 @@ class DirectRequest(Request):
 
 
 class DirectChannel(Channel):
-    """A connection that takes bytes straight from the request's thread."""
+    """A connection that sends bytes directly from the request's thread."""
 
     task_class = DirectRequest
 
@@ -351,13 +359,13 @@ class DirectChannel(Channel):
         self.send_now(b"%b%x\r\n%b\r\n" % (head, len(data), data))
 
     def send_now(self, data: bytes) -> None:
-        """Send bytes, at once unless something waits already.
+        """Send bytes, immediately unless something is queued already.
 
         Raises:
             ClientDisconnected: the client has left.
         """
         sent = 0
-        lock = self.outbuf_lock  # the I/O thread closes under it; `with` would take two calls more
+        lock = self.outbuf_lock  # the I/O thread closes under it; `with` would cost two more calls
         lock.acquire()
         try:
             if self.connected and not self.total_outbufs_len:
@@ -370,10 +378,10 @@ class DirectChannel(Channel):
                     self.server.pull_trigger()
                     raise ClientDisconnected from None
                 if sent < len(data):
-                    self._last_activity = time.monotonic()  # from here on the client is a slow one
+                    self._last_activity = time.monotonic()  # from now on the client counts as slow
             if sent < len(data):
-                # Under the lock still (a reentrant one, which its wait gives up): a question of the
-                # I/O thread's would else come between this piece and its rest.
+                # Still under the lock (a reentrant one, released while waiting on it): otherwise a
+                # probe by the I/O thread could get between this piece and its rest.
                 self.write_soon(data[sent:])
         finally:
             lock.release()

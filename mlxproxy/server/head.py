@@ -1,8 +1,8 @@
-"""A request's head, read in time that grows with its length and no faster (RFC 9112, 2 to 5).
+"""Parsing of a request's head in time linear in its length (RFC 9112, 2 to 5).
 
 waitress reads heads with regular expressions that backtrack: 16 kB of digits took half a minute, on
-the one thread that reads for everybody. Here every byte is looked at a fixed number of times, by
-functions of `bytes` that go once from left to right.
+the one thread that reads for all clients. Here every byte is examined a fixed number of times, by
+methods of `bytes` that make one pass from left to right.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import string
 from typing import NamedTuple
 
-# RFC 9110, 5.6.2 and 5.5: what names and values are made of.
+# RFC 9110, 5.6.2 and 5.5: the bytes that names and values consist of.
 TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
 TEXT = bytes([9, *range(32, 127), *range(128, 256)])
 
-LONGEST_METHOD = 32  # bytes; the longest that is registered has 17
+LONGEST_METHOD = 32  # bytes; the longest registered method has 17
 MOST_FIELDS = 128
 
 
 class Malformed(Exception):
-    """Why a request is refused unread.
+    """A request is malformed and rejected unread.
 
     Args:
-        reason: completes "This is no HTTP request this server takes: …".
-        status: the HTTP status of the refusal.
+        reason: completes "This is not a valid HTTP request for this server: …".
+        status: the HTTP status of the rejection.
     """
 
     def __init__(self, reason: str, status: int = 400) -> None:
@@ -44,11 +44,11 @@ def read(head: bytes) -> Head:
     """Return the parts of a head.
 
     Args:
-        head: all bytes of it, its empty last line included.
+        head: all its bytes, including its empty last line.
 
     Raises:
-        Malformed: it is no head of HTTP/1.0 or HTTP/1.1. Lines that continue the one before are
-            refused too, as RFC 9112, 5.2 allows, and so are lines that do not end in CR LF.
+        Malformed: it is not a valid head of HTTP/1.0 or HTTP/1.1. Lines that continue the previous
+            one are rejected too, as RFC 9112, 5.2 allows, and so are lines not ending in CR LF.
     """
     first, *lines = head.rstrip(b"\r\n").split(b"\r\n")
     if not consists_of(head.replace(b"\r\n", b""), TEXT):
@@ -69,7 +69,7 @@ def read(head: bytes) -> Head:
 
 
 def _fields(lines: list[bytes]) -> dict[str, str]:
-    """Return the header fields; those of one name become one, joined with commas."""
+    """Return the header fields; fields of the same name are joined with commas."""
     if len(lines) > MOST_FIELDS:
         raise Malformed(f"it has more than {MOST_FIELDS} header fields", 431)
     fields: dict[str, str] = {}
@@ -78,7 +78,7 @@ def _fields(lines: list[bytes]) -> dict[str, str]:
         if not name or not colon or not consists_of(name, TOKEN):
             raise Malformed("one of its header lines is not a name, a colon and a value")
         if b"_" in name:
-            continue  # WSGI would take it for the name with a hyphen
+            continue  # WSGI would confuse it with the same name written with a hyphen
         key = name.upper().replace(b"-", b"_").decode()
         value = content.strip(b" \t").decode("latin-1")
         fields[key] = f"{fields[key]}, {value}" if key in fields else value
@@ -86,5 +86,5 @@ def _fields(lines: list[bytes]) -> dict[str, str]:
 
 
 def consists_of(text: bytes, allowed: bytes) -> bool:
-    """Return whether each byte of the text is one of those allowed."""
+    """Return whether each byte of the text is an allowed one."""
     return not text.translate(None, allowed)

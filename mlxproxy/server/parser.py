@@ -1,8 +1,8 @@
-"""What a connection sends, made into requests: the head, how long the body is, the body.
+"""Parsing of what a connection sends into requests: the head, the body's length, the body.
 
 Everything here runs on the one thread that reads for all clients. So each byte costs a fixed amount
-of work, in whatever pieces it arrives, and a request that two servers in a row could read in two
-ways is refused.
+of work, no matter in what pieces it arrives. A request that two servers in a row could interpret
+differently is rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEX = string.hexdigits.encode()
 
 
 class Refusal:
-    """An error as waitress hands it on to the task that answers."""
+    """An error in the form in which waitress passes it to the task that answers."""
 
     def __init__(self, status: int, reason: str) -> None:
         self.code = status
@@ -34,11 +34,11 @@ class Refusal:
 
 
 class Until:
-    """Bytes up to a marker, which is looked for once in each byte that comes.
+    """Bytes up to a marker; each byte that arrives is searched only once.
 
     Args:
         marker: the bytes that end it.
-        limit: how many bytes it may have, the marker included.
+        limit: the most bytes it may have, including the marker.
     """
 
     def __init__(self, marker: bytes, limit: int) -> None:
@@ -47,13 +47,13 @@ class Until:
         self._data = bytearray()
 
     def take(self, data: bytes, start: int = 0) -> tuple[int, bytes | None]:
-        """Return how many of the bytes from `start` on belong to it, and all once it is whole.
+        """Return how many bytes from `start` on belong to it, and all its bytes once complete.
 
         Raises:
             OverflowError: it is longer than the limit.
         """
         held = len(self._data)
-        if not held:  # as a rule it comes in one piece
+        if not held:  # usually it arrives in one piece
             end = data.find(self._marker, start, start + self._limit) + len(self._marker)
             if end >= len(self._marker):
                 return end - start, data[start:end]
@@ -72,10 +72,10 @@ class Until:
 
 
 class Chunks:
-    """A chunked body (RFC 9112, 7.1), taken apart as it comes; extensions and trailers are dropped.
+    """A chunked body (RFC 9112, 7.1), decoded as it arrives; extensions and trailers are dropped.
 
     Args:
-        buffer: what gets the body.
+        buffer: receives the body.
     """
 
     error = None
@@ -91,10 +91,10 @@ class Chunks:
         return self._buffer.__len__()  # type: ignore[no-any-return]
 
     def received(self, data: bytes) -> int:
-        """Take what belongs to the body; return how many bytes that is.
+        """Take the bytes that belong to the body; return how many there are.
 
         Raises:
-            Malformed: they are no chunks.
+            Malformed: they are not valid chunks.
         """
         at = 0
         while at < len(data) and not self.completed:
@@ -114,7 +114,7 @@ class Chunks:
         return at
 
     def _control(self, line: bytes) -> None:
-        """Act on a line that is not of the body."""
+        """Act on a line that is not part of the body."""
         if not head.consists_of(line, head.TEXT):
             raise Malformed("there is a control character between its chunks")
         if self._expected == "size":
@@ -138,10 +138,10 @@ class Chunks:
 
 
 class Parser(HTTPRequestParser):
-    """One request as it comes; waitress's own, but for all that reads bytes."""
+    """One request as it arrives: waitress's parser, except for everything that reads bytes."""
 
     completed = False
-    # What the answer to a refused head asks for.
+    # Attributes that the answer to a rejected head reads.
     command = path = request_uri = query = fragment = proxy_scheme = proxy_netloc = ""
     url_scheme = "http"
 
@@ -153,7 +153,7 @@ class Parser(HTTPRequestParser):
         self._begun = False
 
     def received(self, data: bytes) -> int:
-        """Take what belongs to the request; return how many bytes that is."""
+        """Take the bytes that belong to the request; return how many there are."""
         if self.completed:
             return 0
         try:
@@ -165,7 +165,7 @@ class Parser(HTTPRequestParser):
             self._refuse(507, f"its body cannot be stored ({reason})")
         else:
             return taken
-        return len(data)  # what follows what was refused is nothing to read
+        return len(data)  # whatever follows a rejected request is not read
 
     def _refuse(self, status: int, reason: str) -> None:
         self.error = Refusal(status, reason)
@@ -187,10 +187,11 @@ class Parser(HTTPRequestParser):
         return skipped + taken
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the head.
+        """Parse the head.
 
         Raises:
-            Malformed: it is none, or says in two ways, or in none of ours, how long the body is.
+            Malformed: it is not a valid head, or states the body's length twice, or in a way that
+                is not supported.
         """
         self.command, target, self.version, self.headers = head.read(header_plus)
         self.request_uri = target.decode("latin-1")
@@ -209,7 +210,7 @@ class Parser(HTTPRequestParser):
         self._frame(self.headers.pop("TRANSFER_ENCODING", None), self.headers.get("CONTENT_LENGTH"))
 
     def _frame(self, coding: str | None, length: str | None) -> None:
-        """Find out how long the body is (RFC 9112, 6.3)."""
+        """Determine how long the body is (RFC 9112, 6.3)."""
         if coding is not None:
             if self.version != "1.1":
                 raise Malformed("only HTTP/1.1 has a Transfer-Encoding")
@@ -241,6 +242,6 @@ class Parser(HTTPRequestParser):
             if self.body_bytes_received - body > FRAMING + body // 16:
                 raise Malformed("its chunks have more framing than content")
             if receiver.completed:
-                self.headers["CONTENT_LENGTH"] = str(body)  # as if it had come in one piece
+                self.headers["CONTENT_LENGTH"] = str(body)  # as if it had not been chunked
         self.completed = receiver.completed
         return taken

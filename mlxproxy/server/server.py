@@ -1,4 +1,4 @@
-"""waitress, set up for streams: sockets, threads, a client's leaving, a graceful stop."""
+"""waitress, set up for streams: sockets, threads, client disconnects, a graceful stop."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from mlxproxy.settings import Settings
 log = logging.getLogger("mlxproxy.server")
 
 DESCRIPTORS = 8192
-# Threads beside those of answers and waiting requests, so that /health, loads, unloads and those
-# who follow a log always find one.
+# Threads in addition to those for answers and queued requests, so that /health, loads, unloads and
+# followers of a log always find one.
 RESERVE = 48
-# Bytes a slow reader may have waiting in memory before the backend is no longer read for it.
+# Bytes queued in memory for a slow reader beyond which the backend is no longer read for it.
 WATERMARK = 256 << 10
-# Open files that are no client's: logs, locks, a folder being read, the backend's start.
+# Open files not used for clients: logs, locks, a folder being read, the backend's start.
 OWN_DESCRIPTORS = 40
-CROWDED = 2.0  # seconds that a connection may be idle while there is no room for another
-REST = 0.5  # seconds without accepting, after an accept that the system had nothing left for
-# The system asks a silent client's machine by itself whether it is still there, in seconds: for one
-# that was unplugged, or has left long after the end of its sending, there is no other sign.
+CROWDED = 2.0  # seconds that a connection may be idle while there is no room for another one
+REST = 0.5  # seconds without accepting, after an accept for which the system had no resources left
+# With these intervals (seconds), the system itself probes whether a silent client's machine is
+# still there. There is no other sign of a machine that was unplugged, or of a client that
+# disconnected long after the end of its sending.
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-STOPPED = 10.0  # seconds for the last bytes to reach the clients
+STOPPED = 10.0  # seconds that the last bytes have to reach the clients
 
 
 class CannotListen(Exception):
-    """The address cannot be listened on; the message is the sentence for the user."""
+    """The server cannot listen on the address; the message is the sentence for the user."""
 
 
 class Listener(TcpWSGIServer):
-    """The listening socket. It accepts what can be served; the rest waits in the kernel's queue."""
+    """The listening socket. It accepts what can be served; the rest stays in the kernel's queue."""
 
     _resting_until = -math.inf
 
@@ -67,7 +68,7 @@ class Listener(TcpWSGIServer):
         return self._resting_until if self._resting_until > time.monotonic() else math.inf
 
     def expire(self) -> None:
-        """Accept again: the next turn asks :meth:`readable`."""
+        """Do nothing: the next turn calls :meth:`readable` and accepts again."""
 
     def set_socket_options(self, connection: socket.socket) -> None:
         super().set_socket_options(connection)
@@ -75,20 +76,20 @@ class Listener(TcpWSGIServer):
         for name, value in KEEPALIVE.items():
             if (
                 option := getattr(socket, name, None)
-            ) is not None:  # macOS has another for the first
+            ) is not None:  # macOS has another name for the first
                 connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def handle_accept(self) -> None:
         try:
             connection, address = self.socket.accept()
-        except OSError as error:  # the client has left already, or there is no descriptor for it
+        except OSError as error:  # the client has disconnected, or there is no descriptor left
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._resting_until = time.monotonic() + REST
             return
         try:
             self.set_socket_options(connection)
             self.channel_class(self, connection, address, self.adj, map=self._map)
-        except OSError:  # macOS, where the client has left already
+        except OSError:  # on macOS, if the client has already disconnected
             connection.close()
 
 
@@ -97,11 +98,11 @@ class Server:
 
     Args:
         app: the WSGI application.
-        settings: the counts that decide how many threads there are.
+        settings: the limits that decide how many threads there are.
         listener: the socket to accept connections on, from :func:`listen`.
-        stop: ends all work within its limits; called once, from a thread of its own.
-        hurry: shortens a stop under way; called at a second signal.
-        channel_class: what each connection becomes; `Channel` sends through waitress's buffers.
+        stop: ends all work within its time limits; called once, from a thread of its own.
+        force_stop: shortens a stop in progress; called at a second signal.
+        channel_class: the class of each connection; `Channel` sends through waitress's buffers.
 
     Raises:
         CannotListen: another program has begun to listen on the address in the meantime.
@@ -128,7 +129,7 @@ class Server:
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,
-            max_request_body_size=settings.max_body + 1,  # waitress refuses what is as large
+            max_request_body_size=settings.max_body + 1,  # waitress rejects a body of this size
             max_request_header_size=64 << 10,
             outbuf_high_watermark=WATERMARK,
             backlog=1024,
@@ -155,10 +156,10 @@ class Server:
         self._server.channel_class = channel_class
 
     def run(self) -> None:
-        """Serves until a signal or :meth:`stop`, then stops as told.
+        """Serve until a signal or :meth:`stop`, then stop gracefully.
 
-        A terminal that is closed (SIGHUP) must not leave the backend behind either; `nohup` has
-        that signal ignored, and it stays so.
+        Closing the terminal (SIGHUP) must not leave the backend running either. Under `nohup`, that
+        signal is ignored and stays ignored.
         """
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -171,7 +172,7 @@ class Server:
         wasyncore.close_all(self._map)
 
     def stop(self) -> None:
-        """Begins the stop; a second call hurries it. May be called from a signal handler."""
+        """Begin the stop; a second call hurries it. May be called from a signal handler."""
         if self._stopping:
             threading.Thread(target=self._hurry, name="hurry", daemon=True).start()
             return
@@ -188,10 +189,10 @@ class Server:
             self._server.pull_trigger()
 
     def _turn(self, timeout: float) -> None:
-        """Wait for what happens next, for `timeout` seconds at most, and act on it.
+        """Wait for the next events, for at most `timeout` seconds, and handle them.
 
-        Unlike waitress's own loop it hears of the end of connections that are neither to be read
-        nor to be written; and each says itself when its time is over, on the monotonic clock.
+        Unlike waitress's own loop, it notices the end of connections that are neither to be read
+        nor to be written. Each connection itself says when it expires, on the monotonic clock.
         """
         poll = select.poll()
         until = now = time.monotonic()
@@ -211,8 +212,8 @@ class Server:
                 wasyncore.read(it)
             if happened & select.POLLOUT and self._map.get(descriptor) is it:
                 wasyncore.write(it)
-            # With something to read, reading tells what has ended: on macOS a client that has only
-            # ended its sending counts as hung up.
+            # If there is something to read, reading shows what has ended: on macOS, a client that
+            # has only ended its sending is reported as hung up.
             if not happened & (select.POLLIN | select.POLLOUT):
                 it.handle_close()
         now = time.monotonic()
@@ -221,7 +222,7 @@ class Server:
                 it.expire()
 
     def _drain_buffers(self) -> None:
-        """Lets the last bytes, and the errors of those who were ended, reach their clients."""
+        """Let the last bytes, including the errors of aborted requests, reach their clients."""
         self._server.accepting = False
         deadline = time.monotonic() + STOPPED
         while time.monotonic() < deadline and any(
@@ -232,10 +233,10 @@ class Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to the address: nobody can connect before a server takes it.
+    """Return a socket bound to the address; nobody can connect before a server listens on it.
 
     Raises:
-        CannotListen: the address is taken or not of this machine.
+        CannotListen: the address is in use or is not an address of this machine.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -263,17 +264,17 @@ def _cannot_listen(error: OSError, host: str, port: int) -> CannotListen:
 
 
 def _room(descriptors: int, max_concurrent: int) -> int:
-    """Return for how many connections these descriptors are enough.
+    """Return how many connections these descriptors are enough for.
 
-    Each may need one for itself and one for a body that waits on disk; as many as are answered at
-    once need one more, to the backend.
+    Each connection may need one for itself and one for a body that is buffered on disk. Those that
+    are answered at the same time need one more, for the connection to the backend.
     """
     free = descriptors - OWN_DESCRIPTORS
     return max(4, free // 3, (free - max_concurrent) // 2)
 
 
 def _raise_descriptor_limit() -> int:
-    """Raises this process's limit of open files (256 on macOS); returns what it is now."""
+    """Raise this process's limit of open files (256 on macOS); return the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
     if soft == resource.RLIM_INFINITY:

@@ -1,8 +1,8 @@
-"""What `channel`, `parser` and `server` build on in waitress, looked for once at the start.
+"""A check at the start for the names in waitress that `channel`, `parser` and `server` rely on.
 
-They override methods and share attributes that waitress does not document. Without one of them most
-of the proxy would still run: an override would no longer be called, a lock no longer be the one
-that waitress takes. So a waitress that lacks one is refused before anything listens.
+They override methods and use attributes that waitress does not document. If one were missing, most
+of the proxy would still run, but an override would no longer be called, or a lock would no longer
+be the one that waitress takes. So a waitress that lacks one is rejected before anything listens.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _LISTENER = """
 
 
 class UnsuitableWaitress(Exception):
-    """The installed waitress lacks what is built on; the message is the sentence for the user."""
+    """The installed waitress lacks a required name; the message is the sentence for the user."""
 
 
 def require_suitable() -> None:
-    """Look for every name on an object of waitress's own, since some are set when it is made.
+    """Look for every name on real objects of waitress, since some are set by their constructors.
 
     Raises:
         UnsuitableWaitress: a name is missing.

@@ -1,10 +1,10 @@
-"""Notice a client that leaves in every phase of its request, and let go of the request at once.
+"""Detection of a disconnect in every phase of a request, to release the request immediately.
 
-`mlx_lm.server` finds out only when a write fails, and it writes nothing while a request is queued,
-a prompt is read, a tool call is generated, or a whole answer is made. So a watcher looks at each
-connection five times a second. The request of a client that has left is taken out of wherever it
-is, and its connection is closed only then: whoever half-closed it can tell by the end of file that
-the backend's place is free again.
+`mlx_lm.server` notices a disconnect only when a write fails. It writes nothing while a request is
+queued, a prompt is read, a tool call is generated, or a non-streamed answer is made. So a watcher
+checks each connection five times a second. The request of a client that has disconnected is removed
+from wherever it is, and only then is its connection closed. So a peer that has half-closed the
+connection can tell by the end of file that the place in the backend is free again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import gate
 from .report import Pulse
 
 INTERVAL_SECONDS = 0.2
-LET_GO_SECONDS = 60.0  # longer than any step; a thread that hangs is the proxy's to find
+LET_GO_SECONDS = 60.0  # longer than any step; detecting a thread that hangs is the proxy's task
 
 SERVER_NAMES: gate.Names = {
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
@@ -46,7 +46,7 @@ class ClientLeft(ConnectionError):
 
 
 class Call:
-    """One request, from its handler's start until the generation thread has let go of it."""
+    """One request, from its handler's start until the generation thread has released it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.left = False
@@ -59,7 +59,7 @@ class Call:
         """Remember the queue that the handler waits on.
 
         Raises:
-            ClientLeft: nobody waits for it any more.
+            ClientLeft: the client has disconnected already.
         """
         with self._lock:
             self._queue = queue
@@ -67,7 +67,7 @@ class Call:
                 raise ClientLeft
 
     def look(self) -> None:
-        """See whether the client is still there; if not, wake the handler to end the request."""
+        """Check whether the client is still there; if not, wake the handler to end the request."""
         try:
             gone = not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -82,22 +82,22 @@ class Call:
 
 
 class Departures:
-    """The calls of one server."""
+    """The calls of one server, watched for disconnects."""
 
     def __init__(self, pulse: Pulse) -> None:
         self._pulse = pulse
         self._lock = threading.Lock()
         self._watched: set[Call] = set()
         self._any = threading.Event()
-        self._handler = threading.local()  # .call: the one that this HTTP thread serves
-        # By the generation thread alone:
-        self._taken: Call | None = None  # the last one: tokenized, then inserted or served alone
+        self._handler = threading.local()  # .call: the call that this HTTP thread serves
+        # Used by the generation thread only:
+        self._taken: Call | None = None  # the last call: tokenized, then inserted or served alone
         self._in_batch: dict[int, Call] = {}
 
     def look(self) -> None:
-        """Wait until there are calls, then look at each once."""
+        """Wait until there are calls, then check each of them once."""
         self._any.wait()
-        with self._lock:  # no connection is closed, and none of its numbers reused, meanwhile
+        with self._lock:  # meanwhile no connection is closed and no descriptor number is reused
             for call in self._watched:
                 if not call.left:
                     call.look()
@@ -132,7 +132,7 @@ class Departures:
         """Patch `mlx_lm.server` and `mlx_lm.generate`.
 
         Raises:
-            Unexpected: requests take another way there.
+            Unexpected: requests are processed in another way there.
         """
         gate.require(server, SERVER_NAMES)
         gate.require(generate, GENERATE_NAMES)
@@ -162,7 +162,7 @@ class Departures:
             this: Any, request: Any, generation_args: Any, progress_callback: Any = None
         ) -> Any:
             call = getattr(self._handler, "call", None)
-            # A group of several machines sends the arguments on: they must stay what they are.
+            # A group of several machines passes the arguments on, so they must not be changed.
             if call is None or this._is_distributed:
                 return generate(this, request, generation_args, progress_callback)
             generation_args.call = call
@@ -180,7 +180,7 @@ class Departures:
         generator._await_response = wait
 
     def _arm_context(self, server: Any) -> None:
-        """The generation of a client that has left is to stop, whoever knows of it by now."""
+        """Make generations stop once their client has left, whichever thread has noticed it."""
 
         class Context(server.GenerationContext):  # type: ignore[misc]
             def __init__(this, *arguments: Any, **named: Any) -> None:  # noqa: N805
@@ -204,7 +204,7 @@ class Departures:
         @functools.wraps(load)
         def load_for_request(this: Any, *arguments: Any, **named: Any) -> Any:
             try:
-                if self._taken is not None and self._taken.left:  # while it waited for a drain
+                if self._taken is not None and self._taken.left:  # left while it waited for a drain
                     raise ClientLeft
                 return load(this, *arguments, **named)
             except BaseException:
@@ -221,7 +221,7 @@ class Departures:
                     call.released.clear()
                     self._pulse.active += 1
                     break
-                timeout = None  # its client has left; is there another one already?
+                timeout = None  # its client has left; take another request if one is queued already
             return taken
 
         @functools.wraps(tokenize)
@@ -257,7 +257,7 @@ class Departures:
             for token in tokens:
                 if token.finish_reason is not None:
                     self._release(self._in_batch.pop(token.uid, None))
-            # The server looks at those alone of which something is reported.
+            # The server checks only the requests for which something is reported.
             for uid in [sequence[0] for sequence in this._unprocessed_sequences]:
                 call = self._in_batch.get(uid)
                 if call is not None and call.left:
@@ -282,7 +282,7 @@ class Departures:
         def serve_single(this: Any, request: Any, *arguments: Any) -> None:
             call = getattr(request[2], "call", None)
             try:
-                with self._pulse.at("step"):  # reads images, before there is a token to count
+                with self._pulse.at("step"):  # it reads images before there is a token to count
                     serve(this, request, *arguments)
             finally:
                 self._release(call)

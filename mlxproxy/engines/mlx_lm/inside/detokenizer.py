@@ -1,9 +1,9 @@
-"""Let a token that has no text be no text.
+"""Treatment of a token that has no text as an empty text.
 
-Where the model has more token ids than the tokenizer has texts (gaps, padding), a high temperature
-or a `logit_bias` can choose one of those, and the streaming detokenizer raises: `list index out of
-range`, `can only concatenate str (not "NoneType")`. That ends the generation thread, and with it
-every answer in flight.
+If the model has more token ids than the tokenizer has texts (gaps, padding), a high temperature or
+a `logit_bias` can select an id without a text. Then the streaming detokenizer raises: `list index
+out of range`, `can only concatenate str (not "NoneType")`. That crashes the generation thread, and
+with it every answer in flight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def arm(utils: Any) -> None:
     """Patch `mlx_lm.tokenizer_utils`.
 
     Raises:
-        Unexpected: its detokenizers are other ones.
+        Unexpected: its detokenizers are different.
     """
     for name in CLASSES:
         gate.require(

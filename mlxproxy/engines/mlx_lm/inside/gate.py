@@ -1,4 +1,4 @@
-"""Checks, before a feature touches mlx-lm, that this mlx-lm is as the feature expects."""
+"""Checks that this mlx-lm is as a feature expects, made before the feature touches it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 class Unexpected(Exception):
-    """This mlx-lm is not as a feature expects; the message says in what."""
+    """This mlx-lm is not as a feature expects; the message names the difference."""
 
 
 def require_attributes(module: Any, name: str, attributes: tuple[str, ...]) -> None:
-    """Check that the constructor of a class sets these attributes, or at least knows their names.
+    """Check that the constructor of a class sets these attributes, or at least uses their names.
 
     Raises:
-        Unexpected: it does not know one of them.
+        Unexpected: it does not use one of them.
     """
     known = getattr(module, name).__init__.__code__.co_names
     for attribute in attributes:
@@ -43,7 +43,7 @@ def require_uses(module: Any, dotted: str, names: tuple[str, ...]) -> None:
 
 
 def require(module: Any, names: Names) -> None:
-    """Check that each name exists in `module` and takes the parameters, in this order.
+    """Check that each name exists in `module` and takes these parameters, in this order.
 
     Raises:
         Unexpected: a name is missing, or takes other parameters.

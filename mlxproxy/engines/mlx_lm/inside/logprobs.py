@@ -1,11 +1,11 @@
-"""Log probabilities as OpenAI's API has them, whole and streamed.
+"""Log probabilities in the form of OpenAI's API, whole and streamed.
 
-mlx-lm 0.32.2 names a token as its vocabulary does (``Ġcapital``) and without its bytes, takes for
-the token that was chosen any one of the likeliest, leaves them all out of a stream, and has one
-shape for chat and text completions.
+mlx-lm 0.32.2 names a token as its vocabulary does (``Ġcapital``) and without its bytes. It reports
+any one of the likeliest tokens as the chosen one, omits all of them from a stream, and uses the
+same shape for chat and text completions.
 
-An incomplete character is a token of its own bytes, whose text is U+FFFD. The token that ended the
-answer, and those of a stop word, are no part of the text and are left out.
+A token that is an incomplete character has that character's bytes, and U+FFFD as its text. The
+token that ended the answer and the tokens of a stop word are not part of the text and are omitted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import gate
 
-LEAST = -9999.0  # OpenAI's number for "as good as never"; JSON has no infinity
+LEAST = -9999.0  # OpenAI's number for "practically never"; JSON has no infinity
 SPACE = "\u2581".encode()  # as SentencePiece writes it
 
 ToBytes = Callable[[int], bytes | None]
@@ -27,7 +27,7 @@ def arm(server: Any, utils: Any) -> None:
     """Patch `mlx_lm.server`, whose tokenizers are those of `mlx_lm.tokenizer_utils`.
 
     Raises:
-        Unexpected: answers are put together in another way there.
+        Unexpected: answers are assembled in another way there.
     """
     gate.require(
         server,
@@ -42,7 +42,7 @@ def arm(server: Any, utils: Any) -> None:
         gate.require_attributes(utils, name, ("tokenmap",))
     generator, handler = server.ResponseGenerator, server.APIHandler
     generate, form = generator.generate, handler.generate_response
-    thread = threading.local()  # .kept: of the request that this HTTP thread answers
+    thread = threading.local()  # .kept: the tokens of the request that this HTTP thread answers
 
     @functools.wraps(generate)
     def generate_and_keep(
@@ -70,7 +70,7 @@ def arm(server: Any, utils: Any) -> None:
 
 
 def bytes_of(tokenizer: Any, utils: Any) -> ToBytes:
-    """Return what gives a token's bytes; None for those that no text of the token's own tells."""
+    """Return a function that gives a token's bytes; None if its own text does not reveal them."""
     detokenizer = tokenizer.detokenizer
     tokens = getattr(detokenizer, "tokenmap", ())
     if isinstance(detokenizer, utils.BPEStreamingDetokenizer):
@@ -107,11 +107,11 @@ class Token(NamedTuple):
     token: int
     logprob: float
     likeliest: tuple[Any, ...]
-    text: str  # what it has added to the text
+    text: str  # the text that it has added to the answer
 
     @classmethod
     def of(cls, response: Any) -> Token:
-        """Return what a response of the generation thread says of its token."""
+        """Return the token that a response of the generation thread describes."""
         return cls(response.token, response.logprob, response.top_tokens, response.text)
 
 
@@ -120,7 +120,7 @@ class Kept:
 
     Args:
         to_bytes: gives a token's bytes.
-        surplus: gives the number of characters, at the end, that belong to a stop word.
+        surplus: gives the number of characters at the end that belong to a stop word.
     """
 
     def __init__(self, to_bytes: ToBytes, surplus: Callable[[], int]) -> None:
@@ -130,7 +130,7 @@ class Kept:
         self._offset = 0  # characters of the text so far
 
     def each(self, responses: Iterator[Any]) -> Iterator[Any]:
-        """Yield the responses of the generation thread, and keep what they say of tokens."""
+        """Yield the responses of the generation thread, and keep the tokens they describe."""
         for response in responses:
             if response.finish_reason != "stop":
                 self._tokens.append(Token.of(response))
@@ -140,7 +140,7 @@ class Kept:
         """Return the log probabilities of the tokens since the last call; None if there are none.
 
         Args:
-            texts: in the shape of text completions.
+            texts: whether to use the shape of text completions.
         """
         tokens, surplus = self._tokens, self._surplus()
         while tokens and surplus > 0 and len(tokens[-1].text) <= surplus:
@@ -173,18 +173,18 @@ class Kept:
         }
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        """Return a token as OpenAI does, with its id besides."""
+        """Return a token in OpenAI's form, plus its id."""
         found = self._to_bytes(token)
         return {
             "id": token,
             "token": "\ufffd" if found is None else found.decode(errors="replace"),
-            "logprob": logprob if logprob > LEAST else LEAST,  # nor is NaN a number of JSON's
+            "logprob": logprob if logprob > LEAST else LEAST,  # JSON has no NaN either
             "bytes": None if found is None else list(found),
         }
 
 
 def _by_name(token: dict[str, Any]) -> dict[str, float]:
-    """Return the likeliest tokens and the chosen one; of equal names, the likeliest."""
+    """Return the likeliest tokens and the chosen one by name; of equal names, the likeliest."""
     names: dict[str, float] = {}
     for entry in (*token["top_logprobs"], token):
         names.setdefault(entry["token"], entry["logprob"])

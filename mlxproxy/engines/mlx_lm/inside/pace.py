@@ -1,8 +1,8 @@
-"""Read a long prompt in pieces of about a second, however slow the machine is.
+"""Prompt processing in pieces of about a second, however slow the machine is.
 
-While a piece is read, no other answer gets a token, a client that leaves is not noticed, and nobody
-can tell a slow machine from one that hangs. mlx-lm's pieces have 2,048 tokens: a second on a fast
-Mac, minutes on a processor. The pace is measured, and the pieces are cut by it.
+While a piece is read, no other answer gets a token, a disconnect is not noticed, and nobody can
+tell a slow machine from one that hangs. mlx-lm's pieces have 2,048 tokens, which take a second on a
+fast Mac, but minutes on a CPU. So the pace is measured, and the pieces are sized by it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from . import gate
 
 PIECE_SECONDS = 1.0
 FIRST_PIECE = 64  # tokens, until the pace is known
-FIRST_PIECE_ALONE = 512  # the same, where the pieces of one prompt are all alike
+FIRST_PIECE_ALONE = 512  # the same if all pieces of one prompt have the same size
 LEAST = 8
-# Times the largest piece so far at most: one lucky measurement must not lead to a long piece, and
-# the deeper in a prompt, the longer each token takes.
+# A piece is at most this many times the largest piece so far: one lucky measurement must not lead
+# to a long piece, and the deeper in a prompt, the longer each token takes.
 GROWTH = 2
 
 BATCH_ATTRIBUTES = (
@@ -31,19 +31,19 @@ BATCH_ATTRIBUTES = (
 
 
 class Pace:
-    """How many tokens of prompts are read in a second, and the piece that follows from it."""
+    """The measured number of prompt tokens read per second, and the piece size derived from it."""
 
     def __init__(self) -> None:
         self._rate: float | None = None
         self._largest = FIRST_PIECE
 
     def piece(self, most: int, prompts: int, first: int = FIRST_PIECE) -> int:
-        """Return how many tokens of each prompt to read at once.
+        """Return how many tokens of each prompt to read in one piece.
 
         Args:
             most: tokens at most (`--prefill-step-size`).
-            prompts: how many are read together.
-            first: tokens, as long as nothing has been measured.
+            prompts: how many prompts are read together.
+            first: tokens to read as long as nothing has been measured.
         """
         wanted = float(first)
         if self._rate is not None:
@@ -51,7 +51,7 @@ class Pace:
         return min(max(LEAST, int(wanted)), most)
 
     def read(self, tokens: int, seconds: float) -> None:
-        """Take a measurement: so many tokens, of all prompts together, in so many seconds."""
+        """Take a measurement: `tokens`, of all prompts together, were read in `seconds`."""
         if tokens < LEAST or seconds <= 0:
             return
         rate = tokens / seconds

@@ -1,8 +1,8 @@
-"""Count what is cached of a prompt as read, in the progress that a stream reports.
+"""Progress of a prompt in a stream that counts its cached part as read.
 
-mlx-lm's keepalives (`: keepalive n/m`) count the tokens that are still to be read, so the same
-prompt has a length of 1 the second time. Its true length is told at the end of a stream, which an
-answer that is cut off never reaches.
+mlx-lm's keepalives (`: keepalive n/m`) count only the tokens that are still to be read, so the same
+prompt has a length of 1 the second time. Its true length is reported at the end of a stream, which
+an aborted answer never reaches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def arm(server: Any) -> None:
             if progress_callback is not None:
                 progress_callback(max(processed, processed + whole - total), whole)
 
-        # Progress is reported once the answer is read, and by then there is a context.
+        # Progress is reported only while somebody iterates over the answer, when `context` is set.
         context, answer = generate(self, request, generation_args, report)
         return context, answer
 

@@ -1,10 +1,10 @@
-"""Leave at least one token of a prompt to compute.
+"""A guarantee that at least one token of a prompt is left to compute.
 
-A prompt that is in the prompt cache to its last token (a text continued exactly where its answer
-was cut) leaves the backend nothing to compute: its generation thread dies of it, and with it every
-answer in flight. No look at a request can tell, as the cache's keys are tokens. Reported as
-https://github.com/ml-explore/mlx-lm/issues/1215, and still so in mlx-lm 0.32.2; once it is mended
-there, nothing here is ever called upon.
+A prompt that is in the prompt cache up to its last token (a text continued exactly where its answer
+was cut off) leaves the backend nothing to compute. That crashes its generation thread, and with it
+every answer in flight. It cannot be detected from the request, as the cache's keys are tokens. This
+was reported as https://github.com/ml-explore/mlx-lm/issues/1215 and is not fixed in mlx-lm 0.32.2;
+once it is, this code has no effect any more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def arm(cache: Any) -> None:
     """Patch `mlx_lm.models.cache`.
 
     Raises:
-        Unexpected: its cache is another one.
+        Unexpected: its cache is different.
     """
     gate.require(cache, NAMES)
     nearest = cache.LRUPromptCache.fetch_nearest_cache
@@ -35,7 +35,7 @@ def arm(cache: Any) -> None:
         found, rest = nearest(self, model, tokens)
         if rest or not tokens:
             return found, rest
-        if not cache.can_trim_prompt_cache(found):  # one that only grows: computed anew
+        if not cache.can_trim_prompt_cache(found):  # a cache that can only grow: compute it again
             return None, tokens
         cache.trim_prompt_cache(found, 1)
         return found, tokens[-1:]

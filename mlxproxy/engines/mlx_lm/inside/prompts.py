@@ -1,12 +1,13 @@
-"""Refuse prompts that the model cannot take, before they reach the batch.
+"""Rejection of prompts that the model cannot take, before they reach the batch.
 
-A prompt of no tokens (blank messages under a bare template, a `role_mapping` of empty texts) ends
-the generation thread with `Sequence … has an empty prompt`. A prompt beyond the model's context is
-read for minutes, while everybody waits, for an answer that is noise. What a prompt's tokens are is
-known here alone; both become errors of that one request (mlx-lm 0.32.2 answers 404 with the text).
+A prompt of no tokens (blank messages under a bare template, a `role_mapping` of empty texts)
+crashes the generation thread with `Sequence … has an empty prompt`. A prompt beyond the model's
+context is read for minutes, while everybody waits, for an answer that is noise. Only here are a
+prompt's tokens known. Both cases become errors of that one request (mlx-lm 0.32.2 answers 404 with
+the text).
 
-The generation thread tokenizes, and everybody waits for it. So a very long text is counted before,
-on the thread of its own request, and only until it is too long.
+The generation thread tokenizes, and everybody waits for it. So a very long text is counted
+beforehand, on the thread of its own request, and only until it is too long.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 from . import gate
 
 PIECE_CHARACTERS = 1 << 16
-SEAM_TOKENS = 8  # that a cut between two pieces may add
-LONG = 2  # characters for each token of the context, from which on a text is counted beforehand
+SEAM_TOKENS = 8  # tokens that a cut between two pieces may add
+LONG = 2  # characters per token of the context beyond which a text is counted beforehand
 
 EMPTY = "the prompt has no tokens"
 TOO_LONG = "the prompt has {tokens} tokens, and the model's context is {context}"
@@ -31,7 +32,7 @@ def arm(server: Any, context: int | None) -> None:
     """Patch `mlx_lm.server`.
 
     Args:
-        context: tokens that the model can take; None where it is not known.
+        context: tokens that the model can take; None if that is not known.
 
     Raises:
         Unexpected: it tokenizes in another way.
@@ -66,7 +67,7 @@ def arm(server: Any, context: int | None) -> None:
 
 
 def texts_of(request: Any) -> Iterator[str]:
-    """Yield the texts that a prompt will hold at least."""
+    """Yield the texts that a prompt will certainly contain."""
     if isinstance(request.prompt, str):
         yield request.prompt
     for message in request.messages or ():
@@ -78,7 +79,7 @@ def texts_of(request: Any) -> Iterator[str]:
 
 
 class Counter:
-    """Counts tokens by a tokenizer of its own: one that two threads use may raise."""
+    """Counts tokens with a tokenizer of its own: one that is shared by two threads may raise."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -86,8 +87,10 @@ class Counter:
         self._own: Any = None
 
     def exceeds(self, tokenizer: Any, texts: Iterable[str], context: int) -> bool:
-        """Return whether these texts certainly have more tokens than the context, as far as that
-        can be told."""
+        """Return whether these texts certainly have more tokens than the context.
+
+        The result is False if that cannot be determined.
+        """
         whole = list(texts)
         if sum(map(len, whole)) <= LONG * context:
             return False

@@ -1,9 +1,10 @@
-"""Keep what clients and models say out of the backend's log.
+"""Filters that keep the texts of clients and models out of the backend's log.
 
-`mlx_lm.server` logs a tool call that it cannot parse with the model's own text, a body that is no
-JSON as a whole, and tracebacks whose last line may quote either. Others read that log (`/v1/logs`,
-a terminal), and the proxy would pass it on in errors. So a line of the server's is written as it is
-only if it is of a kind that holds figures alone; of the others, the place is written.
+`mlx_lm.server` logs the model's own text for a tool call that it cannot parse, the whole body if it
+is not JSON, and tracebacks whose last line may quote either. Others read that log (`/v1/logs`, a
+terminal), and the proxy would pass it on in errors. So a line of the server is written unchanged
+only if it is of a kind that contains nothing but figures; for the others, only the place in the
+code is written.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ FIGURES = re.compile(
     r"|- \w+: \d+ sequences, [\d.]+ GB"
     r"|Starting httpd at \S+ on port \d+\.\.\."
 )
-# What MLX says of itself: `[metal::malloc] …`, `[METAL] Command buffer execution failed: …`.
+# MLX's own messages: `[metal::malloc] …`, `[METAL] Command buffer execution failed: …`.
 MLX_OWN = re.compile(r"\[[A-Za-z_:]+\] [ -~]{1,300}")
 
 
 def arm(serving: Callable[[], bool]) -> None:
-    """Patch the making of log records, and what an HTTP server prints of a failed request.
+    """Patch the creation of log records, and what an HTTP server prints about a failed request.
 
     Args:
-        serving: whether requests are served; before that, errors speak of the model's files.
+        serving: returns whether requests are served; before, errors are about the model's files.
     """
     make = logging.getLogRecordFactory()
 
@@ -67,12 +68,12 @@ def arm(serving: Callable[[], bool]) -> None:
 
 
 def arm_death(server: Any, serving: Callable[[], bool], died: Callable[[str], None]) -> None:
-    """Report the end of the generation thread, and why, on a way that no text can take.
+    """Report a crash of the generation thread, and its reason, through a channel without any texts.
 
     Args:
         server: `mlx_lm.server`.
-        serving: whether requests are served, so that an error may hold a client's words.
-        died: takes the reason.
+        serving: returns whether requests are served, so that an error may contain a client's text.
+        died: called with the reason.
     """
     generate = server.ResponseGenerator._generate
 
@@ -88,7 +89,7 @@ def arm_death(server: Any, serving: Callable[[], bool], died: Callable[[str], No
 
 
 def reason(error: BaseException, serving: bool) -> str:
-    """Return why the generation ended; once requests are served, without anybody's words."""
+    """Return why the generation crashed; once requests are served, without anybody's text."""
     text = str(error)
     if not serving or MLX_OWN.fullmatch(text):
         return text or type(error).__name__
@@ -96,7 +97,7 @@ def reason(error: BaseException, serving: bool) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Return the error's kind and the places it passed, without its own words."""
+    """Return the error's type and the places in its traceback, without its message."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     return f"{type(error).__name__}\n{frames}".rstrip()
 

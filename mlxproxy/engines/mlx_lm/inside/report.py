@@ -1,12 +1,12 @@
-"""The backend's channel to the proxy: what it says of itself, where no model's words can reach.
+"""The backend's channel to the proxy for reports about itself, which no model's text can reach.
 
-One JSON object a line, over the socket that the proxy gave as standard input. The proxy sends one
-byte, when it lets clients in.
+It carries one JSON object per line, over the socket that the proxy passed as standard input. The
+proxy sends one byte, when it starts to admit clients.
 
 ==============  ====================================================================================
-``features``    names of what is armed; ``off``: names of what is not, with the reason
-``died``        the generation thread has ended; the reason, without any client's or model's text
-``beat``        once a second while requests are there: see :class:`Pulse`
+``features``    names of the armed features; ``off``: names of the others, with the reason
+``died``        the generation thread has crashed; the reason, without any client's or model's text
+``beat``        once a second while there are requests: see :class:`Pulse`
 ==============  ====================================================================================
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 
 
 class Reporter:
-    """Sends reports; drops them where nobody listens, and never waits.
+    """Sends reports; it drops them if nobody listens, and never waits.
 
     Args:
-        descriptor: a stream socket of the proxy's; owned from now on.
+        descriptor: a stream socket to the proxy, owned by this object from now on.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -39,7 +39,7 @@ class Reporter:
 
     @classmethod
     def of_standard_input(cls) -> Reporter:
-        """Take the channel that stands at standard input, so that no child process inherits it."""
+        """Take the channel from standard input, so that no child process inherits it."""
         descriptor = os.dup(0)  # not inheritable
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
@@ -55,7 +55,7 @@ class Reporter:
             self._socket.send(line, socket.MSG_DONTWAIT)
 
     def serving(self) -> bool:
-        """Return whether the proxy has let clients in; until then, errors speak of the model."""
+        """Return whether the proxy admits clients; until then, errors are about the model."""
         return self._serving
 
     def _listen(self) -> None:
@@ -63,18 +63,18 @@ class Reporter:
             self._serving = bool(self._socket and self._socket.recv(1))
 
     def close(self) -> None:
-        """Give the channel up."""
+        """Close the channel."""
         if self._socket is not None:
             self._socket.close()
 
 
 class Pulse:
-    """How far the generation thread is; written by it, read by the watcher.
+    """The progress of the generation thread, which writes it; the watcher reads it.
 
     Attributes:
         steps: pieces of work done: a step of the batch, a token, a piece of a prompt.
-        doing: what it is at now: ``step``, ``tokenize`` or ``load``; None between two of them.
-        active: requests that the generation thread has taken and not yet let go.
+        doing: the current work: ``step``, ``tokenize`` or ``load``; None between two of them.
+        active: requests that the generation thread has taken and not yet released.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def at(self, work: str) -> Iterator[None]:
-        """Be at that work for the length of a block."""
+        """Set the current work for the duration of a block."""
         before, self.doing = self.doing, work
         try:
             yield

@@ -1,7 +1,7 @@
-"""Run `mlx_lm.server` with what mlxproxy adds inside it (started by `start.py`).
+"""The program that runs `mlx_lm.server` with mlxproxy's features inside it (see `start.py`).
 
-The environment's `MLXPROXY_INSIDE` holds the options as a JSON object; standard input is the
-channel to the proxy (see `report.py`). Without that variable, the features are armed all the same.
+The environment variable `MLXPROXY_INSIDE` holds the options as a JSON object; standard input is the
+channel to the proxy (see `report.py`). Without that variable, the features are still armed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BEAT_SECONDS = 1.0
 
 
 def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
-    """Arm each feature that this mlx-lm has room for, and report which."""
+    """Arm each feature that suits this mlx-lm, and report which ones are armed."""
     import mlx.core as mx
 
     server, generate, sample_utils, tokenizer_utils, cache = (
@@ -48,7 +48,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         for name in ("server", "generate", "sample_utils", "tokenizer_utils", "models.cache")
     )
     watched = departures.Departures(pulse)
-    # Each wraps what was armed before it: what it calls comes first.
+    # Each feature wraps those armed before it, so what it calls comes first.
     features: dict[str, Callable[[], None]] = {
         "prompt_cache": lambda: prompt_cache.arm(cache),
         "detokenizer": lambda: detokenizer.arm(tokenizer_utils),
@@ -60,7 +60,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "progress": lambda: progress.arm(server),
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),
-        # Its beats tell of what departures count, and are sent by the thread that watches for them.
+        # Its beats report what departures count; the thread that watches for those sends them.
         "heartbeat": lambda: _arm_heartbeat(server, reporter, pulse, watched),
         "death": lambda: quiet.arm_death(
             server, reporter.serving, lambda why: reporter.send(died=why)
@@ -118,12 +118,12 @@ def main() -> None:
     del sys.argv[0]
     given = os.environ.pop(OPTIONS, None)
     reporter = Reporter(None) if given is None else Reporter.of_standard_input()
-    faulthandler.enable()  # a crash of the process leaves each thread's place in the log
+    faulthandler.enable()  # if the process crashes, the log shows each thread's stack
     pulse = Pulse()
     quiet.arm(reporter.serving)
     try:
         arm(reporter, pulse, json.loads(given or "{}"))
-    except ImportError as error:  # of another layout altogether
+    except ImportError as error:  # this mlx-lm has an entirely different layout
         reporter.send(features=[], off={"all": str(error)}, device="unknown")
     sys.path[0] = os.path.dirname(sys.argv[0])  # as if the program had been started by itself
     runpy.run_path(sys.argv[0], run_name="__main__")

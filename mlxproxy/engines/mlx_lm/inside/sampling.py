@@ -1,12 +1,12 @@
-"""Sample without compiling anew for each value, and with a seed of a request's own.
+"""Sampling without recompilation for each value, and with a separate seed for each request.
 
-mlx-lm compiles its samplers with `temperature`, `top_p` and `min_p` as constants: each new value is
-compiled into a new kernel, for a second on a CPU, while all streams stand still. Given as arrays,
-they are inputs of one kernel.
+mlx-lm compiles its samplers with `temperature`, `top_p` and `min_p` as constants. Each new value is
+compiled into a new kernel, which takes a second on a CPU, while all streams stall. Passed as
+arrays, they are inputs of one kernel.
 
-A `seed` in mlx-lm is the seed of the one generator that all share, so the request must wait until
-it is alone. With a key of its own the request joins the others, and its text does not depend on
-them. (The text differs from what the plain server gives for the same seed.)
+In mlx-lm, a `seed` seeds the one generator that all requests share, so the request must wait until
+it is alone. With a key of its own, the request joins the batch, and its text does not depend on the
+others. (The text differs from what the plain server returns for the same seed.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sampler = Callable[[Any], Any]
 
 
 def arm(server: Any, utils: Any, mx: Any) -> None:
-    """Patch `mlx_lm.server`, whose samplers are made of `mlx_lm.sample_utils`.
+    """Patch `mlx_lm.server`, whose samplers are built from `mlx_lm.sample_utils`.
 
     Raises:
         Unexpected: it samples in another way.
@@ -93,7 +93,7 @@ def arm(server: Any, utils: Any, mx: Any) -> None:
 
 
 class Draws:
-    """The random draws of one request, which its seed alone decides."""
+    """The random draws of one request, which depend only on its seed."""
 
     def __init__(self, mx: Any, seed: int) -> None:
         self._mx = mx
@@ -113,7 +113,7 @@ class Draws:
 
 
 def _seeded_xtc(mx: Any, utils: Any, draws: Draws, logits: Any, asked: Any, special: Any) -> Any:
-    """Apply mlx-lm's XTC or not, as the request's own draw says."""
+    """Apply mlx-lm's XTC or not, depending on the request's own draw."""
     applied = utils.apply_xtc(logits, 1.0, asked.xtc_threshold, special)
     return mx.where(draws.uniform() > asked.xtc_probability, logits, applied)
 

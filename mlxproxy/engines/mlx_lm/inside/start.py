@@ -1,6 +1,6 @@
-"""Start `mlx_lm.server` from inside: `python start.py <mlx_lm.server> <its arguments>`.
+"""The entry point around `mlx_lm.server`: `python start.py <mlx_lm.server> <its arguments>`.
 
-The proxy runs this file with the backend's own Python, so the package is found beside it.
+The proxy runs this file with the backend's own Python, so it finds the package by its own path.
 """
 
 import importlib

@@ -1,15 +1,15 @@
-"""End an answer's text before the first stop word, however the model spells it in tokens.
+"""Stop words that end an answer's text, however the model spells them in tokens.
 
-mlx-lm 0.32.2 ends at a stop word only where the model says it in the very tokens that the tokenizer
-makes of the word alone: "France" is not " France". Anywhere else it cuts the word out of the text
-and goes on ("The capital of  is Paris."). Here the text itself is searched. Text that may be the
-beginning of a stop word is held back, and nothing else is.
+mlx-lm 0.32.2 stops at a stop word only if the model generates exactly the tokens into which the
+tokenizer encodes the word alone: "France" is not " France". Otherwise it cuts the word out of the
+text and continues ("The capital of  is Paris."). Here the text itself is searched. Text that may be
+the beginning of a stop word is held back, and nothing else is.
 
-A stop word ends the answer, not a thought and not a tool call: those are not part of the text that
+A stop word ends the answer, but not a thought or a tool call: those are not part of the text that
 the client asked to end there, and half a tool call is of no use. (llama.cpp searches everything
-that the model says; OpenAI's reasoning models take no stop words at all.) A stop word that contains
-one of the model's own markers, such as ``</think>``, is never in a text. It is left to mlx-lm,
-whose tokens are exact there.
+that the model says; OpenAI's reasoning models accept no stop words at all.) A stop word that
+contains one of the model's own markers, such as ``</think>``, never occurs in a text. It is left to
+mlx-lm, whose tokens are exact in that case.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def arm(server: Any) -> None:
     """Patch `mlx_lm.server`.
 
     Raises:
-        Unexpected: it finds the end of an answer in another way.
+        Unexpected: it detects the end of an answer in another way.
     """
     gate.require(server, NAMES)
     gate.require_uses(server, "APIHandler.handle_completion", HANDLER_USES)
@@ -56,7 +56,7 @@ def arm(server: Any) -> None:
             return make(self, model_key, tokenizer, stop_words)
         sequences, text_machine = make(self, model_key, tokenizer, marked)
         answer = Answer(words, text_machine, sequences, drops=bool(marked))
-        return answer, answer  # never mlx-lm's own cache: it is of this request
+        return answer, answer  # never put into mlx-lm's cache: it belongs to this request
 
     @functools.wraps(generate)
     def generate_until_found(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -66,7 +66,7 @@ def arm(server: Any) -> None:
         return context, responses
 
     class TextStateMachine(server.TextStateMachine):  # type: ignore[misc]
-        """What the HTTP handler calls, for an answer with stop words and for any other one."""
+        """The class that the HTTP handler calls, for answers with stop words and for all others."""
 
         @staticmethod
         def split(state: Any, text: str) -> Any:
@@ -82,7 +82,7 @@ def arm(server: Any) -> None:
 
 
 def markers_of(tokenizer: Any) -> set[str]:
-    """Return the texts with which this tokenizer's model marks thoughts, calls and the like."""
+    """Return the texts with which this tokenizer's model marks thoughts, tool calls and so on."""
     markers = {getattr(tokenizer, name, None) for name in MARKERS}
     markers.update(getattr(tokenizer, "structural_markers", ()))
     for edges in getattr(tokenizer, "response_transitions", {}).values():
@@ -91,10 +91,10 @@ def markers_of(tokenizer: Any) -> set[str]:
 
 
 class StopWords:
-    """Search a text that comes in pieces for the first of some words.
+    """A search for the first of several words in a text that arrives in pieces.
 
-    Where several words are found, the one that is complete first ends the text, and of those the
-    longest: what is found does not depend on how the text was cut into pieces.
+    If several words are found, the one that is complete first ends the text, or the longest of
+    those: the result does not depend on how the text was cut into pieces.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -107,8 +107,8 @@ class StopWords:
         """Take the next piece.
 
         Returns:
-            The text that is certainly part of the answer; and, where a word was found, how many
-            characters there are from its beginning on, else None.
+            The text that is certainly part of the answer; and, if a word was found, the number of
+            characters from its beginning on, else None.
         """
         text = self._held + text
         places = ((word, text.find(word)) for word in self._words)
@@ -122,34 +122,35 @@ class StopWords:
         return text[:certain], None
 
     def _beginning_at_end(self, text: str) -> int:
-        """Return the length of the longest end of the text that begins a word."""
+        """Return the length of the longest suffix of the text that is the beginning of a word."""
         for length in range(min(self._longest, len(text)), 0, -1):
             if text[-length:] in self._beginnings:
                 return length
         return 0
 
     def release(self) -> str:
-        """Return what was held back: no word can follow from it any more."""
+        """Return the text that was held back: it can no longer become a stop word."""
         held, self._held = self._held, ""
         return held
 
 
 class Answer:
-    """One answer with stop words, in the place of mlx-lm's text machine, of that machine's state,
-    and of mlx-lm's stop sequences.
+    """One answer with stop words.
 
-    The HTTP handler's thread finds the word, and sends nothing after it. The generation thread sees
-    that at its next token, ends the answer as at any other end, and keeps its prompt cache.
+    It replaces mlx-lm's text machine, that machine's state, and mlx-lm's stop sequences.
+
+    The HTTP handler's thread finds the word and sends nothing after it. The generation thread sees
+    that at its next token, ends the answer like any other, and keeps its prompt cache.
 
     Args:
         words: the stop words.
-        machine: mlx-lm's text machine, which tells thoughts and tool calls from text.
+        machine: mlx-lm's text machine, which distinguishes thoughts and tool calls from text.
         sequences: mlx-lm's stop sequences: the end of the answer, and markers that are stop words.
-        drops: what is held at the end may be the beginning of such a marker, and is not text.
+        drops: whether text held back at the end may begin such a marker, and so is not text.
 
     Attributes:
-        found: a stop word is complete.
-        surplus: characters of what the model has said that stand behind the end of the answer.
+        found: whether a stop word is complete.
+        surplus: the number of characters that the model has said beyond the end of the answer.
     """
 
     def __init__(self, words: Sequence[str], machine: Any, sequences: Any, drops: bool) -> None:
@@ -160,8 +161,8 @@ class Answer:
         self._sequences = sequences
         self._drops = drops
         self._state: Any = None  # the text machine's
-        self._response: Any = None  # the one that the handler looks at
-        self._ends = False  # by itself
+        self._response: Any = None  # the one that the handler is looking at
+        self._ends = False  # whether the answer ends by itself
 
     # -- for the handler's thread
 
@@ -171,10 +172,10 @@ class Answer:
         return self
 
     def responses(self, given: Iterator[Any]) -> Iterator[Any]:
-        """Yield the responses of the generation thread, to the one that completes a stop word."""
+        """Yield the generation thread's responses, up to the one that completes a stop word."""
         for response in given:
             if response.finish_reason == "stop":
-                # There the handler drops what is held; at a "length" it flushes. See flush().
+                # At "stop", the handler drops held text; at "length", it flushes it. See flush().
                 response.finish_reason, response.text = "length", ""
                 self._ends = True
             self._response = response
@@ -183,12 +184,12 @@ class Answer:
                 return
 
     def split(self, text: str) -> tuple[Answer, Segments]:
-        """Take what the model says next; return what is certain of the answer, by state."""
+        """Take the model's next text; return what is certainly part of the answer, by state."""
         self._state, segments = self._machine.split(self._state, text)
         return self, self._searched(segments)
 
     def flush(self) -> tuple[Answer, str, str]:
-        """Return what was held, now that nothing follows, and the state."""
+        """Return the text held back, now that nothing follows, and the state."""
         self._state, held, state = self._machine.flush(self._state)
         if self.found:
             return self, "", state
@@ -206,13 +207,13 @@ class Answer:
             behind = None
             if state == TEXT:
                 text, behind = self._words.take(text)
-            elif held := self._words.release():  # a stop word does not go on behind a marker
+            elif held := self._words.release():  # a stop word does not continue after a marker
                 certain.append((TEXT, held))
             certain.append((state, text))
             if behind is not None:
                 self.found = True
                 self._response.finish_reason = "stop"
-                _, unread, _ = self._machine.flush(self._state)  # a state is a value: it stays
+                _, unread, _ = self._machine.flush(self._state)  # a state is immutable
                 self.surplus = (
                     behind + len(unread) + sum(len(rest) for _, rest in segments[number:])
                 )
@@ -222,7 +223,7 @@ class Answer:
     # -- for the generation thread
 
     def matcher(self) -> Matcher:
-        """Return what each token of the answer is shown to."""
+        """Return the matcher to which each token of the answer is passed."""
         return Matcher(self, self._sequences.matcher())
 
 

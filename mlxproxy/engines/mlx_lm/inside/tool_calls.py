@@ -1,9 +1,10 @@
-"""Let a tool call that cannot be read cost that call, not the answer.
+"""Handling of a tool call that cannot be parsed: only that call is lost, not the answer.
 
-mlx-lm's parsers raise more than the `ValueError` that its server expects, and a call without
-arguments or with a name that is no text fails when it is formatted: the whole answer was lost with
-what the model had said before. Some parsers take the square of a text's length, so a very long call
-is not read at all, nor is one that nobody waits for any more.
+mlx-lm's parsers raise other errors than the `ValueError` that its server expects, and a call that
+has no arguments, or whose name is not a string, fails when it is formatted. Without this module,
+either would lose the whole answer, including what the model had said before. Some parsers need
+time quadratic in a text's length, so a very long call is not parsed at all, nor is one that nobody
+waits for any more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from . import gate
 
 MAX_CHARACTERS = 1 << 20
-FAILED = "Failed to parse tool call"  # as the server's own message begins
+FAILED = "Failed to parse tool call"  # the beginning of the server's own message
 
 
 def arm(server: Any, check_client: Callable[[], None]) -> None:
@@ -47,7 +48,7 @@ def arm(server: Any, check_client: Callable[[], None]) -> None:
             check_client()
             try:
                 formed += form(self, [text])
-            except Exception as error:  # whatever a parser of some model raises
+            except Exception as error:  # whatever some model's parser raises
                 logging.warning("%s (%s)", FAILED, type(error).__name__)
         return formed
 
@@ -55,7 +56,7 @@ def arm(server: Any, check_client: Callable[[], None]) -> None:
 
 
 def complete(parser: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """Return a parser whose calls have a name and arguments, or that raises ValueError."""
+    """Return a parser that returns calls with a name and arguments, or raises ValueError."""
 
     def parse(text: str, tools: Any) -> Any:
         if len(text) > MAX_CHARACTERS:
