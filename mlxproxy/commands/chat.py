@@ -48,7 +48,7 @@ def chat(
         system: instructions for the model.
 
     Raises:
-        ClientError: There is no server, no such model, or (for one question) no complete answer.
+        ClientError: there is no server, no such model, or (for one question) no complete answer.
     """
     piped = ""
     if not sys.stdin.isatty():
@@ -102,7 +102,7 @@ class Conversation:
         The part of an aborted answer that has arrived is kept.
 
         Raises:
-            ClientError: There is no answer, or it was cut off.
+            ClientError: there is no answer, or it was cut off.
         """
         self._messages.append({"role": "user", "content": question})
         answer = _Answer(self._output)
@@ -165,7 +165,7 @@ class _Answer:
         """Print the content of an event.
 
         Raises:
-            Refused: The answer has failed.
+            Refused: the answer has failed.
         """
         if "error" in event:
             raise Refused(event["error"])
@@ -230,7 +230,7 @@ class Dialogue:
         """Chat until the user leaves.
 
         Raises:
-            ClientError: There is no server, or no model that can be loaded.
+            ClientError: there is no server, or no model that can be loaded.
         """
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing and history
@@ -369,7 +369,7 @@ def _read() -> str:
     """Return the user's input: a line, or several lines between triple quotes.
 
     Raises:
-        EOFError, KeyboardInterrupt: The user leaves.
+        EOFError, KeyboardInterrupt: the user leaves.
     """
     line = input("> ")
     if not line.startswith(QUOTES):

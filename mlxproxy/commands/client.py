@@ -92,7 +92,7 @@ class Client:
         """Return the JSON object at a path.
 
         Raises:
-            ClientError: There is no server, or it rejects the request.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._object(self._send("GET", path, None, READ, stream=False))
 
@@ -100,7 +100,7 @@ class Client:
         """Return the response to a JSON body, however long it takes.
 
         Raises:
-            ClientError: There is no server, or it rejects the request.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._object(self._send("POST", path, body, None, stream=False))
 
@@ -108,7 +108,7 @@ class Client:
         """Return the text at a path.
 
         Raises:
-            ClientError: There is no server, or it rejects the request.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._send("GET", path, None, READ, stream=False).content.decode("utf-8", "replace")
 
@@ -118,7 +118,7 @@ class Client:
         """Yield the events of a stream as they arrive.
 
         Raises:
-            ClientError: There is no server, it rejects the request, or the connection breaks.
+            ClientError: there is no server, it rejects the request, or the connection breaks.
         """
         with self._send(method, path, body, SILENCE, stream=True) as response:
             kind = "message"
@@ -192,12 +192,12 @@ def connect(host: str | None, key: str | None) -> Client:
 
     Args:
         host: a name or address, one with a port, or a URL; None: this machine's server, at the
-                address in its settings.
+            address in its settings.
         key: its API key, or several separated by commas, of which the first is used; None: for
-                this machine's server, the key in its settings.
+            this machine's server, the key in its settings.
 
     Raises:
-        ClientError: The settings are wrong; they are read only for what is not given.
+        ClientError: the settings are wrong; they are read only for what is not given.
     """
     key = key.split(",")[0].strip() if key else None
     if host is not None and "://" in host:

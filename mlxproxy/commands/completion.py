@@ -88,10 +88,10 @@ SCRIPTS = {"zsh": ZSH, "bash": BASH, "fish": FISH}
 
 
 def completion(shell: str | None) -> None:
-    """Print the script for `shell`; if it is None, the line that loads the script in the user's shell.
+    """Print the script for a shell; without a shell, the line that loads it in the user's own.
 
     Raises:
-        click.UsageError: The user's shell is not supported.
+        click.UsageError: the user's shell is not supported.
     """
     command = shlex.join(program.command())
     if shell is not None:
@@ -114,7 +114,7 @@ def complete(main: click.Command, words: Sequence[str]) -> None:
 
     Args:
         words: the command line up to the cursor, without the program; the last word is the one
-                to complete, and may be empty.
+            to complete, and may be empty.
     """
     *args, begun = words or ("",)
     for item in ShellComplete(main, {}, program.NAME, "").get_completions(args, begun):

@@ -24,7 +24,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str,
         options: `enable_thinking`, `ttl`, `force`, `pin`; None: use the server's setting.
 
     Raises:
-        ClientError: The model was not loaded.
+        ClientError: the model was not loaded.
     """
     started = time.monotonic()
     loaded = load_with_progress(client, model, **options)
@@ -54,7 +54,7 @@ def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, 
     """Load a model behind a progress bar; return the server's last event.
 
     Raises:
-        ClientError: The model was not loaded.
+        ClientError: the model was not loaded.
     """
     console = terminal.messages()
     given = {name: value for name, value in options.items() if value is not None}
@@ -85,7 +85,7 @@ def unload(client: Client, model: str | None, as_json: bool) -> None:
         model: its name; None: the model that answers requests that name none.
 
     Raises:
-        ClientError: There is no server, it is shutting down, or it has no such model.
+        ClientError: there is no server, it is shutting down, or it has no such model.
     """
     console = terminal.messages()
     before = client.get("/v1/models/loaded")

@@ -15,7 +15,7 @@ def logs(client: Client, source: str, follow: bool, lines: int) -> None:
     """Print the last lines, and with `follow` also new ones until the server stops.
 
     Raises:
-        ClientError: There is no server, or it rejects the request.
+        ClientError: there is no server, or it rejects the request.
     """
     path = f"/v1/logs?source={source}&lines={lines}"
     try:

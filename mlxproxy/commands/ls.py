@@ -17,7 +17,7 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     """Print the models.
 
     Raises:
-        ClientError: There is no server, or it rejects the request.
+        ClientError: there is no server, or it rejects the request.
     """
     listed = client.get("/v1/models" + ("?all=true" if everything else ""))
     models = listed["data"]

@@ -15,7 +15,7 @@ def ps(client: Client, as_json: bool) -> None:
     """Print each loaded model with its figures, then the models that are being loaded.
 
     Raises:
-        ClientError: There is no server, or it rejects the request.
+        ClientError: there is no server, or it rejects the request.
     """
     state = client.get("/v1/events?follow=false")
     if as_json:

@@ -62,7 +62,7 @@ def plan(flags: Mapping[str, str]) -> Plan:
     """Return the service for these flags and this shell's environment, which it will not inherit.
 
     Raises:
-        SettingError: A value is not allowed.
+        SettingError: a value is not allowed.
     """
     found = settings.load(flags)
     prefix = settings.ENV_PREFIX
@@ -107,7 +107,7 @@ class Service(ABC):
         If that fails, the previous state is restored.
 
         Raises:
-            ServiceError: The system refuses.
+            ServiceError: the system refuses.
         """
         before = self._content()
         try:
@@ -165,7 +165,7 @@ class Service(ABC):
         """Stop the service gracefully, and start it.
 
         Raises:
-            ServiceError: The system refuses.
+            ServiceError: the system refuses.
         """
 
     @abstractmethod
@@ -311,7 +311,7 @@ def _require_alone(service: Service, flags: Mapping[str, str]) -> None:
     """Return if no running proxy would keep the service from its ports.
 
     Raises:
-        ServiceError: A proxy runs in a terminal, or the system does not say.
+        ServiceError: a proxy runs in a terminal, or the system does not say.
     """
     found = settings.load(flags)
     proxy = holder(found.instance_path, found.backend_ports)
@@ -334,7 +334,7 @@ def restart() -> None:
     """Restart the service.
 
     Raises:
-        ServiceError: It is not installed, or the system refuses.
+        ServiceError: it is not installed, or the system refuses.
     """
     service = of()
     if not service.installed:

@@ -13,7 +13,7 @@ FINE, FAULT = 0, 3  # 1: no server, 2: wrong usage
 def status(client: Client, as_json: bool) -> int:
     """Print the server's health; return the exit status.
 
-    ClientError: There is no server, or it rejects the request.
+    ClientError: there is no server, or it rejects the request.
         ClientError: no server, or it refuses.
     """
     health = client.get("/health")
