@@ -130,7 +130,7 @@ class Soak:
             self.ledger.fact(phase.name, f"fault: {name}", str(times))
 
     def _await_quiet(self, phase: Phase, proxy: Proxy) -> None:
-        """Wait until no lease or queued request is left; then for the idle unload and no process."""
+        """Wait until no lease or queued request is left, then for the idle unload of all."""
         told: Json = {}
 
         def at_rest() -> bool:
@@ -193,7 +193,7 @@ class Soak:
         self.ledger.fact(phase.name, "backends started so far", str(len(started)))
 
     def _stop(self, phase: Phase, proxy: Proxy, clients: Clients) -> None:
-        """Stop with SIGTERM and streams in flight: they get errors, it exits with 0, nothing is left."""
+        """Stop by SIGTERM with streams in flight: they get errors, the status is 0, none stays."""
         if self.program is not None:
             scripted_server.change(self.program, interval=0.03)
         proxy.load(f"tiny/{MODELS[0]}")
