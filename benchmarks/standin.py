@@ -117,7 +117,7 @@ class Server:
 
     def run(self) -> None:
         while True:
-            # Waits with microsecond precision; the selector itself would round up to a millisecond.
+            # Wait with microsecond precision; the selector itself would round up to a millisecond.
             select.select([self._selector], [], [], self._patience())
             for key, _ in self._selector.select(0):
                 if key.data is None:

@@ -89,7 +89,7 @@ def sent(answer: Answer, *items: bytes) -> bytes:
 
 
 def in_pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
-    """Yield the bytes, cut as a socket may cut them, as the relay passes them on: in whole events."""
+    """Yield the bytes as a socket might deliver them and the relay pass them on: whole events."""
     events = sse.Events()
     places = [0, *sorted(cuts), len(data)]
     for start, stop in itertools.pairwise(places):

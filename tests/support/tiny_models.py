@@ -154,7 +154,7 @@ def long_prompt(tokens: int) -> str:
 
 
 def answer(says: str, tokens: int, first: int = 0) -> str:
-    """Return the answer of a model without thinking that may use that many tokens (below `words`)."""
+    """Return the answer of a model without thinking, limited to `tokens` (below `words`)."""
     return "".join(f"{says}{number} " for number in range(first, first + tokens))
 
 

@@ -199,7 +199,7 @@ class Soak:
         proxy.load(f"tiny/{MODELS[0]}")
         family = alive(proxy)
         asked = [clients.at_the_stop(tokens) for tokens in (900, 900, 60, 120)]
-        # A tiny model finishes a short answer within a tenth of a second: use long ones.
+        # A tiny model ends the short ones within a tenth of a second: wait only for the long ones.
         if not becomes_true(lambda: proxy.loaded()["in_flight"] >= 2, QUIET_LIMIT):
             self.ledger.wrong(phase.name, "the stop", f"no streams: {proxy.loaded()}")
         readers = [threading.Thread(target=request.read) for request in asked]
