@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a work.
+    """The result of a workload.
 
     Attributes:
         p50, p99: microseconds from the backend's sending of an event to its arrival (with

@@ -1,4 +1,4 @@
-"""The rounds: every contestant does every work, in turns."""
+"""The rounds: the contestants run every workload, in turns."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class Rounds:
 
 
 def measure(contestants: Sequence[Contestant], quick: bool, say: Say) -> Rounds:
-    """Measure all works with all contestants; `quick` does one round of the least that is useful.
+    """Measure every workload and contestant; `quick` does one round of the least that is useful.
 
-    The bare threads take part only in the works with goals: they are there for comparison.
+    The bare threads take part only in the workloads with goals: they are there for comparison.
     """
     main = [it for it in contestants if it.name != "threads"]
     measured = Rounds()

@@ -19,7 +19,7 @@ CLOSING = 1.0  # seconds for the last lines
 
 
 class Writer:
-    """Passes text to a thread of its own through a bounded queue; never blocks or raises.
+    """A bounded queue of text for a thread that writes it; never blocks or raises.
 
     Args:
         name: the name of the destination, for the log.

@@ -77,7 +77,7 @@ def plan(flags: Mapping[str, str]) -> Plan:
         value = getattr(found, name.lower())
         paths = value if isinstance(value, tuple) else (value,)
         if paths and all(isinstance(path, Path) for path in paths):
-            given[name] = ":".join(map(str, paths))  # the service has another working folder
+            given[name] = ":".join(map(str, paths))  # absolute: the service runs in another folder
     if "MLX_SERVER_BIN" not in given and found.mlx_server_bin is None:
         program = program_on_path_alone()
         if program is not None:  # the service has another PATH

@@ -78,7 +78,7 @@ def _value(piece: Piece) -> bytes:
 
 
 class FakeController:
-    """Records the calls that leases make."""
+    """A record of the calls that leases make."""
 
     def __init__(self) -> None:
         self.released = 0
