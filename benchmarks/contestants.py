@@ -93,7 +93,7 @@ class Proxy:
             **settings,
         }
         self._output = folder / "proxy.out"
-        # Python may write bytecode, as on a user's machine: otherwise each start compiles the proxy.
+        # Python may write bytecode, as on a user's machine; otherwise it compiles at each start.
         strange = ("MLXPROXY_", "PYTHONDONTWRITEBYTECODE")
         self._environment = {
             **{name: it for name, it in os.environ.items() if not name.startswith(strange)},

@@ -30,7 +30,7 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
 
 
 class FakeBackend:
-    """A backend that behaves as the world says: it loads (immediately or later), fails, or exits."""
+    """A backend that behaves as the world says: it loads (now or later), fails, or exits."""
 
     def __init__(
         self, world: World, spec: ModelSpec, on_end: Callable[[str], None], slot: int = 0
