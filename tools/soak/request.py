@@ -76,7 +76,7 @@ class Request:
         seen.headers = {name.lower(): value for name, value in answer.getheaders()}
         while data := self._next(answer):
             seen.body += data
-        # http.client raises if chunks end without their terminator, but not for a body that is too short.
+        # http.client raises if chunks end without a terminator, but not if a body is too short.
         seen.ended = answer.chunked or answer.length == 0
 
     def _next(self, answer: http.client.HTTPResponse) -> bytes:
