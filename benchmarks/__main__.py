@@ -52,7 +52,7 @@ def main(json_file: Path | None, quick: bool, delay: float, stored: bool) -> Non
 
 
 def measure(quick: bool, delay: float, say: rounds.Say) -> report.Report:
-    """Return what this machine does now."""
+    """Return the figures of this machine, measured now."""
     with tempfile.TemporaryDirectory(prefix="mlxproxy-bench-") as name:
         folder = Path(name)
         models = lifecycle.build_models(folder / "models")

@@ -1,4 +1,4 @@
-"""Who is measured: each stands before the same stand-in, which our own proxy has started."""
+"""The contestants: each uses the same stand-in, which this project's proxy has started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks import standin, threads
 from benchmarks.processes import accepts, free_port, running, until
 
 MODEL = "bench/alpha"
-MAX_CONCURRENT = 300  # 256 of one client, and what is kept for others
+MAX_CONCURRENT = 300  # 256 of one client, and what is reserved for others
 
 _NGINX = """\
 daemon off;
@@ -49,10 +49,10 @@ http {{
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something on a port of 127.0.0.1 that answers as the backend does.
+    """A server on a port of 127.0.0.1 that answers as the backend does.
 
     Attributes:
-        pids: its processes, whose time and memory count as its own.
+        pids: its processes, whose processor time and memory count as its own.
     """
 
     name: str
@@ -61,14 +61,14 @@ class Contestant:
 
 
 class Proxy:
-    """Our proxy, as a user starts it, over a folder of its own.
+    """This project's proxy, as a user starts it, with a folder of its own.
 
     Args:
-        folder: where its instance folder is made.
+        folder: where its instance folder is created.
         models: its models folder.
         server_bin: the backend program; None for the real one.
-        delay: milliseconds that its relay is made slower, to see that the benchmark finds it.
-        settings: further ones, by NAME.
+        delay: milliseconds that are added to its relay, to check that the benchmark detects it.
+        settings: additional settings, by NAME.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Proxy:
             **settings,
         }
         self._output = folder / "proxy.out"
-        # Python may keep its bytecode, as on a user's machine: without, it compiles us each time.
+        # Python may write bytecode, as on a user's machine; otherwise it compiles at each start.
         strange = ("MLXPROXY_", "PYTHONDONTWRITEBYTECODE")
         self._environment = {
             **{name: it for name, it in os.environ.items() if not name.startswith(strange)},
@@ -104,7 +104,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Proxy]:
-        """The proxy from its first answer on."""
+        """Run the proxy for the block, which begins at its first answer."""
         with (
             self._output.open("w") as output,
             running(self._command, env=self._environment, stdout=output, stderr=output) as process,
@@ -122,7 +122,7 @@ class Proxy:
             yield self
 
     def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """One call of its interface: the status and the JSON."""
+        """Call its interface once; return the status and the JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))
@@ -132,10 +132,10 @@ class Proxy:
             connection.close()
 
     def load(self, model: str) -> None:
-        """Loads a model.
+        """Load a model.
 
         Raises:
-            RuntimeError: it could not.
+            RuntimeError: the model could not be loaded.
         """
         status, answer = self.call("POST", "/v1/models/load", {"model_id": model})
         if status != 200:
@@ -143,7 +143,7 @@ class Proxy:
 
 
 def standin_in(folder: Path) -> Path:
-    """The stand-in as a program that can take the place of `mlx_lm.server`."""
+    """Return the stand-in as a program that can replace `mlx_lm.server`."""
     program = folder / "standin"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
     program.chmod(0o755)
@@ -154,12 +154,12 @@ def standin_in(folder: Path) -> Path:
 def all_of_them(
     folder: Path, models: Path, delay: float, skipped: Callable[[str], None]
 ) -> Iterator[list[Contestant]]:
-    """All contestants, running; the direct connection first, ours last.
+    """Run all contestants for the block; the direct connection is first, this proxy is last.
 
     Args:
-        folder: for their files.
+        folder: where their files are created.
         models: a models folder with :data:`MODEL` in it.
-        skipped: told in a sentence who is not there, and why.
+        skipped: called with a sentence for each missing contestant, which says why it is missing.
     """
     ours = Proxy(folder, models, standin_in(folder), delay, MAX_CONCURRENT=MAX_CONCURRENT)
     with contextlib.ExitStack() as stack:
@@ -200,7 +200,7 @@ def _threads(backend: int) -> Iterator[Contestant]:
 
 
 def _holders(port: int) -> set[int | None]:
-    """The processes that listen on a port."""
+    """Return the processes that listen on a port."""
     return {
         item.pid
         for item in psutil.net_connections("tcp")

@@ -1,6 +1,6 @@
-"""The proxy with a delay in its relay, to see that the benchmark finds it.
+"""The proxy with a delay in its relay, to check that the benchmark detects it.
 
-``python -m benchmarks.delayed 5 serve`` is ``python -m mlxproxy serve``, 5 ms slower an event.
+``python -m benchmarks.delayed 5 serve`` is ``python -m mlxproxy serve``, 5 ms slower per event.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mlxproxy.cli import main
 
 
 def delay(milliseconds: float) -> None:
-    """Has each read of the backend's connection take so much longer."""
+    """Delay each read from the backend's connection by this time."""
     read = BackendConnection.read
 
     def late(upstream: BackendConnection) -> bytes:

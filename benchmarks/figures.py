@@ -1,4 +1,4 @@
-"""From rounds to figures: medians, their noise, ratios, and the goals."""
+"""Figures from rounds: medians, their noise, ratios, and the goals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest value that so many percent are not above; NaN for none."""
+    """Return the smallest value that `percent` of the values do not exceed; NaN for no values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan
@@ -18,7 +18,7 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure's values, one of each round."""
+    """A figure's values, one from each round."""
 
     rounds: Sequence[float]
 
@@ -35,17 +35,17 @@ class Figure:
         return max(self.rounds, default=math.nan)
 
     def above(self, other: Figure) -> Figure:
-        """What it has more than another one, round by round."""
+        """Return the difference from another figure, round by round."""
         return Figure([a - b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
     def ratio(self, other: Figure) -> float:
-        """How often the other one's median goes into this one's; NaN where that says nothing."""
+        """Return this median divided by the other figure's; NaN if that is meaningless."""
         return self.median / other.median if other.median > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be reached, and what was: `limit` is the most that is allowed."""
+    """A goal and the measured value: `limit` is the highest value that is allowed."""
 
     name: str
     value: float
@@ -54,7 +54,7 @@ class Goal:
 
     @property
     def verdict(self) -> str:
-        """PASS or MISS, or `-` where it was not measured."""
+        """PASS or MISS, or `-` if it was not measured."""
         if math.isnan(self.value):
             return "-"
         return "PASS" if self.value <= self.limit else "MISS"

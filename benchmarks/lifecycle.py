@@ -1,4 +1,4 @@
-"""What the proxy costs by itself: its start, its memory, a swap, a large library."""
+"""The proxy's own costs: its start, its memory, a swap, a large library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LISTINGS = 20
 
 @dataclass
 class Lifecycle:
-    """Seconds, megabytes and milliseconds as the names say; one value of each round."""
+    """Seconds, megabytes and milliseconds as the names say; one value from each round."""
 
     start_seconds: list[float] = field(default_factory=list)
     idle_megabytes: list[float] = field(default_factory=list)
@@ -42,10 +42,10 @@ class Lifecycle:
 
 
 def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None]) -> Lifecycle:
-    """All of it.
+    """Measure everything.
 
     Args:
-        folder: for files.
+        folder: where files are created.
         models: a models folder with the two models `bench/alpha` and `bench/beta`.
     """
     measured = Lifecycle(library=200 if quick else LIBRARY)
@@ -72,7 +72,7 @@ def _start(folder: Path, models: Path, measured: Lifecycle) -> None:
 
 
 def _swap(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
-    """From asking for another model to its first token, and from nothing to the first token."""
+    """Measure from a request for another model to its first token, and the same from no model."""
     with Proxy(folder, models).running() as proxy:
         proxy.load("bench/alpha")
         for number in range(rounds):
@@ -127,13 +127,13 @@ def _library(folder: Path, models: Path, measured: Lifecycle) -> None:
 
 
 def _models(proxy: Proxy) -> list[object]:
-    """What is listed by now: a scan that takes long does not hold the answer up."""
+    """Return the models listed so far: a long scan does not delay the answer."""
     listed: list[object] = proxy.call("GET", "/v1/models")[1].get("data", [])
     return listed
 
 
 def _listing(port: int) -> float:
-    """Milliseconds of one GET /v1/models."""
+    """Return the milliseconds that one GET /v1/models takes."""
     begin = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
@@ -143,7 +143,7 @@ def _listing(port: int) -> float:
 
 
 def generate(root: Path, like: Path, count: int) -> None:
-    """Model folders as there may be many: their own configuration, the weights of one model."""
+    """Create model folders, each with its own configuration; all share the weights of one model."""
     config = json.loads((like / "config.json").read_text())
     for number in range(count):
         folder = root / f"publisher{number % PUBLISHERS}" / f"Model-{number}-4bit"
@@ -157,7 +157,7 @@ def generate(root: Path, like: Path, count: int) -> None:
 
 
 def build_models(root: Path) -> Path:
-    """A models folder with two tiny models that really answer."""
+    """Return a models folder with two tiny models that really answer."""
     tiny_models.build(root / "bench" / "alpha", says="alpha")
     tiny_models.build(root / "bench" / "beta", says="beta")
     return root

@@ -1,6 +1,6 @@
-"""The load generator: many streams in one loop, doing as little as it can while they run.
+"""The load generator: many streams in one loop, with as little work as possible while they run.
 
-It only notes when which bytes came; they are looked at when all is over.
+It only records which bytes arrived when; they are examined after the run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DEADLINE = 30.0  # seconds beyond the streams' own length
 
 @dataclass(frozen=True)
 class Work:
-    """Streams that start at once.
+    """Streams that start at the same time.
 
     Attributes:
         interval: milliseconds between two events of one stream.
-        together: whether all streams have their event at the same moment, as from a batch that is
-            generated step by step; else they are spread evenly over the interval.
-        settle: seconds from the start that count for neither latency nor processor time.
+        together: whether all streams have their events at the same moment, as from a batch that is
+            generated step by step; otherwise they are spread evenly over the interval.
+        settle: seconds from the start that count towards neither latency nor processor time.
     """
 
     streams: int
@@ -44,14 +44,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a work.
+    """The result of a workload.
 
     Attributes:
-        p50, p99: microseconds from the backend's sending of an event to its arrival (where all come
-            together: from the moment at which all were due).
+        p50, p99: microseconds from the backend's sending of an event to its arrival (with
+            `together`, from the moment at which all were due).
         cpu_per_event: microseconds of the contestant's processor time.
         resident: megabytes of the contestant's memory, with all streams open.
-        broken: streams with an event lost, doubled or out of order, or without a proper end.
+        broken: streams with an event lost, duplicated or out of order, or without a proper end.
     """
 
     p50: float
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FirstBytes:
-    """From a request to the first byte of its answer, over requests that start at once.
+    """The time from a request to the first byte of its answer, over requests that start together.
 
     Attributes:
         p50, last: milliseconds.
@@ -74,12 +74,12 @@ class FirstBytes:
 
 
 def run(port: int, pids: Sequence[int], work: Work) -> Outcome:
-    """Runs the streams against 127.0.0.1:`port`.
+    """Run the streams against 127.0.0.1:`port`.
 
     Args:
-        pids: the contestant's processes, whose time and memory are taken.
+        pids: the contestant's processes, whose processor time and memory are measured.
     """
-    # The window in which it runs evenly: all have begun, none has ended.
+    # The window in which the load is steady: all streams have begun, none has ended.
     meter = _Meter(pids, work.settle, work.seconds - 0.1)
     _, pieces = _streams(port, work, meter)
     answers = [wire.answer(kept) for kept in pieces]
@@ -97,7 +97,7 @@ def run(port: int, pids: Sequence[int], work: Work) -> Outcome:
 
 
 def first_bytes(port: int, streams: int) -> FirstBytes:
-    """The time to the first byte of so many streams that start at once."""
+    """Return the time to the first byte of this many streams that start at the same time."""
     work = Work(streams=streams, events=4, interval=50.0)
     started, pieces = _streams(port, work, _Meter((), 0.0, 0.0))
     took = [
@@ -108,14 +108,14 @@ def first_bytes(port: int, streams: int) -> FirstBytes:
 
 
 def whole_answers(port: int, count: int, tokens: int, interval: float) -> float:
-    """Milliseconds to the last byte of a whole answer, the median of `count` in a row.
+    """Return the milliseconds to the last byte of a whole answer, the median of `count` in a row.
 
     Args:
-        tokens: of each answer.
+        tokens: the length of each answer.
         interval: milliseconds that the backend takes for each token, from the request on.
 
     Raises:
-        RuntimeError: there was none.
+        RuntimeError: an answer was missing or incomplete.
     """
     wish = {"events": tokens, "interval": interval, "from_now": True}
     request = wire.request(port, wish, stream=False)
@@ -134,7 +134,7 @@ def whole_answers(port: int, count: int, tokens: int, interval: float) -> float:
 
 
 class _Meter:
-    """Processor time and memory of some processes, between two moments of a run."""
+    """The processor time and memory of some processes, between two moments of a run."""
 
     def __init__(self, pids: Sequence[int], opens: float, closes: float) -> None:
         self._pids = pids
@@ -145,7 +145,7 @@ class _Meter:
         self.resident = 0
 
     def look(self) -> None:
-        """Notes what is to be noted by now."""
+        """Record what is due by now."""
         if len(self._cpu) < 2 and time.monotonic_ns() >= self._due[len(self._cpu)]:
             self._cpu.append(cpu_seconds(self._pids))
             self._moments.append(time.monotonic_ns())
@@ -160,12 +160,12 @@ class _Meter:
 
 
 def _streams(port: int, work: Work, meter: _Meter) -> tuple[list[int], list[list[wire.Piece]]]:
-    """Runs the streams; returns for each when it was asked for and what came when."""
+    """Run the streams; return when each was requested, and its pieces with their times."""
     selector = selectors.DefaultSelector()
     pieces: list[list[wire.Piece]] = [[] for _ in range(work.streams)]
     started = []
     clock = time.monotonic_ns
-    gc.disable()  # its pauses would count as somebody's latency
+    gc.disable()  # its pauses would count as latency
     for number in range(work.streams):
         wish = {
             "stream": number,

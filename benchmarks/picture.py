@@ -7,15 +7,15 @@ from pathlib import Path
 from benchmarks.report import Report
 from benchmarks.rounds import WHOLE_TOKENS
 
-TOKEN_MILLISECONDS = 10.0  # of a model that generates a hundred tokens a second
+TOKEN_MILLISECONDS = 10.0  # of a model that generates a hundred tokens per second
 MODEL, PROXY, OTHER = "#c9ccd1", "#2f6fde", "#8a8f98"
 NAMES = {"mlxproxy": "mlxproxy adds", "nginx": "nginx would add"}
 
 
 def panels(report: Report) -> list[tuple[str, dict[str, float]]]:
-    """Return each panel's title and its bars' lengths in milliseconds, the model's first.
+    """Return each panel's title and the lengths of its bars in milliseconds, the model's first.
 
-    A token's is taken with one stream: it is what somebody alone in front of the screen has, and
+    The figure for a token is taken with one stream: a single user experiences that one, and it is
     the least favourable (more streams keep the processor awake).
     """
     added = [name for name in NAMES if name in report.contestants]

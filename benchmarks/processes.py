@@ -1,4 +1,4 @@
-"""What processes cost, and how the benchmark starts and ends them."""
+"""The costs of processes, and how the benchmark starts and ends them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import psutil
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """The processor time that these processes have used, all their threads included."""
+    """Return the processor time that these processes have used, including all their threads."""
     if sys.platform == "linux":  # to the nanosecond; /proc counts in steps of 10 ms
         return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
     return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 def resident_bytes(pids: Sequence[int]) -> int:
-    """The resident memory of these processes together."""
+    """Return the total resident memory of these processes."""
     return sum(int(psutil.Process(pid).memory_info().rss) for pid in pids)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str, pause: float = 0.005) -> None:
-    """Waits until the condition is true.
+    """Wait until the condition is true.
 
     Raises:
-        TimeoutError: it was not within so many seconds; the message says `what`.
+        TimeoutError: it was not true within `seconds`; the message contains `what`.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -46,7 +46,7 @@ def until(condition: Callable[[], Any], seconds: float, what: str, pause: float 
 
 
 def accepts(port: int) -> bool:
-    """Whether something listens on 127.0.0.1:`port`."""
+    """Return whether something listens on 127.0.0.1:`port`."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
@@ -54,7 +54,7 @@ def accepts(port: int) -> bool:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended, gently first, when the block is left."""
+    """Run a process that is terminated, gracefully first, when the block is left."""
     with subprocess.Popen(command, **options) as process:
         try:
             yield process

@@ -1,4 +1,4 @@
-"""What one run has measured, and what that is against the goals."""
+"""The measurements of one run, compared with the goals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANY = 256
 
 
 def machine() -> str:
-    """Return what it is measured on."""
+    """Return a description of the machine."""
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}"
@@ -33,9 +33,9 @@ class Report:
 
     Attributes:
         contestants: their names in order; nginx may be missing.
-        version: mlxproxy's.
-        machine: what it was measured on.
-        day: when, as in ISO 8601.
+        version: the version of mlxproxy.
+        machine: the machine of the measurement.
+        day: the date, as in ISO 8601.
     """
 
     contestants: Sequence[str]
@@ -47,25 +47,25 @@ class Report:
 
     @property
     def origin(self) -> str:
-        """Where the figures come from, for the head of a table or the foot of a picture."""
+        """The origin of the figures, for the head of a table or the foot of a picture."""
         return f"mlxproxy {self.version}, {self.machine}, {self.day}"
 
     def added(self, name: str, attribute: str, streams: int = MAIN) -> Figure:
-        """Microseconds by which an event is later than by a direct connection."""
+        """Return the microseconds by which an event is later than by a direct connection."""
         direct = self.rounds.of(streams, "direct", attribute)
         return self.rounds.of(streams, name, attribute).above(direct)
 
     def whole_added(self, name: str) -> Figure:
-        """Milliseconds by which a whole answer is later than by a direct connection."""
+        """Return the milliseconds by which a whole answer is later than by a direct connection."""
         return self.rounds.whole_answer(name).above(self.rounds.whole_answer("direct"))
 
     def whole_at_once_added(self, name: str) -> Figure:
-        """The same for an answer whose tokens all come at one moment, which no model does."""
+        """Return the same for an answer whose tokens all arrive together, which no model does."""
         direct = self.rounds.whole_answer_at_once("direct")
         return self.rounds.whole_answer_at_once(name).above(direct)
 
     def goals(self) -> list[Goal]:
-        """The goals, each with what was measured; NaN where nginx is not there to compare."""
+        """Return the goals, each with the measured value; NaN if nginx is not there to compare."""
         rounds, life = self.rounds, self.lifecycle
 
         def against_nginx(attribute: str) -> float:
@@ -99,7 +99,7 @@ class Report:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Report:
-        """Return the report that `to_json` has stored."""
+        """Return the report that `to_json` stored."""
         return cls(
             stored["contestants"],
             Rounds.from_json(stored["rounds"]),
@@ -110,7 +110,7 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, the values of each round included."""
+        """Return everything, including the values of each round."""
         return {
             "mlxproxy": self.version,
             "machine": self.machine,

@@ -1,4 +1,4 @@
-"""The rounds: every contestant does every work, in turns."""
+"""The rounds: the contestants run every workload, in turns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.load import FirstBytes, Outcome, Work
 T = TypeVar("T")
 Say = Callable[[str], None]
 
-# Up to 32 streams have an event each 10 ms; more of them share the same 3,200 events a second,
-# which is what two cores sustain with the backend and the load generator beside the contestant.
+# Up to 32 streams have an event every 10 ms; more of them share the same 3,200 events per second,
+# which two cores can sustain with the backend and the load generator next to the contestant.
 WORKS = {
     1: Work(streams=1, events=120, interval=10),
     8: Work(streams=8, events=120, interval=10),
@@ -27,7 +27,7 @@ WORKS = {
 }
 TOGETHER = Work(streams=32, events=150, interval=10, together=True)
 ROUNDS = {1: 2, 8: 2, 32: 5, 128: 2, 256: 2}
-MAIN = 32  # the streams that the goals speak of
+MAIN = 32  # the number of streams that the goals refer to
 WHOLE_TOKENS = 64
 WHOLE_INTERVAL = 1  # milliseconds for each token
 WHOLE_ANSWERS = 20
@@ -36,7 +36,7 @@ FIRST_BYTES_ROUNDS = 10
 
 @dataclass
 class Rounds:
-    """What was measured: by contestant, one value of each round."""
+    """The measurements by contestant, one value from each round."""
 
     streams: dict[int, dict[str, list[Outcome]]] = field(default_factory=dict)
     together: dict[str, list[Outcome]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Rounds:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Rounds:
-        """Return what `dataclasses.asdict` and JSON have made of rounds, as rounds again."""
+        """Return the rounds that `dataclasses.asdict` and JSON have converted."""
 
         def outcomes(by_name: dict[str, list[Any]]) -> dict[str, list[Outcome]]:
             return {name: [Outcome(**one) for one in some] for name, some in by_name.items()}
@@ -63,7 +63,7 @@ class Rounds:
         )
 
     def of(self, streams: int, name: str, attribute: str) -> Figure:
-        """One attribute of a contestant's outcomes."""
+        """Return one attribute of a contestant's outcomes."""
         outcomes = self.streams.get(streams, {}).get(name, [])
         return Figure([getattr(outcome, attribute) for outcome in outcomes])
 
@@ -81,9 +81,9 @@ class Rounds:
 
 
 def measure(contestants: Sequence[Contestant], quick: bool, say: Say) -> Rounds:
-    """All works by all contestants; `quick` does one round of the least that shows something.
+    """Measure every workload and contestant; `quick` does one round of the least that is useful.
 
-    The bare threads take part only where the goals are: they are there for comparison.
+    The bare threads take part only in the workloads with goals: they are there for comparison.
     """
     main = [it for it in contestants if it.name != "threads"]
     measured = Rounds()
@@ -119,7 +119,7 @@ def measure(contestants: Sequence[Contestant], quick: bool, say: Say) -> Rounds:
 def _turns(
     contestants: Sequence[Contestant], rounds: int, measure: Callable[[Contestant], T]
 ) -> dict[str, list[T]]:
-    """So many rounds, each begun by the next contestant."""
+    """Measure the given number of rounds, each begun by the next contestant."""
     results: dict[str, list[T]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds):
         first = number % len(contestants)

@@ -53,7 +53,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class Answer:
-    """A stream under way."""
+    """A stream in flight."""
 
     def __init__(self, connection: socket.socket, wish: dict[str, Any], end: bytes) -> None:
         self.connection = connection
@@ -70,7 +70,7 @@ class Answer:
             self.due += -self.due % self.interval + int(wish.get("phase", 0) * NANOSECONDS)
 
     def send(self) -> bool:
-        """Sends what is due; whether more will come."""
+        """Send what is due; return whether more will come."""
         try:
             if not self.interval:
                 self.connection.sendall(b"".join(self._tokens()) + self.end)
@@ -92,7 +92,7 @@ class Answer:
 
 
 class WholeAnswer(Answer):
-    """An answer that goes out with its last token."""
+    """An answer that is sent with its last token."""
 
     def __init__(self, connection: socket.socket, wish: dict[str, Any], end: bytes) -> None:
         super().__init__(connection, wish, end)
@@ -117,7 +117,7 @@ class Server:
 
     def run(self) -> None:
         while True:
-            # Waits to the microsecond; the selector itself would round up to a millisecond.
+            # Wait with microsecond precision; the selector itself would round up to a millisecond.
             select.select([self._selector], [], [], self._patience())
             for key, _ in self._selector.select(0):
                 if key.data is None:
@@ -132,7 +132,7 @@ class Server:
                     answer.connection.close()
 
     def _patience(self) -> float | None:
-        """Seconds until the next event is due."""
+        """Return the seconds until the next event is due."""
         return max(0.0, (self._due[0][0] - time.monotonic_ns()) / 1e9) if self._due else None
 
     def _add(self, answer: Answer) -> None:
@@ -154,7 +154,7 @@ class Server:
             connection.close()
 
     def _answer(self, connection: socket.socket, head: bytes, body: bytes) -> bool:
-        """Answers a request; whether a stream has begun that goes on."""
+        """Answer a request; return whether it has begun a stream that continues."""
         method, path, _ = head.split(b" ", 2)
         sys.stderr.write(f'127.0.0.1 - - "{method.decode()} {path.decode()} HTTP/1.0" 200 -\n')
         if method == b"GET":
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    given, _ = parser.parse_known_args()  # the rest is about the model
+    given, _ = parser.parse_known_args()  # the rest concerns the model
     Server(given.host, given.port).run()
 
 

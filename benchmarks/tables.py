@@ -1,4 +1,4 @@
-"""The report as tables: medians of the rounds, the least and the most beside them."""
+"""The report as tables: medians of the rounds, with the minimum and the maximum next to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ and assembles it."""
 
 @dataclass
 class Sheet:
-    """A table before it is shown anywhere."""
+    """A table, independent of its output format."""
 
     title: str
     columns: tuple[str, ...]
@@ -51,7 +51,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """Return all tables as a document has them."""
+    """Return all tables as Markdown for a document."""
     parts = [f"{report.origin}. Each cell: median (least-most) of the rounds."]
     for sheet in sheets(report):
         head = "| " + " | ".join(column.replace("\n", " ") for column in sheet.columns) + " |"
@@ -65,7 +65,7 @@ def put(document: str, report: Report) -> str:
     """Return the document with the tables between its two markers.
 
     Raises:
-        ValueError: it has no markers.
+        ValueError: the document has no markers.
     """
     head, begin, rest = document.partition(BEGIN)
     _, end, tail = rest.partition(END)

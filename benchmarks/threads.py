@@ -12,7 +12,7 @@ import threading
 
 
 def serve(port: int, backend_port: int) -> None:
-    """Listens on 127.0.0.1:`port` for good."""
+    """Listen on 127.0.0.1:`port` forever."""
     with socket.create_server(("127.0.0.1", port), backlog=1024) as listener:
         while True:
             client, _ = listener.accept()

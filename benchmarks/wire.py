@@ -1,4 +1,4 @@
-"""Requests as the load generator sends them, and what can be told from the bytes that came back."""
+"""Requests as the load generator sends them, and the analysis of the bytes that came back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-Piece = tuple[int, bytes]  # when it was received (nanoseconds), what it was
+Piece = tuple[int, bytes]  # when it was received (nanoseconds), and its bytes
 
 _EVENT = re.compile(rb'^data: .*"content": "(\d+) (\d+) (\d+) ".*\n\n', re.M)
 _LENGTH = re.compile(rb"^content-length: (\d+)", re.M | re.I)
@@ -18,7 +18,7 @@ _LENGTH = re.compile(rb"^content-length: (\d+)", re.M | re.I)
 
 @dataclass(frozen=True)
 class Event:
-    """One event of the stand-in's as it arrived; times in nanoseconds."""
+    """One event of the stand-in as it arrived; times in nanoseconds."""
 
     stream: int
     number: int
@@ -35,9 +35,9 @@ class Answer:
     """A streamed answer.
 
     Attributes:
-        first_byte: when its first byte came; None if none did.
+        first_byte: when its first byte arrived; None if none did.
         done: whether `data: [DONE]` was the last event.
-        clean: whether its end was marked as the end (of a chunked body), or had not to be.
+        clean: whether its end was marked as the end (of a chunked body), or needed no mark.
     """
 
     status: int
@@ -47,14 +47,14 @@ class Answer:
     clean: bool
 
     def is_whole(self, stream: int, events: int) -> bool:
-        """Whether it is this stream's, with each event once, in order, and properly ended."""
+        """Return whether it is this stream's, with each event once, in order, and a proper end."""
         expected = [(stream, number) for number in range(events)]
         got = [(event.stream, event.number) for event in self.events]
         return self.status == 200 and got == expected and self.done and self.clean
 
 
 def request(port: int, wish: Mapping[str, Any], *, stream: bool) -> bytes:
-    """A chat request; the wish is for the stand-in."""
+    """Return a chat request; the wish is for the stand-in."""
     body = json.dumps(
         {
             "model": "bench",
@@ -71,7 +71,7 @@ def request(port: int, wish: Mapping[str, Any], *, stream: bool) -> bytes:
 
 
 def is_answered(raw: bytes) -> bool:
-    """Whether this is a whole answer of the length that it says: what a client waits for."""
+    """Return whether this is a whole answer of its declared length, which a client waits for."""
     head, end, body = raw.partition(b"\r\n\r\n")
     length = _LENGTH.search(head)
     good = end and length and head.startswith((b"HTTP/1.0 200", b"HTTP/1.1 200"))
@@ -79,7 +79,7 @@ def is_answered(raw: bytes) -> bool:
 
 
 def answer(pieces: Sequence[Piece]) -> Answer:
-    """What the pieces of one connection amount to."""
+    """Return the answer that the pieces of one connection amount to."""
     raw = b"".join(data for _, data in pieces)
     head, end, _ = raw.partition(b"\r\n\r\n")
     if not end:
@@ -92,7 +92,7 @@ def answer(pieces: Sequence[Piece]) -> Answer:
     ends = list(accumulate(len(data) for _, data in pieces))
 
     def received(offset: int) -> int:
-        """When the byte before this place of the body came."""
+        """Return when the byte before this offset of the body arrived."""
         where, place = places[bisect_left(places, (offset, 0)) - 1]
         return pieces[bisect_left(ends, place + offset - where)][0]
 
@@ -105,7 +105,7 @@ def answer(pieces: Sequence[Piece]) -> Answer:
 
 
 def _dechunked(raw: bytes, start: int) -> tuple[bytes, list[tuple[int, int]], bool]:
-    """The body without its chunks, where each chunk's data lay, and whether its end was there."""
+    """Return the body without chunk framing, where each chunk's data was, and whether it ended."""
     parts: list[bytes] = []
     places: list[tuple[int, int]] = []  # in the body, in the raw bytes
     length = 0

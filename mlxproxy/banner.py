@@ -1,4 +1,4 @@
-"""What `mlxproxy serve` says once it listens: where, with which models, and what to try next."""
+"""The output of `mlxproxy serve` once it listens: its address, its models, and what to try next."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def lines(
     keys: Sequence[str],
     is_private: bool,
 ) -> Iterator[str]:
-    """Yield the lines; those that start with spaces are commands.
+    """Yield the lines; lines that start with spaces are commands.
 
     Args:
         settings: those of the running proxy.
-        folders: the models folders that are there.
+        folders: the models folders that exist.
         models: how many models can be loaded.
         complete: whether every folder has been read.
         keys: the API keys that clients may use.

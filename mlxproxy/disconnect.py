@@ -1,4 +1,4 @@
-"""Whether the client of a request is still there, told to whoever works for it."""
+"""The notice that the client of a request has disconnected, for the code that works for it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Disconnect:
     """A client's presence for one request.
 
     The server calls :meth:`leave` from its I/O thread when the connection has ended, or when it can
-    no longer be told whether anybody waits, so a callback must be short and must not block on the
-    network.
+    no longer detect whether anybody is waiting, so a callback must be short and must not block on
+    the network.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Disconnect:
         return self._gone
 
     def on_leave(self, callback: Callable[[], None] | None) -> None:
-        """Sets the one callback (None: none any more); it runs at once if the client has left."""
+        """Set the only callback (None: remove it); run it immediately if the client has left."""
         with self._lock:
             self._callback = callback
             run = self._gone
@@ -32,7 +32,7 @@ class Disconnect:
             callback()
 
     def leave(self) -> None:
-        """The client is gone. Called any number of times, from any thread."""
+        """Record that the client has left; may be called any number of times, from any thread."""
         with self._lock:
             callback, self._callback = self._callback, None
             self._gone = True

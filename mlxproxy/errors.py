@@ -1,7 +1,7 @@
-"""One exception type per error code of the HTTP contract, and their one rendering.
+"""One exception type per error code of the HTTP contract, and the only code that renders them.
 
-Nothing here knows Flask: the controller, the catalogue and the relay raise these, the blueprints
-turn them into a response, and a stream that has begun carries them as its last event.
+Nothing here depends on Flask: the controller, the catalogue and the relay raise these errors, the
+blueprints turn them into a response, and a stream that has begun carries one as its last event.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 
 class ProxyError(Exception):
-    """An error a client can read, in the shape of OpenAI's API.
+    """An error for a client, in the shape of OpenAI's API.
 
     Args:
         message: a sentence that says what is wrong and what to do next.
-        param: the name of the request's field at fault, if one is.
-        retry_after: seconds after which another try makes sense (sent as ``Retry-After``).
-        details: further fields for the error object.
+        param: the name of the request field at fault, if there is one.
+        retry_after: seconds after which a retry makes sense (sent as ``Retry-After``).
+        details: additional fields of the error object.
     """
 
     status = 500
@@ -38,7 +38,7 @@ class ProxyError(Exception):
         self.details = details
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the contract: ``{"error": {message, type, param, code}}``."""
+        """Return the JSON object of the contract: ``{"error": {message, type, param, code}}``."""
         error = {
             "message": self.message,
             "type": self.type,
@@ -63,18 +63,18 @@ class InvalidRequest(_ClientError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt does not fit; clients shorten it when they see OpenAI's code for that."""
+    """The prompt is too long; clients shorten it when they see OpenAI's code for that."""
 
     code = "context_length_exceeded"
 
     @classmethod
     def of(cls, prompt: str, context: int, param: str | None = None) -> ContextLengthExceeded:
-        """Return the error in the words by which clients recognise it.
+        """Return the error with the wording by which clients recognise it.
 
         Args:
-            prompt: how long it is: "12 tokens", "more than 100 tokens".
-            context: tokens that the model can take.
-            param: the request's field with the prompt.
+            prompt: its length in words: "12 tokens", "more than 100 tokens".
+            context: the number of tokens that the model accepts.
+            param: the request field that contains the prompt.
         """
         return cls(
             f"This model's maximum context length is {context} tokens, but the prompt has "
@@ -140,7 +140,7 @@ class TooManyRequests(ProxyError):
 
 
 class InternalError(ProxyError):
-    """What should not have happened: the details are in the log, never in the answer."""
+    """An error that should not happen: the details are in the log, never in the response."""
 
 
 class LoadFailed(ProxyError):
@@ -164,21 +164,21 @@ class ModelsRootUnavailable(ProxyError):
 
 
 class ModelSwapped(ProxyError):
-    """The answer was ended because another model was asked for and the drain took too long."""
+    """The answer was aborted because another model was requested and the drain took too long."""
 
     status = 503
     code = "model_swapped"
 
 
 class ModelUnloaded(ProxyError):
-    """The answer was ended because an unload was asked for and the drain took too long."""
+    """The answer was aborted because an unload was requested and the drain took too long."""
 
     status = 503
     code = "model_unloaded"
 
 
 class PortInUse(ProxyError):
-    """A process that is not ours holds the backend's port."""
+    """A process that this program didn't start holds the backend's port."""
 
     status = 503
     code = "port_in_use"
@@ -205,7 +205,7 @@ class InsufficientMemory(ProxyError):
 
 
 class InsufficientStorage(ProxyError):
-    """A body has no room where bodies wait until they are whole."""
+    """There is no space for a request body where bodies are stored until they are complete."""
 
     status = 507
     code = "insufficient_storage"

@@ -1,6 +1,6 @@
-"""Files that anybody may have written or replaced: read within bounds, written whole or not at all.
+"""Files that anybody may have written or replaced: bounded reads and atomic writes.
 
-A FIFO in place of a file is never waited for, and a directory in its place is put aside.
+A FIFO in place of a file is never waited for, and a directory in its place is moved aside.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 MB = 1_000_000
-RECORD_BYTES = MB  # of a record of our own: a few paths and numbers
+RECORD_BYTES = MB  # for one of this program's records: a few paths and numbers
 
 
 class Unreadable(Exception):
-    """A file cannot be used. The message is a phrase that begins with the file's name."""
+    """A file cannot be used; the message is a phrase that begins with the file's name."""
 
 
 class Missing(Unreadable):
@@ -31,11 +31,11 @@ def opened(path: str) -> int:
     """Return a descriptor for reading a regular file; the caller closes it.
 
     Raises:
-        Unreadable: it is missing, not a regular file, or the system refuses it.
+        Unreadable: the file is missing, is not a regular file, or the system refuses to open it.
     """
     name = os.path.basename(path)
     try:
-        # Without O_NONBLOCK the opening of a FIFO waits for a writer that never comes.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer that never comes.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise Missing(f"{name} is missing") from None
@@ -50,13 +50,13 @@ def opened(path: str) -> int:
 
 @contextmanager
 def open_regular(path: str) -> Iterator[tuple[int, int]]:
-    """Open a file for reading if it is a regular one.
+    """Open a file for reading if it is a regular file.
 
     Yields:
         The file's descriptor, and its size in bytes.
 
     Raises:
-        Unreadable: it is missing, not a regular file, or the system refuses it.
+        Unreadable: the file is missing, is not a regular file, or the system refuses to open it.
     """
     descriptor = opened(path)
     try:
@@ -72,7 +72,7 @@ def read_text(path: str, limit: int) -> str:
     """Return the text of a file of at most `limit` bytes.
 
     Raises:
-        Unreadable: it cannot be opened, is larger, or is not UTF-8.
+        Unreadable: the file cannot be opened, is larger, or is not UTF-8.
     """
     name = os.path.basename(path)
     with open_regular(path) as (file, size):
@@ -89,7 +89,7 @@ def read_object(path: str, limit: int) -> dict[str, Any]:
     """Return the JSON object in a file of at most `limit` bytes.
 
     Raises:
-        Unreadable: it cannot be read, is not JSON, or holds something else than an object.
+        Unreadable: the file cannot be read, is not JSON, or does not contain an object.
     """
     name = os.path.basename(path)
     try:
@@ -104,7 +104,7 @@ def read_object(path: str, limit: int) -> dict[str, Any]:
 
 
 def read_record(path: Path, limit: int = RECORD_BYTES) -> dict[str, Any]:
-    """Return the object in a file of ours; an empty one where there is none to be had."""
+    """Return the object in one of this program's files, or an empty object if there is none."""
     try:
         return read_object(str(path), limit)
     except Unreadable:
@@ -112,10 +112,10 @@ def read_record(path: Path, limit: int = RECORD_BYTES) -> dict[str, Any]:
 
 
 def write_record(path: Path, value: dict[str, Any]) -> None:
-    """Replace the file in one step.
+    """Replace the file atomically.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; what was there is there still.
+        OSError: the disk is full, or the folder is not writable; the old file is still there.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -132,17 +132,17 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
 
 
 def note(path: Path, value: dict[str, Any]) -> None:
-    """Replace the file if that is possible, for what is only kept for convenience."""
+    """Replace the file if possible; for data that is only kept for convenience."""
     with contextlib.suppress(OSError):
         write_record(path, value)
 
 
 def remove(path: Path) -> None:
-    """Remove a file of ours if it is there and can be removed."""
+    """Remove one of this program's files if it exists and can be removed."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
 def _put_aside(path: Path) -> None:
-    """Move what is not ours out of the way: nobody knows what it is good for."""
+    """Move a foreign directory out of the way; somebody may still need its content."""
     path.rename(Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.")) / path.name)

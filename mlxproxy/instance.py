@@ -1,4 +1,4 @@
-"""What is where in the instance folder."""
+"""The layout of the instance folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Instance:
-    """The instance folder of a proxy; several proxies may share one, with other backend ports."""
+    """The instance folder of a proxy; several may share it if their backend ports differ."""
 
     folder: Path
 
@@ -24,34 +24,34 @@ class Instance:
 
     @property
     def catalog(self) -> Path:
-        """What was read of the models folders."""
+        """The cache of what was read from the models folders."""
         return self.folder / "catalog.json"
 
     @property
     def history(self) -> Path:
-        """What was loaded, and how long it took."""
+        """The record of past loads and how long each took."""
         return self.folder / "history.json"
 
     def log(self, source: str) -> Path:
-        """The log of the `proxy`, the `backend` or the `service`."""
+        """Return the path of the log of the `proxy`, the `backend` or the `service`."""
         return self.folder / "logs" / f"{source}.log"
 
     def backend_log(self, port: int, first_port: int) -> Path:
-        """The log of the backend on this port; the first slot's has no number."""
+        """Return the log of the backend on this port; that of the first slot has no number."""
         return self.log("backend" if port == first_port else f"backend-{port}")
 
     def lock(self, port: int) -> Path:
-        """What the proxy that has this backend port holds locked."""
+        """Return the path of the file that the proxy with this backend port holds locked."""
         return self.folder / f"backend-{port}.lock"
 
     def backend(self, port: int) -> Path:
-        """The record of the backend on this port."""
+        """Return the path of the record of the backend on this port."""
         return self.folder / f"backend-{port}.json"
 
     def proxy(self, port: int) -> Path:
-        """The record of the proxy that has this backend port."""
+        """Return the path of the record of the proxy that has this backend port."""
         return self.folder / f"proxy-{port}.json"
 
     def proxies(self) -> list[Path]:
-        """The records of all proxies that share the folder."""
+        """Return the paths of the records of all proxies that share the folder."""
         return sorted(self.folder.glob("proxy-*.json"))

@@ -1,4 +1,4 @@
-"""A bounded, rotated log file that never makes anybody wait."""
+"""A bounded, rotated log file that never blocks its callers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = 3
 
 
 class LogFile(Writer):
-    """A bounded, rotated file that takes text from any thread and never blocks or raises."""
+    """A bounded, rotated file that accepts text from any thread and never blocks or raises."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class LogFile(Writer):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = _RotatingFile(self.path)
             self._file.write(text)
-        except (OSError, ValueError):  # full or vanished disk: opened anew for the next block
+        except (OSError, ValueError):  # full or vanished disk: reopened for the next block
             file, self._file = self._file, None
             if file is not None:
                 with contextlib.suppress(OSError, ValueError):
@@ -38,7 +38,7 @@ class LogFile(Writer):
 
 
 class _RotatingFile(logging.handlers.RotatingFileHandler):
-    """The library's rotation, for blocks of text rather than records, with errors raised."""
+    """The library's rotation, for blocks of text instead of records; it raises its errors."""
 
     terminator = ""
 
@@ -57,7 +57,7 @@ class _RotatingFile(logging.handlers.RotatingFileHandler):
         self.stream.flush()
 
     def _open(self) -> TextIOWrapper:
-        """Open the file, if it is one: a pipe in its place would keep the writer, or be no log."""
+        """Open the file if it is regular: a pipe would block the writer or would not be a log."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(self.baseFilename, flags, 0o666)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""How this program is run: as a program runs it, and as a person types it."""
+"""The command that runs this program: as a program runs it, and as a person types it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAME = "mlxproxy"
 
 
 def command() -> tuple[str, ...]:
-    """Return the command that runs this installation, from wherever: with an absolute path."""
+    """Return the command that runs this installation from any folder, with an absolute path."""
     script = Path(sys.executable).parent / NAME
     if script.is_file():
         return (str(script),)
@@ -20,7 +20,7 @@ def command() -> tuple[str, ...]:
 
 
 def is_on_path() -> bool:
-    """Whether its name alone runs this installation."""
+    """Return whether the program's name alone runs this installation."""
     found = shutil.which(NAME)
     return found is not None and os.path.realpath(found) == os.path.realpath(command()[0])
 

@@ -1,8 +1,8 @@
-"""Every setting once: its name, type, default and meaning.
+"""Every setting, defined once: its name, type, default and meaning.
 
-Sources, later ones win: the defaults below, ``config.py`` in the instance folder, the environment
-(``MLXPROXY_<NAME>``), the command line's flags. The README's table, ``serve --help`` and
-``instance/config.example.py`` are made from or checked against this file.
+Sources, in order of increasing precedence: the defaults below, ``config.py`` in the instance
+folder, the environment (``MLXPROXY_<NAME>``), the flags of the command line. The README's table,
+``serve --help`` and ``instance/config.example.py`` are generated from or checked against this file.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mlxproxy.instance import Instance
 
 T = TypeVar("T")
 P = TypeVar("P")
-MOST_LOADED = 8  # models; each has a port, and the choice of whom to evict looks at every group
+MOST_LOADED = 8  # models; each has a port, and the choice of what to evict examines every group
 Table = tuple[tuple[str, Mapping[str, Any]], ...]  # a name or a pattern, and its options
 ENV_PREFIX = "MLXPROXY_"
 CLIENT_VARIABLES = {"MLXPROXY_URL"}  # read by the commands that talk to a server, not by the server
 
 
 class SettingError(ValueError):
-    """A setting has a value it cannot have; the message is the sentence for the user."""
+    """A setting has a value that is not allowed; the message is the sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Parser(Generic[T]):
-    """How a value is read, from text or a Python value.
+    """How a value is read, from text or from a Python value.
 
     Attributes:
         read: returns the value, or raises ValueError with a phrase that says what is allowed.
-        metavar: what a flag's help shows in the value's place.
+        metavar: the placeholder for the value in a flag's help.
     """
 
     read: Callable[[Any], T]
@@ -81,7 +81,7 @@ def _whole(low: int, high: int, allowed: str) -> Parser[int]:
 
 
 def _whole_or_auto(low: int, high: int, allowed: str) -> Parser[int]:
-    """A whole number, or 0 for `auto`."""
+    """Return a parser for a whole number, or 0 for `auto`."""
     whole = _whole(low, high, allowed)
 
     @_shown_as("INTEGER|auto")
@@ -108,13 +108,13 @@ def _duration(low: float = 0.0) -> Parser[float]:
 
 
 def seconds(value: Any, low: float = 0.0) -> float:
-    """Seconds from a number or from a text such as ``90``, ``90s``, ``30m``, ``2h``, ``1d``.
+    """Return seconds from a number or from a text such as ``90``, ``90s``, ``30m``, ``2h``, ``1d``.
 
     Raises:
         ValueError: not a finite duration of at least `low` seconds.
     """
     text = str(value)
-    if len(text) > _LONGEST_DURATION:  # clients send them too, and the pattern tries much
+    if len(text) > _LONGEST_DURATION:  # clients send durations too, and the pattern backtracks
         raise ValueError("not a duration")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", text.lower())
     if isinstance(value, bool) or not match:
@@ -130,7 +130,7 @@ def byte_size(value: Any) -> int:
     """Return bytes from a number or from a text such as ``512K``, ``32M``, ``24GB``.
 
     Raises:
-        ValueError: it is none, with what is allowed.
+        ValueError: the value is not a size; the message says what is allowed.
     """
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     match = re.fullmatch(r"\s*(\d+)\s*([KMG]?)(?:I?B)?\s*", str(value).upper())
@@ -141,7 +141,7 @@ def byte_size(value: Any) -> int:
 
 @_shown_as("SIZE|PERCENT")
 def _budget(value: Any) -> int | float | None:
-    """Bytes (an int), or a share of the machine's memory (a float)."""
+    """Return bytes (an int), or a fraction of the machine's memory (a float)."""
     if value is None:
         return None
     percent = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,3})?)\s*%\s*", str(value))
@@ -436,11 +436,11 @@ class Settings:
     )
 
     def part(self, kind: type[P], **others: Any) -> P:
-        """Return the settings that one part of the program names as its fields.
+        """Return the settings that a part of the program declares as its fields.
 
         Args:
             kind: a dataclass.
-            others: its fields that are no settings, or have other values there.
+            others: the fields that are not settings, or that have other values there.
         """
         own = {item.name for item in fields(self)}
         names = [item.name for item in fields(kind) if item.name in own]  # type: ignore[arg-type]
@@ -448,34 +448,34 @@ class Settings:
 
     @property
     def instance(self) -> Instance:
-        """The files of the instance folder."""
+        """The paths in the instance folder."""
         return Instance(self.instance_path)
 
     @property
     def slots(self) -> int:
-        """How many models may be in memory at a time."""
+        """The maximum number of models in memory at the same time."""
         return self.max_loaded or MOST_LOADED
 
     @property
     def backend_ports(self) -> range:
-        """A port for each model that may be in memory."""
+        """One port for each model that may be in memory."""
         first = self.mlx_backend_port
         return range(first, first + self.slots)
 
     @property
     def local_url(self) -> str:
-        """The proxy's URL for this machine."""
+        """The proxy's URL on this machine."""
         everywhere = ("0.0.0.0", "::", "127.0.0.1", "::1")
         host = "localhost" if self.proxy_host in everywhere else self.proxy_host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.proxy_port}"
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All accepted API keys, those of the file included.
+        """All accepted API keys, including those in the key file.
 
         Raises:
-            SettingError: the file cannot be read, is empty, or others may read it; or a key cannot
-                be sent.
+            SettingError: the file cannot be read, is empty, or is readable by others; or a key
+                cannot be sent.
         """
         keys = [("API_KEY", "a key", key) for key in self.api_key]
         if self.api_key_file is not None:
@@ -490,10 +490,10 @@ class Settings:
 
 
 def _keys_in(file: Path) -> list[tuple[str, str, str]]:
-    """Return each key of a key file, after the setting and the words that name it in a sentence.
+    """Return each key in a key file, after the setting and the words that name it in a sentence.
 
     Raises:
-        SettingError: the file cannot be read, is empty, or others may read it.
+        SettingError: the file cannot be read, is empty, or is readable by others.
     """
     setting = f"API_KEY_FILE = {file}"
     try:
@@ -515,7 +515,7 @@ def _is_sendable(key: str) -> bool:
 
 
 def describe() -> list[tuple[str, str, str]]:
-    """(NAME, default as shown, meaning) of every setting, in order: what the documentation says."""
+    """Return (NAME, default as shown, meaning) of each setting, in order, for the documentation."""
     rows = []
     for item in fields(Settings):
         shown = item.metadata.get("shown")
@@ -526,7 +526,7 @@ def describe() -> list[tuple[str, str, str]]:
 
 
 def metavar(name: str) -> str:
-    """Return what stands for the value of the setting NAME in a flag's help."""
+    """Return the placeholder for the value of the setting NAME in a flag's help."""
     (parser,) = (item.metadata["parse"] for item in fields(Settings) if item.name == name.lower())
     return str(parser.metavar)
 
@@ -542,14 +542,14 @@ def _shown(value: Any) -> str:
 def load(
     flags: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
-    """The settings from all sources.
+    """Return the settings from all sources.
 
     Args:
-        flags: NAME to text, as the command line gave them.
-        environ: the environment; the process's own by default.
+        flags: NAME to text, as given on the command line.
+        environ: the environment; None: the process's own.
 
     Raises:
-        SettingError: a value that is not allowed, or a name that does not exist.
+        SettingError: a value is not allowed, or a name does not exist.
     """
     environ = os.environ if environ is None else environ
     flags = flags or {}
@@ -580,7 +580,7 @@ def load(
 
 
 def _check_ports(settings: Settings) -> None:
-    """Raise SettingError unless the proxy and its backends can have a port each."""
+    """Raise SettingError unless the proxy and its backends can each have a port."""
     ports = settings.backend_ports
     if settings.proxy_port == settings.mlx_backend_port:
         raise SettingError(
@@ -610,7 +610,10 @@ def _parse(name: str, value: Any, source: str) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The upper-case names that ``config.py`` assigns; `Path` is there, as in the original tool."""
+    """Return the upper-case names that ``config.py`` assigns.
+
+    `Path` is predefined there, as in the original tool.
+    """
     try:
         source = read_text(str(path), MB)
     except Missing:

@@ -1,4 +1,4 @@
-"""Server-sent events: written, and read from the pieces that a socket gives, in linear time."""
+"""Server-sent events: written, and read in linear time from the pieces that a socket returns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MEDIA_TYPE = "text/event-stream"
 HEADERS = {
     "Content-Type": f"{MEDIA_TYPE}; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would collect the stream
+    "X-Accel-Buffering": "no",  # otherwise nginx would buffer the stream
 }
-BLANK = b"\n\n"  # what ends an event
+BLANK = b"\n\n"  # the end of an event
 DONE = b"data: [DONE]\n\n"  # the event that ends an answer
 # The largest event is a tool call, which `mlx_lm.server` sends in one piece: even a million tokens
-# are about 4 MB. What is larger would never end, and memory would.
+# are about 4 MB. Without a limit, an event that never ends would use up the memory.
 EVENT_LIMIT = 16 << 20
 
 
@@ -32,20 +32,20 @@ def text(lines: str) -> bytes:
 
 
 def comment(words: str = "") -> bytes:
-    """Return what means nothing to a reader, but that there is a sender."""
+    """Return a comment, which tells a reader only that the sender is still there."""
     return f": {words}".rstrip().encode() + BLANK
 
 
 class Events:
-    """What has come of a stream of events.
+    """The events received so far from a stream.
 
-    Bytes that :meth:`take` would return as they are need not be given to it: with nothing pending,
-    those that have :data:`BLANK` at their end and no :data:`DONE` in them.
+    Bytes that :meth:`take` would return unchanged need not be passed to it: if nothing is pending,
+    those that end with :data:`BLANK` and do not contain :data:`DONE`.
 
     Attributes:
-        pending: the beginning of an event whose end has not come.
-        done: whether the answer's end has come, an event of its own: the words in a model's text
-            never are one, since JSON has no bare newline.
+        pending: the beginning of an event whose end has not arrived.
+        done: whether the end of the answer has arrived, as an event of its own: the same words in a
+            model's text are never one, since JSON contains no bare newline.
     """
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class Events:
         self.done = False
 
     def take(self, data: bytes) -> bytes:
-        """Return the events that these bytes complete, up to the answer's end.
+        """Return the events that these bytes complete, up to the end of the answer.
 
-        Each byte is looked at when it comes, and copied once more when its event is whole.
+        Each byte is examined when it arrives, and copied once more when its event is complete.
 
         Raises:
             BackendFailed: an event is larger than :data:`EVENT_LIMIT`.
@@ -64,7 +64,7 @@ class Events:
         if self.done:
             return b""
         end = data.rfind(BLANK) + len(BLANK)
-        if end < len(BLANK):  # there is none, unless a newline came before these bytes
+        if end < len(BLANK):  # not found, unless a newline came before these bytes
             end = int(data.startswith(b"\n") and (not pending or pending.endswith(b"\n")))
         if not end:
             pending += data
@@ -77,7 +77,7 @@ class Events:
         whole = bytes(pending) + data[:end]
         pending[:] = data[end:]
         if DONE in whole:
-            # Before the first of these events, another has ended.
+            # These bytes begin after the end of another event.
             at = (BLANK + whole).find(BLANK + DONE)
             if at >= 0:
                 self.done = True

@@ -1,4 +1,4 @@
-"""Text made fit for a terminal, a log and an error message, whoever has written it."""
+"""Text from any source, made safe for a terminal, a log and an error message."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import shutil
 import textwrap
 from typing import IO
 
-# What a terminal would obey (C0 and C1 but for the line's end and the tab), what turns the
-# direction of the text around it (Unicode's embeddings, overrides and isolates), what other
-# programs take for the end of a line, and halves of characters that no file can hold.
+# Characters that a terminal would obey (C0 and C1 except the newline and the tab), that change the
+# direction of the text around them (Unicode's embeddings, overrides and isolates), that other
+# programs take for the end of a line, and halves of surrogate pairs, which no file can hold.
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# What is quoted and has a slash; else from a first slash to the last: folders have spaces in their
-# names. What follows a letter is no path (user/assistant), nor is an endpoint.
+# Quoted text with a slash; otherwise, text from the first slash to the last: folder names contain
+# spaces. After a letter, a slash begins no path (user/assistant); an endpoint is no path either.
 _PATH = re.compile(r"""(['"])[^'"]*/[^'"]*\1|(?<![\w.])/(?!v1/)[^'":,;()\n]*/[^\s'":,;()]*""")
 
 
 def harmless(text: str) -> str:
-    """Return the text without what a terminal would obey: a model may have been made to say it."""
+    """Return the text without what a terminal would obey: a model may be made to emit it."""
     return _HARMFUL.sub("", text)
 
 
 def harmless_json(text: str) -> str:
-    r"""Return the JSON with the same characters as ``\uXXXX``: it stays the same value."""
+    r"""Return the JSON with the same characters as ``\uXXXX``, which keeps its value the same."""
     return _HARMFUL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def without_paths(text: str) -> str:
-    """Return the text with each path of this machine as an ellipsis."""
+    """Return the text with each path on this machine replaced by an ellipsis."""
     return _PATH.sub("…", text)
 
 
 def wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
-    """Return the text in lines that fit the stream's terminal; unchanged if it has none.
+    """Return the text wrapped to the width of the stream's terminal; unchanged if it is none.
 
-    Lines end between words: a path or a command that is cut in two cannot be copied.
+    Lines are broken between words: a path or a command that is split cannot be copied.
 
     Args:
-        indent: spaces before each line but the first of its paragraph.
+        indent: spaces before each line of a paragraph except the first.
     """
     if not stream.isatty():
         return text
@@ -56,5 +56,5 @@ def wrapped(text: str, stream: IO[str], indent: int = 0) -> str:
 
 
 def width() -> int:
-    """Return the columns of the terminal."""
+    """Return the width of the terminal in columns."""
     return shutil.get_terminal_size().columns

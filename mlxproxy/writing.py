@@ -1,4 +1,4 @@
-"""Text for a place that may be slow, full or gone, taken from any thread without waiting."""
+"""Text for a destination that may be slow, full or gone, taken from any thread without blocking."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Callable
 log = logging.getLogger("mlxproxy.writing")
 
 QUEUED_CHUNKS = 256
-# Seconds for which lines that trickle in are gathered: each one alone would wake two threads, in
-# the middle of everybody's tokens.
+# Seconds for which single lines are collected: waking two threads for each line would delay
+# the tokens of every client.
 GATHER = 0.05
 CLOSING = 1.0  # seconds for the last lines
 
 
 class Writer:
-    """Hands text to a thread of its own behind a bounded queue; never blocks or raises.
+    """A bounded queue of text for a thread that writes it; never blocks or raises.
 
     Args:
-        name: of the place, for the log.
-        write: writes a block of text; called in the writer's thread. An OSError or ValueError of
-            its costs that block.
+        name: the name of the destination, for the log.
+        write: writes a block of text; called in the writer's thread. If it raises OSError or
+            ValueError, that block is lost.
     """
 
     def __init__(self, name: str, write: Callable[[str], None]) -> None:
@@ -37,14 +37,14 @@ class Writer:
         self._thread.start()
 
     def put(self, text: str) -> None:
-        """Take text to be written; drop it (and count) where the place does not keep up."""
+        """Queue text for writing; drop and count it if the destination does not keep up."""
         try:
             self._chunks.put_nowait(text)
         except queue.Full:
             self._lost += 1
 
     def close(self) -> None:
-        """Write what is queued, for a second at most."""
+        """Write what is queued, for at most one second."""
         deadline = time.monotonic() + CLOSING
         with contextlib.suppress(queue.Full):
             self._chunks.put(None, timeout=CLOSING)
@@ -62,7 +62,7 @@ class Writer:
             try:
                 self._write(text)
                 fails = False
-            except (OSError, ValueError) as error:  # try anew with the next block
+            except (OSError, ValueError) as error:  # retry with the next block
                 self._lost += lost + 1
                 if not fails:
                     log.warning("%s cannot be written: %s", self._name, error)
@@ -70,7 +70,7 @@ class Writer:
                 time.sleep(GATHER)
 
     def _gathered(self) -> str:
-        """Wait for text; return all that there is."""
+        """Wait for text; return all that is queued."""
         texts = [self._chunks.get()]
         if texts[0] is not None:
             time.sleep(GATHER)

@@ -1,7 +1,7 @@
-"""What the tests share: tiny models that really answer, and proxies as a user starts them.
+"""The fixtures that tests share: tiny models that really answer, and proxies as a user starts them.
 
-A test's folder says what it costs: a test of `unit` starts no process, one of `standin` starts
-programs, over a scripted stand-in where a backend is needed, one of `backend` uses the real mlx-lm.
+A test's folder shows its cost: a test of `unit` starts no process, one of `standin` starts
+programs, with a scripted stand-in if a backend is needed, one of `backend` uses the real mlx-lm.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tests.support.server_process import SERVER_BIN as SERVER_BIN
 from tests.support.server_process import Server, serve
 from tests.support.waiting import until as until
 
-# A shell has SIGINT ignored for what it starts in the background, and whoever is started from there
-# inherits that: the tests' own Ctrl-C would go unheard.
+# A shell makes its background processes ignore SIGINT, and their children inherit that: the tests'
+# own Ctrl-C would have no effect.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test of a folder with the folder's name: it is what the test costs."""
+    """Mark each test of a folder with the folder's name, which says what the test costs."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder != "unit":
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with two tiny models that really answer."""
+    """Return a models folder with two tiny models that really answer."""
     root = tmp_path_factory.mktemp("models")
     tiny_models.build(root / "tiny" / "alpha", says="alpha")
     tiny_models.build(root / "tiny" / "beta", says="beta")
@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
-    """Starts proxies and leaves nothing of them behind."""
+    """Start proxies and clean up after them."""
     started: list[Proxy] = []
 
     def starter(models: Path | None = None, **settings: Any) -> Proxy:
@@ -66,7 +66,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
 
 @pytest.fixture(scope="module")
 def proxy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """One proxy over the two tiny models for a whole file; each test loads what it needs."""
+    """Start one proxy with the two tiny models for a whole file; each test loads what it needs."""
     proxy = Proxy(tmp_path_factory.mktemp("proxy") / "instance", models)
     try:
         yield proxy.start()
@@ -76,7 +76,7 @@ def proxy(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pr
 
 @pytest.fixture
 def standin(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
-    """A running stand-in without a proxy, and its executable."""
+    """Start a stand-in without a proxy; return it and its executable."""
     program = scripted_server.install(tmp_path / "bin")
     with serve(program, Path("/models/ada"), tmp_path / "log") as server:
         yield server, program
@@ -90,7 +90,7 @@ def pool() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 @pytest.fixture
 def follow() -> Iterator[Callable[..., Following]]:
-    """Follows streams and leaves none open."""
+    """Follow streams and leave none open."""
     opened: list[Following] = []
 
     def opener(*arguments: Any) -> Following:
@@ -102,12 +102,12 @@ def follow() -> Iterator[Callable[..., Following]]:
         one.close()
 
 
-# -- for tests of the command
+# -- for tests of the commands
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This process as a user's whose home is a folder of the test."""
+    """Make this process that of a user whose home is a folder of the test."""
     for name in [name for name in os.environ if name.startswith(("MLXPROXY_", "XDG_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -117,13 +117,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def env(proxy: Proxy, tmp_path: Path) -> dict[str, str]:
-    """The environment of a user whose commands talk with the proxy."""
+    """Return the environment of a user whose commands talk to the proxy."""
     return environment(tmp_path, proxy.url)
 
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
-    """Starts commands at a terminal and leaves nothing of them behind."""
+    """Start commands at a terminal and clean up after them."""
     opened: list[Terminal] = []
 
     def opener(*arguments: str, env: dict[str, str], program: str | Path = COMMAND) -> Terminal:
@@ -137,5 +137,5 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture
 def talk(terminal: Callable[..., Terminal]) -> Callable[..., Terminal]:
-    """Starts chats at a terminal."""
+    """Start chats at a terminal."""
     return partial(terminal, "chat")

@@ -1,4 +1,4 @@
-"""The parts of docs/ that are made from the program itself: its commands and its settings.
+"""The parts of docs/ that are generated from the program itself: its commands and its settings.
 
 ``python -m tools.reference`` (or ``make reference``) rewrites them between their markers.
 """
@@ -15,7 +15,7 @@ from mlxproxy import settings
 from mlxproxy.cli import SettingOption, main
 
 DOCS = Path(__file__).parents[1] / "docs"
-SHARED = 5  # commands that take an option, for it to be told once for all
+SHARED = 5  # an option of this many commands is described once for all of them
 
 
 def settings_table() -> str:
@@ -37,10 +37,10 @@ PARTS: Mapping[str, Callable[[], str]] = {"commands": commands, "settings": sett
 
 
 def rewritten(text: str, part: str) -> str:
-    """Return a document's text with the part made anew.
+    """Return a document's text with the part regenerated.
 
     Raises:
-        ValueError: it does not have the part's two markers.
+        ValueError: the document does not have the part's two markers.
     """
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
     head, found, rest = text.partition(begin)
@@ -51,7 +51,7 @@ def rewritten(text: str, part: str) -> str:
 
 
 def contexts(context: click.Context) -> Iterator[click.Context]:
-    """A command's and all of its subcommands'."""
+    """Yield the context of a command and those of all its subcommands."""
     yield context
     if isinstance(context.command, click.Group):
         for name in context.command.list_commands(context):
@@ -64,7 +64,7 @@ def contexts(context: click.Context) -> Iterator[click.Context]:
 
 
 def options(context: click.Context) -> list[click.Option]:
-    """A command's own options, without `--help`."""
+    """Return a command's own options, without `--help`."""
     found = context.command.get_params(context)
     return [it for it in found if isinstance(it, click.Option) and "--help" not in it.opts]
 
@@ -99,7 +99,7 @@ def _option(option: click.Option) -> str:
 
 
 def _text(help_: str) -> str:
-    r"""A docstring as Markdown: click's \b, which keeps lines apart, becomes a code block."""
+    r"""Return a docstring as Markdown: click's \b, which keeps lines, becomes a code block."""
     paragraphs = []
     for paragraph in help_.strip().split("\n\n"):
         lines = [line.strip() for line in paragraph.splitlines()]

@@ -1,1 +1,1 @@
-"""What the commands do, each in a file of its own; `cli` parses and calls."""
+"""The implementation of each command, one file per command; `cli` parses and calls them."""

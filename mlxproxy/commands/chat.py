@@ -1,4 +1,4 @@
-"""`mlxproxy chat`: a conversation at the terminal, or one question in a pipe."""
+"""`mlxproxy chat`: a conversation at the terminal, or a single question in a pipe."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def chat(
     thinking: bool | None,
     system: str | None,
 ) -> None:
-    """Talk until `/quit`; with a prompt or piped input, answer that alone.
+    """Chat until `/quit`; with a prompt or piped input, answer only that.
 
     Args:
-        model: loaded first, unless it is loaded already; None: the loaded model.
-        thinking: None: as the model was loaded.
+        model: load it first, unless it is already loaded; None: use the loaded model.
+        thinking: None: keep what the model was loaded with.
         system: instructions for the model.
 
     Raises:
-        ClientError: no server, no such model, or (for one question) no complete answer.
+        ClientError: there is no server, no such model, or (for one question) no complete answer.
     """
     piped = ""
     if not sys.stdin.isatty():
@@ -66,7 +66,7 @@ def chat(
 
 
 def _require(client: Client, model: str, thinking: bool | None) -> str:
-    """Load the model, unless it is loaded with whatever options; return its id."""
+    """Load the model, unless it is already loaded with any options; return its id."""
     state = client.get("/v1/models/loaded")
     id_ = str(state.get("id"))
     names = (id_.casefold(), str(state.get("model_id")).casefold())
@@ -76,11 +76,11 @@ def _require(client: Client, model: str, thinking: bool | None) -> str:
 
 
 class Conversation:
-    """What has been said, to which model, and how it is to answer.
+    """The messages so far, the model they go to, and how it is to answer.
 
     Attributes:
-        model: the id of the model; None: whichever is loaded.
-        thinking: None: as the model was loaded.
+        model: the id of the model; None: whichever one is loaded.
+        thinking: None: keep what the model was loaded with.
         system: instructions for the model.
     """
 
@@ -93,13 +93,13 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
 
     def clear(self) -> None:
-        """Forget what has been said."""
+        """Forget all messages."""
         self._messages.clear()
 
     def ask(self, question: str) -> str:
-        """Ask, and print the answer as it comes; return its figures in words.
+        """Ask, and print the answer as it arrives; return its figures in words.
 
-        What there is of an answer that was stopped is kept.
+        The part of an aborted answer that has arrived is kept.
 
         Raises:
             ClientError: there is no answer, or it was cut off.
@@ -127,7 +127,7 @@ class Conversation:
 
     def _body(self) -> dict[str, Any]:
         instructions = [{"role": "system", "content": self.system}] if self.system else []
-        # -1: as much as the model can; left out, the backend would stop at 512 tokens.
+        # -1: as many as the model can; without it, the backend would stop at 512 tokens.
         body: dict[str, Any] = {"messages": [*instructions, *self._messages], "max_tokens": -1}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.model is not None:
@@ -138,7 +138,7 @@ class Conversation:
 
 
 def _first(events: Iterator[Event]) -> Event | None:
-    """Return the first event that is not a comment; comments say what the server waits for."""
+    """Return the first event that isn't a comment; comments say what the server is waiting for."""
     with terminal.spinner(terminal.messages(), "waiting") as show:
         for event in events:
             if event.kind != "comment":
@@ -150,7 +150,7 @@ def _first(events: Iterator[Event]) -> Event | None:
 
 
 class _Answer:
-    """One answer on its way to the screen; in a pipe, without the reasoning."""
+    """An answer that is being printed; in a pipe, without the reasoning."""
 
     def __init__(self, output: Console) -> None:
         self.text = ""
@@ -162,7 +162,7 @@ class _Answer:
         self._tokens = 0
 
     def take(self, event: dict[str, Any]) -> None:
-        """Print what has come.
+        """Print the content of an event.
 
         Raises:
             Refused: the answer has failed.
@@ -189,7 +189,7 @@ class _Answer:
         self._print(content)
 
     def end(self) -> None:
-        """End the line."""
+        """Terminate the line."""
         if self.text or self._reasoned:
             self._print("\n")
 
@@ -218,7 +218,7 @@ class _Answer:
 
 
 class Dialogue:
-    """The user's lines at a terminal: questions, and commands that begin with a slash."""
+    """The user's side at a terminal: questions, and commands that begin with a slash."""
 
     def __init__(self, client: Client, conversation: Conversation) -> None:
         self._client = client
@@ -227,10 +227,10 @@ class Dialogue:
         self._listed: list[str] = []  # the ids whose numbers the user has seen
 
     def run(self) -> None:
-        """Talk until the user leaves.
+        """Chat until the user leaves.
 
         Raises:
-            ClientError: no server, or no model that can be loaded.
+            ClientError: there is no server, or no model that can be loaded.
         """
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing and history
@@ -257,7 +257,7 @@ class Dialogue:
         self._console.print()
 
     def _begin(self) -> None:
-        """Say who answers; if no model is loaded, have the user choose one."""
+        """Print which model answers; if none is loaded, let the user choose one."""
         state = self._client.get("/v1/models/loaded")
         coming = (state.get("transition") or {}).get("id")
         if state["loaded"]:
@@ -285,10 +285,10 @@ class Dialogue:
             except ClientError as error:
                 self._complain(error)
 
-    # -- the commands
+    # -- commands
 
     def _obey(self, line: str) -> bool:
-        """Run the line if it is a command; return whether it is."""
+        """Run the line if it is a command; return whether it is one."""
         match = re.fullmatch(r"/(\w+)(?:\s+(.*))?", line.strip(), re.DOTALL)
         if match is None:
             return False
@@ -338,7 +338,7 @@ class Dialogue:
         terminal.table(self._console, head, rows, ls.NUMBERS)
 
     def _load(self, name: str) -> None:
-        """Load the model of that number in the list, or of that name."""
+        """Load the model with that number in the list, or with that name."""
         if name.strip().isdecimal() and 0 < int(name) <= len(self._listed):
             name = self._listed[int(name) - 1]
         self._conversation.model = load.load(
@@ -352,7 +352,7 @@ class Dialogue:
         if thinking and model is not None and not load.can_think(self._client, model):
             self._say(f"{model} has no thinking mode, so this changes nothing.")
 
-    # -- what is said
+    # -- input
 
     def _say(self, text: str) -> None:
         if text:
@@ -366,7 +366,7 @@ class Dialogue:
 
 
 def _read() -> str:
-    """Return what the user says: a line, or several between triple quotes.
+    """Return the user's input: a line, or several lines between triple quotes.
 
     Raises:
         EOFError, KeyboardInterrupt: the user leaves.

@@ -1,4 +1,4 @@
-"""The commands' HTTP client: requests, server-sent events, and errors in one sentence."""
+"""The commands' HTTP client: requests, server-sent events, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxproxy.text import harmless
 
 CONNECT = 5.0  # seconds
 READ = 30.0
-# The server's advice is for HTTP clients; here it is given in commands.
+# The server's advice is meant for HTTP clients; these are the equivalent commands.
 AS_COMMANDS = {
     "GET /v1/models": "`mlxproxy ls`",
     "POST /v1/models/load": "`mlxproxy load`",
@@ -23,11 +23,11 @@ AS_COMMANDS = {
     '"force": true': "`--force`",
     'with "pin": false': "without `--pin`",
 }
-SILENCE = 60.0  # in a stream; a comment comes at least every 15 s
+SILENCE = 60.0  # seconds without data in a stream; a comment arrives at least every 15 s
 
 
 class ClientError(click.ClickException):
-    """Why a command cannot do its work, in a sentence; ends it with status 1."""
+    """The reason why a command cannot do its work, as a sentence; the exit status is 1."""
 
     def __init__(self, message: str) -> None:
         super().__init__(harmless(message))
@@ -38,10 +38,10 @@ class Unreachable(ClientError):
 
 
 class Refused(ClientError):
-    """An error that the server answered with.
+    """An error response from the server.
 
     Attributes:
-        code: the contract's name for it, such as ``model_not_found``.
+        code: the error's code in the contract, such as ``model_not_found``.
     """
 
     def __init__(self, error: dict[str, Any]) -> None:
@@ -55,13 +55,13 @@ class Refused(ClientError):
 
 
 class Event(NamedTuple):
-    """A server-sent event; a comment is one of the kind ``comment``."""
+    """A server-sent event; comments have the kind ``comment``."""
 
     kind: str
     data: str
 
     def json(self) -> dict[str, Any]:
-        """Return the data as an object; an empty one if it is not an object."""
+        """Return the data as an object, or an empty object if it isn't one."""
         try:
             value = json.loads(self.data)
         except ValueError:
@@ -73,16 +73,16 @@ class Client:
     """The client of one server.
 
     Args:
-        url: without a slash at its end.
-        key: the API key, if it needs one.
-        is_own: whether it is the server that this machine's settings describe.
+        url: without a trailing slash.
+        key: the API key, if the server needs one.
+        is_own: whether this is the server that this machine's settings describe.
     """
 
     def __init__(self, url: str, key: str | None = None, is_own: bool = False) -> None:
         self.url = url
         self.is_own = is_own
         self._session = requests.Session()
-        # What proxies and .netrc say is meant for the web, not for a machine of the household.
+        # Proxy variables and .netrc are meant for the web, not for a machine at home.
         self._session.trust_env = False
         if key:
             # As bytes: `requests` would send Latin-1, and the server compares UTF-8.
@@ -92,15 +92,15 @@ class Client:
         """Return the JSON object at a path.
 
         Raises:
-            ClientError: no server, or it refuses.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._object(self._send("GET", path, None, READ, stream=False))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a JSON body, however long it takes.
+        """Return the response to a JSON body, however long it takes.
 
         Raises:
-            ClientError: no server, or it refuses.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._object(self._send("POST", path, body, None, stream=False))
 
@@ -108,7 +108,7 @@ class Client:
         """Return the text at a path.
 
         Raises:
-            ClientError: no server, or it refuses.
+            ClientError: there is no server, or it rejects the request.
         """
         return self._send("GET", path, None, READ, stream=False).content.decode("utf-8", "replace")
 
@@ -118,7 +118,7 @@ class Client:
         """Yield the events of a stream as they arrive.
 
         Raises:
-            ClientError: no server, it refuses, or the connection breaks.
+            ClientError: there is no server, it rejects the request, or the connection breaks.
         """
         with self._send(method, path, body, SILENCE, stream=True) as response:
             kind = "message"
@@ -188,16 +188,16 @@ class Client:
 
 
 def connect(host: str | None, key: str | None) -> Client:
-    """Return the client for the server that is meant; send nothing yet.
+    """Return a client for the requested server, without sending anything yet.
 
     Args:
-        host: a name or address, one with a port, or a URL; None: the server of this machine, as
-            its settings place it.
-        key: its API key, or several with commas, of which the first is used; for the server of
-            this machine its settings' own.
+        host: a name or address, one with a port, or a URL; None: this machine's server, at the
+            address in its settings.
+        key: its API key, or several separated by commas, of which the first is used; None: for
+            this machine's server, the key in its settings.
 
     Raises:
-        ClientError: the settings, which are asked for what is not given, are wrong.
+        ClientError: the settings are wrong; they are read only for what is not given.
     """
     key = key.split(",")[0].strip() if key else None
     if host is not None and "://" in host:

@@ -1,8 +1,8 @@
-"""`mlxproxy completion`: make a shell complete commands, options and the names of models.
+"""`mlxproxy completion`: shell completion of commands, options and model names.
 
-The scripts run this installation by its absolute path, so they do not need it on PATH. They work in
-a shell without any set-up (a Mac's zsh has not run compinit) and in a Mac's bash 3.2. They ask the
-hidden command ``complete``, whose answers do not change from one version of click to the next.
+The scripts run this installation by its absolute path, so it need not be on PATH. They work in
+a shell without any set-up (zsh on a Mac has not run compinit) and in bash 3.2 on a Mac. They ask
+the hidden command ``complete``, whose output does not depend on the version of click.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlxproxy.text import harmless
 
 START_UP_FILES = {
     "zsh": "~/.zshrc",
-    # A Mac's Terminal opens login shells.
+    # Terminal on a Mac opens login shells.
     "bash": "~/.bash_profile" if sys.platform == "darwin" else "~/.bashrc",
     "fish": "~/.config/fish/config.fish",
 }
@@ -88,10 +88,10 @@ SCRIPTS = {"zsh": ZSH, "bash": BASH, "fish": FISH}
 
 
 def completion(shell: str | None) -> None:
-    """Print the shell's script; without a shell, the line that loads the user's own.
+    """Print the script for a shell; without a shell, the line that loads it in the user's own.
 
     Raises:
-        click.UsageError: the user's shell is none of those that are known.
+        click.UsageError: the user's shell is not supported.
     """
     command = shlex.join(program.command())
     if shell is not None:
@@ -108,13 +108,13 @@ def completion(shell: str | None) -> None:
 
 
 def complete(main: click.Command, words: Sequence[str]) -> None:
-    """Print what the last word may become, a line each: ``plain``, a tab and the word.
+    """Print the candidates for the last word, one per line: ``plain``, a tab and the word.
 
-    ``file`` and ``dir`` in place of ``plain`` ask the shell for names of its own.
+    ``file`` or ``dir`` instead of ``plain`` asks the shell to complete file or folder names.
 
     Args:
-        words: those of the command line up to the cursor, without the program; the last is
-            the one to complete, and may be empty.
+        words: the command line up to the cursor, without the program; the last word is the one
+            to complete, and may be empty.
     """
     *args, begun = words or ("",)
     for item in ShellComplete(main, {}, program.NAME, "").get_completions(args, begun):

@@ -1,7 +1,7 @@
-"""`mlxproxy doctor`: what keeps the proxy from working on this machine, and what fixes it.
+"""`mlxproxy doctor`: what keeps the proxy from working on this machine, and how to fix it.
 
-If a proxy runs with this instance folder, the checks are about that proxy: its settings are those
-that it was started with, and its models are those that it says it has.
+If a proxy is running with this instance folder, the checks are about that proxy: its settings are
+those that it was started with, and its models are those that it reports.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from mlxproxy.wiring import engines_of, inspector_of
 
 OLDEST_PYTHON = (3, 10)
 ROOM_BYTES = 500_000_000  # for logs and the demo model
-SCAN_SECONDS = 30.0  # for a models folder
-INDENT = 7  # columns of the word before a finding
+SCAN_SECONDS = 30.0  # for scanning a models folder
+INDENT = 7  # width in columns of the word before a finding
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's outcome.
+    """The outcome of one check.
 
     Attributes:
         check: its name.
@@ -58,7 +58,7 @@ class Finding:
 
 
 class Folder(NamedTuple):
-    """A models folder: how many models are in it, and how many of them can be loaded."""
+    """A models folder: how many models it contains, and how many of them can be loaded."""
 
     path: Path
     exists: bool
@@ -67,7 +67,7 @@ class Folder(NamedTuple):
 
 
 def doctor(as_json: bool) -> int:
-    """Print what was found; return the exit status: 1 if anything is wrong."""
+    """Print the findings; return the exit status, which is 1 if anything is wrong."""
     console = terminal.output()
     findings = []
     for finding in examine():
@@ -85,7 +85,7 @@ def doctor(as_json: bool) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield the outcome of each check, as it ends; no server is needed, and none is started."""
+    """Yield the outcome of each check as it ends, without needing or starting a server."""
     yield _python()
     try:
         given = settings.load()
@@ -141,7 +141,7 @@ def _where_set(error: str) -> str:
 
 
 def _settings_of(proxy: psutil.Process) -> Settings | None:
-    """Return what the proxy was started with, None if that cannot be told."""
+    """Return the settings that the proxy was started with, or None if they cannot be determined."""
     environment, command = ask(proxy.environ), ask(proxy.cmdline)
     if environment is None or command is None or "serve" not in command:
         return None
@@ -158,7 +158,7 @@ def _settings_of(proxy: psutil.Process) -> Settings | None:
 
 
 def _differences(given: Settings, found: Settings) -> str:
-    """Return in words which settings of the running proxy a command here does not know of."""
+    """Return, in words, the settings of the running proxy that a command here doesn't know."""
     own = [
         _shown(item.name.upper(), value)
         for item in fields(Settings)
@@ -216,7 +216,7 @@ def _models(found: Settings, client: Client | None) -> Iterator[Finding]:
 
 
 def _served(client: Client) -> list[Folder] | None:
-    """Return the folders as the server sees them, None if it does not answer."""
+    """Return the folders as the server sees them, or None if it does not answer."""
     try:
         health = client.get("/health")
         models = client.get("/v1/models?all=true")["data"]

@@ -1,4 +1,4 @@
-"""`mlxproxy load` and `unload`, with their progress as far as it is known."""
+"""`mlxproxy load` and `unload`, with progress as far as it is known."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mlxproxy.commands.terminal import duration, size, switch
 
 
 def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str, Any]:
-    """Load a model and say so; return the server's last event.
+    """Load a model and print the result; return the server's last event.
 
     Args:
-        options: `enable_thinking`, `ttl`, `force`, `pin`; None: the server's setting.
+        options: `enable_thinking`, `ttl`, `force`, `pin`; None: use the server's setting.
 
     Raises:
-        ClientError: it was not loaded.
+        ClientError: the model was not loaded.
     """
     started = time.monotonic()
     loaded = load_with_progress(client, model, **options)
@@ -43,7 +43,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str,
 
 
 def can_think(client: Client, id_: str) -> bool:
-    """Return whether the model has a thinking mode; True if that is not known."""
+    """Return whether the model has a thinking mode; True if that is unknown."""
     try:
         return bool(client.get(f"/v1/models/{quote(id_)}")["capabilities"]["thinking"])
     except (ClientError, KeyError):
@@ -54,7 +54,7 @@ def load_with_progress(client: Client, model: str, **options: Any) -> dict[str, 
     """Load a model behind a progress bar; return the server's last event.
 
     Raises:
-        ClientError: it was not loaded.
+        ClientError: the model was not loaded.
     """
     console = terminal.messages()
     given = {name: value for name, value in options.items() if value is not None}
@@ -82,10 +82,10 @@ def unload(client: Client, model: str | None, as_json: bool) -> None:
     """Unload a model.
 
     Args:
-        model: its name; None: the one that answers requests without a name.
+        model: its name; None: the model that answers requests that name none.
 
     Raises:
-        ClientError: no server, it is about to stop, or it has no such model.
+        ClientError: there is no server, it is shutting down, or it has no such model.
     """
     console = terminal.messages()
     before = client.get("/v1/models/loaded")
@@ -105,7 +105,7 @@ def unload(client: Client, model: str | None, as_json: bool) -> None:
 
 
 class _Bar:
-    """The progress of a load: a share only if the server counts bytes, else the time alone."""
+    """The progress of a load: a percentage if the server counts bytes, else only the time."""
 
     def __init__(self, console: Console) -> None:
         self._shown = console.is_terminal

@@ -12,10 +12,10 @@ from mlxproxy.text import harmless
 
 
 def logs(client: Client, source: str, follow: bool, lines: int) -> None:
-    """Print the last lines, and with `follow` the new ones until the server stops.
+    """Print the last lines, and with `follow` also new ones until the server stops.
 
     Raises:
-        ClientError: no server, or it refuses.
+        ClientError: there is no server, or it rejects the request.
     """
     path = f"/v1/logs?source={source}&lines={lines}"
     try:
@@ -28,7 +28,7 @@ def logs(client: Client, source: str, follow: bool, lines: int) -> None:
                     _write(event.data + "\n")
     except Unreachable as error:
         file = _file(source)
-        if client.is_own and file is not None:  # a proxy that is gone has left its last words
+        if client.is_own and file is not None:  # a proxy that has exited has left its log
             raise ClientError(f"{error.message} Its log is in {file}.") from None
         raise
 

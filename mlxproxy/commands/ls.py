@@ -17,7 +17,7 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
     """Print the models.
 
     Raises:
-        ClientError: no server, or it refuses.
+        ClientError: there is no server, or it rejects the request.
     """
     listed = client.get("/v1/models" + ("?all=true" if everything else ""))
     models = listed["data"]
@@ -43,9 +43,9 @@ def ls(client: Client, everything: bool, as_json: bool) -> None:
 
 
 def completions(host: str | None, key: str | None, begun: str) -> list[str]:
-    """Return the names that begin so, for the shell; none if no server answers.
+    """Return the model names that begin with this text, for the shell; none if no server answers.
 
-    A name is an id, or the last part of one, which a load takes as well if it is the only one.
+    A name is an id or, if it is unique, the last part of one, which a load accepts too.
     """
     try:
         models = connect(host, key).get("/v1/models")["data"]
@@ -58,7 +58,7 @@ def completions(host: str | None, key: str | None, begun: str) -> list[str]:
 
 
 def row(model: dict[str, Any]) -> Row:
-    """Return the table's line about a model."""
+    """Return the table row for a model."""
     cells = (
         terminal.size(model["size_bytes"]),
         _quantization(model["quantization"]),
@@ -91,10 +91,10 @@ def _abilities(found: dict[str, Any]) -> str:
 
 
 def _say_folders(client: Client, nothing: bool) -> None:
-    """Say which models folders are missing, and which hold nothing that can be loaded.
+    """Print which models folders are missing, and which contain nothing that can be loaded.
 
     Args:
-        nothing: whether no folder holds a model that can be loaded.
+        nothing: whether no folder contains a model that can be loaded.
     """
     health = client.get("/health")
     missing = health.get("models_root_missing", ())

@@ -1,4 +1,4 @@
-"""`mlxproxy ps`: what is loaded, and its figures."""
+"""`mlxproxy ps`: the loaded models and their figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mlxproxy.commands.terminal import duration, size, switch
 
 
 def ps(client: Client, as_json: bool) -> None:
-    """Print each loaded model with its figures, then what is being loaded.
+    """Print each loaded model with its figures, then the models that are being loaded.
 
     Raises:
-        ClientError: no server, or it refuses.
+        ClientError: there is no server, or it rejects the request.
     """
     state = client.get("/v1/events?follow=false")
     if as_json:

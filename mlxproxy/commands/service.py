@@ -1,7 +1,7 @@
-"""`mlxproxy service`: start at login and keep running, by launchd or systemd.
+"""`mlxproxy service`: starting at login and staying up, with launchd or systemd.
 
-The service may well start before a disk is mounted. It waits for none: the proxy itself waits for
-its models folder to appear, and serves until then what there is.
+The service may start before a disk is mounted. It does not wait for the disk: the proxy itself
+waits for its models folder to appear, and until then serves the models that are there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LATE_DISK = "The disk with the models may be mounted later: the proxy waits for 
 
 
 class ServiceError(click.ClickException):
-    """Why the service cannot be managed, in a sentence; ends the command with status 1."""
+    """The reason why the service cannot be managed, as a sentence; the exit status is 1."""
 
     def __init__(self, message: str) -> None:
         super().__init__(harmless(message))
@@ -43,13 +43,13 @@ class ServiceError(click.ClickException):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the service is to run.
+    """What the service runs, and how.
 
     Attributes:
-        command: with absolute paths.
         environment: the settings that were given, as MLXPROXY_<NAME>.
-        log: the file for what it prints.
-        stop_seconds: how long a stop may take until it is forced.
+        environment: the settings that were given, as MLXPROXY_<NAME>.
+        log: the file for its output.
+        stop_seconds: how long a stop may take before it is forced.
     """
 
     command: tuple[str, ...]
@@ -59,10 +59,10 @@ class Plan:
 
 
 def plan(flags: Mapping[str, str]) -> Plan:
-    """Return the service for these flags and this shell's environment, which it will not have.
+    """Return the service for these flags and this shell's environment, which it will not inherit.
 
     Raises:
-        SettingError: a value that is not allowed.
+        SettingError: a value is not allowed.
     """
     found = settings.load(flags)
     prefix = settings.ENV_PREFIX
@@ -77,10 +77,10 @@ def plan(flags: Mapping[str, str]) -> Plan:
         value = getattr(found, name.lower())
         paths = value if isinstance(value, tuple) else (value,)
         if paths and all(isinstance(path, Path) for path in paths):
-            given[name] = ":".join(map(str, paths))  # where it was relative, it no longer is
+            given[name] = ":".join(map(str, paths))  # absolute: the service runs in another folder
     if "MLX_SERVER_BIN" not in given and found.mlx_server_bin is None:
         program = program_on_path_alone()
-        if program is not None:  # a service has another PATH
+        if program is not None:  # the service has another PATH
             given["MLX_SERVER_BIN"] = str(program)
     instance = str(found.instance_path)
     return Plan(
@@ -92,7 +92,7 @@ def plan(flags: Mapping[str, str]) -> Plan:
 
 
 class Service(ABC):
-    """The service of the present user."""
+    """The service of the current user."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,9 +102,9 @@ class Service(ABC):
         return self.path.is_file()
 
     def install(self, wanted: Plan) -> None:
-        """Write the file and start the service, which is restarted if it runs already.
+        """Write the file and start the service, or restart it if it is already running.
 
-        If that fails, everything is as it was before.
+        If that fails, the previous state is restored.
 
         Raises:
             ServiceError: the system refuses.
@@ -132,7 +132,7 @@ class Service(ABC):
                 log.parent.mkdir(parents=True, exist_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
-            # For its owner alone: an API key may be in it.
+            # Readable only by its owner: it may contain an API key.
             with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
         except OSError as error:
@@ -180,7 +180,7 @@ class Service(ABC):
 
 
 class LaunchAgent(Service):
-    """A launchd agent: runs while the user is logged in, on macOS."""
+    """A launchd agent: it runs while the user is logged in, on macOS."""
 
     def __init__(self) -> None:
         super().__init__(Path.home() / "Library" / "LaunchAgents" / f"{LABEL}.plist")
@@ -196,7 +196,7 @@ class LaunchAgent(Service):
             "WorkingDirectory": str(Path.home()),
             "RunAtLoad": True,
             "KeepAlive": True,
-            "ProcessType": "Interactive",  # else macOS slows it down as a background job
+            "ProcessType": "Interactive",  # otherwise macOS throttles it as a background job
             "ExitTimeOut": round(wanted.stop_seconds),
             "StandardOutPath": log,
             "StandardErrorPath": log,
@@ -205,7 +205,7 @@ class LaunchAgent(Service):
         return text.replace("<dict>", f"<!-- {LATE_DISK} -->\n<dict>", 1)
 
     def restart(self) -> None:
-        # SIGTERM is the graceful stop, after which KeepAlive starts it; `kickstart -k` kills.
+        # SIGTERM stops it gracefully, and KeepAlive restarts it; `kickstart -k` kills it.
         if self.pid() is None or _run("launchctl", "kill", "SIGTERM", self._target).returncode:
             _must("launchctl", "kickstart", self._target)
 
@@ -233,7 +233,7 @@ class LaunchAgent(Service):
 
 
 class SystemdUnit(Service):
-    """A systemd user unit: runs while the user is logged in, or always with lingering."""
+    """A systemd user unit: it runs while the user is logged in, or always with lingering."""
 
     def __init__(self) -> None:
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
@@ -287,11 +287,11 @@ WantedBy=default.target
 
 
 def of(platform: str = sys.platform) -> Service:
-    """Return the kind of service that a system has."""
+    """Return the service manager of a platform."""
     return LaunchAgent() if platform == "darwin" else SystemdUnit()
 
 
-# -- the commands
+# -- commands
 
 
 def install(flags: Mapping[str, str], dry_run: bool) -> None:
@@ -308,10 +308,10 @@ def install(flags: Mapping[str, str], dry_run: bool) -> None:
 
 
 def _require_alone(service: Service, flags: Mapping[str, str]) -> None:
-    """Return if no proxy runs that would keep the service from its ports.
+    """Return if no running proxy would keep the service from its ports.
 
     Raises:
-        ServiceError: one runs in a terminal, or the system refuses to tell.
+        ServiceError: a proxy runs in a terminal, or the system does not say.
     """
     found = settings.load(flags)
     proxy = holder(found.instance_path, found.backend_ports)
@@ -358,7 +358,7 @@ def status() -> int:
 
 
 def _quoted(word: str) -> str:
-    """Return a word as a systemd unit has it."""
+    """Return a word quoted for a systemd unit."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 

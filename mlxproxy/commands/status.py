@@ -1,4 +1,4 @@
-"""`mlxproxy status`: the server's health in a sentence, and in the exit status."""
+"""`mlxproxy status`: the server's health as a sentence and as the exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FINE, FAULT = 0, 3  # 1: no server, 2: wrong usage
 def status(client: Client, as_json: bool) -> int:
     """Print the server's health; return the exit status.
 
-    Raises:
+    ClientError: there is no server, or it rejects the request.
         ClientError: no server, or it refuses.
     """
     health = client.get("/health")
@@ -35,13 +35,13 @@ def _loaded(health: dict[str, Any]) -> str:
         return "no model is loaded"
     thinking = terminal.switch(health["enable_thinking"])
     sentence = f"{_short(health)} is loaded, thinking {thinking}"
-    if "in_flight" in health:  # a server with a key tells those without it less
+    if "in_flight" in health:  # a server with a key reports less to clients without it
         sentence += f", {health['in_flight']} in flight, {health['waiting']} waiting"
     return sentence
 
 
 def _short(health: dict[str, Any]) -> str:
-    """Return the loaded model's id, which is its path below its models folder."""
+    """Return the loaded model's id, which is its path relative to its models folder."""
     path = str(health["model_id"])
     for root in health.get("models_root", ()):
         path = path.removeprefix(root.rstrip("/") + "/")

@@ -1,4 +1,4 @@
-"""Print for the commands: colours and bars to a terminal, plain text to a pipe."""
+"""Output of the commands: colours and bars on a terminal, plain text in a pipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.text import Text
 from mlxproxy.text import harmless, harmless_json, wrapped
 
 GAP = 2  # columns between two cells of a table
-PIPE_WIDTH = 10_000  # columns: a line of a table is one line for whoever reads the pipe
+PIPE_WIDTH = 10_000  # columns: in a pipe, each row of a table stays on one line
 
 
 class _Harmless(Console):
-    """A console on which nothing but its own colours and movements moves the terminal."""
+    """A console on which only its own colours and cursor movements control the terminal."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -31,18 +31,18 @@ class _Harmless(Console):
 
 
 def output() -> Console:
-    """Return standard output, for what was asked for."""
+    """Return a console on standard output, for what the user asked for."""
     return _console(sys.stdout)
 
 
 def messages() -> Console:
-    """Return standard error, for progress and remarks."""
+    """Return a console on standard error, for progress and remarks."""
     return _console(sys.stderr)
 
 
 def _console(stream: TextIO) -> Console:
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to fail
+        stream.reconfigure(errors="replace")  # for what the terminal cannot show
     width = None if stream.isatty() else PIPE_WIDTH
     return _Harmless(file=stream, width=width, markup=False, highlight=False, emoji=False)
 
@@ -58,17 +58,17 @@ def spinner(console: Console, text: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_json(value: Any) -> None:
-    """Print a value for programs."""
+    """Print a value as JSON, for programs."""
     print(harmless_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print sentences: at a terminal, in lines that end between words."""
+    """Print sentences; on a terminal, break lines between words."""
     console.print(wrapped(harmless(text), console.file), style=style, soft_wrap=True)
 
 
 class Row(NamedTuple):
-    """A line of a table: a name, the other cells, and the style of all of them."""
+    """A row of a table: a name, the other cells, and the style of all of them."""
 
     name: str
     cells: tuple[str, ...]
@@ -76,10 +76,10 @@ class Row(NamedTuple):
 
 
 def table(console: Console, head: Row, rows: Sequence[Row], right: tuple[int, ...] = ()) -> None:
-    """Print a table in which no cell is ever cut or folded.
+    """Print a table in which no cell is ever cut or wrapped.
 
-    A name that leaves the other cells no room gets a line of its own above them, so that it can
-    be copied.
+    A name that leaves no room for the other cells gets a line of its own above them, so that it
+    can be copied.
 
     Args:
         right: the indexes of the cells that are numbers.
@@ -111,7 +111,7 @@ def _padded(text: str, width: int, right: bool = False) -> str:
 
 
 def size(number: int | None) -> str:
-    """Return bytes for a person, as a Mac counts them: 17.2 GB."""
+    """Return bytes for a person, in decimal units as a Mac shows them: 17.2 GB."""
     if number is None:
         return ""
     amount = float(number)
@@ -137,5 +137,5 @@ def duration(seconds: float) -> str:
 
 
 def switch(value: object) -> str:
-    """Return a flag in words."""
+    """Return a flag as a word."""
     return "on" if value else "off"

@@ -1,4 +1,4 @@
-"""Break lines between words while the words are still arriving."""
+"""Line wrapping between words while the words are still arriving."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ FENCE = "```"
 
 
 class Wrapper:
-    """The end of a text on a terminal, to which more is added.
+    """The end of a text on a terminal, to which more text is added.
 
     A piece of a word is shown as soon as it arrives. If the word turns out not to fit, the piece
     is erased and the word starts again on the next line. The terminal itself breaks a word that is
-    longer than a line, and lines of code, which are copied as they are.
+    longer than a line, and lines of code, which must be copyable as they are.
     """
 
     def __init__(self) -> None:
         self._column = 0
-        self._word = ""  # at the end of the text: more of it may come
+        self._word = ""  # the end of the text: more of this word may arrive
         self._line_start = ""
         self._is_code = False
 
@@ -26,12 +26,12 @@ class Wrapper:
         """Return how many cells before the cursor to erase, and what to print then.
 
         Args:
-            text: whose only control characters are tabs and line ends.
+            text: may contain no control characters except tabs and newlines.
             width: the columns of the terminal.
         """
         shown = end = self._word
         for character in text:
-            end = self._add(end, character, width - 1)  # a full line leaves the cursor nowhere
+            end = self._add(end, character, width - 1)  # after a full line, the cursor is nowhere
         if end.startswith(shown):
             return 0, end.removeprefix(shown)
         return cell_len(shown), end
@@ -46,7 +46,7 @@ class Wrapper:
         self._line_start = (self._line_start + character).lstrip()[: len(FENCE)]
         tab = TAB_CELLS - self._column % TAB_CELLS
         cells = tab if character == "\t" else cell_len(character)
-        # What is two cells wide belongs to a script without spaces, or is an emoji.
+        # A character two cells wide belongs to a script without spaces, or is an emoji.
         stands_alone = cells > 1 or character.isspace()
         word = "" if stands_alone else self._word
         before = self._column - cell_len(word)

@@ -1,4 +1,4 @@
-"""The server without the rest, over an application of a test's own."""
+"""The server alone, running an application that a test provides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxproxy.settings import Settings
 
 
 class BareServer:
-    """The server without the rest, over an application of a test's own."""
+    """The server alone, running an application that a test provides."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The proxy with waitress's own way to a client's socket, through its buffers.
+"""The proxy with waitress's own path to a client's socket, through its buffers.
 
 ``python -m tests.support.buffered_proxy serve`` is ``mlxproxy serve`` without the direct path.
 """

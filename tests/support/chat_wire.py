@@ -1,4 +1,4 @@
-"""What the backend sends for a chat, and what becomes of it in another dialect."""
+"""What the backend sends for a chat, and the other dialects' version of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOOL_ID = UUID.replace("-", "")
 
 
 def chunk(finish: str | None = None, **delta: Any) -> bytes:
-    """An event of `mlx_lm.server`: absent keys are absent."""
+    """Return an event of `mlx_lm.server`: absent keys are absent."""
     choice = {"index": 0, "finish_reason": finish, "delta": {"role": "assistant", **delta}}
     return f"data: {json.dumps({**HEAD, 'choices': [choice]})}\n\n".encode()
 
@@ -41,7 +41,7 @@ def reasoning(words: str) -> bytes:
 
 
 def call(name: str, arguments: Any, index: int = 0, identity: str = UUID) -> dict[str, Any]:
-    """A call as the backend sends one: whole."""
+    """Return a whole tool call, as the backend sends it."""
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments)
     function = {"name": name, "arguments": arguments}
@@ -53,7 +53,7 @@ def calls(*each: dict[str, Any]) -> bytes:
 
 
 def end(reason: str = "stop", prompt: int = 30, completion: int = 7, cached: int = 10) -> bytes:
-    """The last three events of a stream whose usage was asked for."""
+    """Return the last three events of a stream whose usage was requested."""
     usage = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -65,7 +65,7 @@ def end(reason: str = "stop", prompt: int = 30, completion: int = 7, cached: int
 
 
 def whole(finish: str = "stop", **message: Any) -> dict[str, Any]:
-    """A whole answer, as the relay returns one."""
+    """Return a whole answer, as the relay returns it."""
     usage = {
         "prompt_tokens": 30,
         "completion_tokens": 7,
@@ -78,18 +78,18 @@ def whole(finish: str = "stop", **message: Any) -> dict[str, Any]:
 
 
 def relayed(*items: bytes) -> Generator[bytes, None, None]:
-    """A relayed stream: what carries the head, then the events."""
+    """Yield a relayed stream: an item that carries the head, then the events."""
     yield sse.comment()
     yield from items
 
 
 def sent(answer: Answer, *items: bytes) -> bytes:
-    """The stream that a client gets of the backend's."""
+    """Return the stream that a client gets for the backend's stream."""
     return b"".join(TranslatedStream(relayed(*items), answer))
 
 
 def in_pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
-    """The same bytes as a socket might give them, as the relay passes them on: whole events."""
+    """Yield the bytes as a socket might deliver them and the relay pass them on: whole events."""
     events = sse.Events()
     places = [0, *sorted(cuts), len(data)]
     for start, stop in itertools.pairwise(places):
@@ -98,13 +98,13 @@ def in_pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
 
 
 def numbered() -> MakeId:
-    """Identifiers that a test can foretell: `msg_1`, `toolu_2`."""
+    """Return a function that makes predictable identifiers: `msg_1`, `toolu_2`."""
     numbers = itertools.count(1)
     return lambda prefix: f"{prefix}{next(numbers)}"
 
 
 def events(data: bytes) -> list[dict[str, Any]]:
-    """The data of the named events in a stream, each of which must say its own name."""
+    """Return the data of the named events in a stream; each event must contain its own name."""
     found = []
     for block in data.decode().split("\n\n"):
         if not block or block.startswith(":"):

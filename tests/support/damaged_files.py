@@ -1,4 +1,4 @@
-"""Whatever may be found in the place of a file that is to be read."""
+"""Everything that may be found in place of a readable file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend without a process, for tests of the controller alone."""
+"""A backend without a process, for tests of the controller only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlxproxy.errors import LoadCancelled, LoadFailed, ProxyError
 
 
 def model_spec(name: str, **options: Any) -> ModelSpec:
-    """A load of a model that is nowhere on disk."""
+    """Return the load of a model that does not exist on disk."""
     needed = 2000 if name == "big" else 1000
     path = Path("/models") / name
     model: Any = SimpleNamespace(
@@ -30,7 +30,7 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
 
 
 class FakeBackend:
-    """Behaves as the world tells: loads at once, or when let; fails; dies."""
+    """A backend that behaves as the world says: it loads (now or later), fails, or exits."""
 
     def __init__(
         self, world: World, spec: ModelSpec, on_end: Callable[[str], None], slot: int = 0
@@ -41,7 +41,7 @@ class FakeBackend:
         self.deaf = False
         self.features: set[str] = set()
         self.wire = MlxLmWire(counts_cached=False)
-        self.hangs: str | None = None  # why, as the process says itself
+        self.hangs: str | None = None  # the reason, as the process itself reports it
         self.last_byte_at = time.monotonic()
         self.address = Address("127.0.0.1", 1 + slot)
         self.pid = 1
@@ -107,7 +107,7 @@ class FakeBackend:
 
 
 class World:
-    """A controller over fake backends, and what they have seen."""
+    """A controller with fake backends, and a record of their events."""
 
     def __init__(
         self,
@@ -137,13 +137,13 @@ class World:
         )
 
     def load(self, name: str, seconds: float = 5.0, **options: Any) -> ProxyError | None:
-        """A load, waited for: its error, if it failed."""
+        """Load a model and wait for it; return the error if it failed."""
         claim = self.controller.load(model_spec(name, **options))
         assert claim.done.wait(seconds)
         return claim.error
 
     def describe(self) -> dict[str, Any]:
-        """The whole state, as JSON."""
+        """Return the whole state, as JSON."""
         return shapes.state(self.controller.describe())
 
     def lease(self, name: str | None = None, client: str = "someone", **options: Any) -> Lease:

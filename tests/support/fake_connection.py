@@ -20,7 +20,7 @@ SILENCE = ReadTimeout()
 
 
 def after(action: Callable[[], object], piece: bytes | Exception = b"") -> Callable[[], bytes]:
-    """A piece before which something happens."""
+    """Return a piece that is preceded by an action."""
 
     def happens() -> bytes:
         action()
@@ -30,11 +30,11 @@ def after(action: Callable[[], object], piece: bytes | Exception = b"") -> Calla
 
 
 class FakeConnection:
-    """A connection from which the pieces of a script come; after the last one it ends.
+    """A connection that returns the pieces of a script; after the last one it ends.
 
     Args:
-        pieces: bytes of the body; exceptions are raised; what can be called is called first.
-        head: the same for the time before the head comes; bytes mean nothing there.
+        pieces: bytes of the body; exceptions are raised; callables are called first.
+        head: the same for the time before the head arrives; bytes are ignored there.
     """
 
     whole = True
@@ -78,7 +78,7 @@ def _value(piece: Piece) -> bytes:
 
 
 class FakeController:
-    """Notes what leases tell it."""
+    """A record of the calls that leases make."""
 
     def __init__(self) -> None:
         self.released = 0
@@ -90,11 +90,11 @@ class FakeController:
         return "loading it"
 
     def notice_exits(self) -> None:
-        """See the real one."""
+        """Do nothing, in place of the real method."""
 
 
 class FakeBody:
-    """The body of a request, which a model may refuse."""
+    """The body of a request, which a model may reject."""
 
     def __init__(self, fields: Mapping[str, Any], refused: ProxyError | None = None) -> None:
         self._fields = fields
@@ -107,13 +107,13 @@ class FakeBody:
 
 
 class Scene:
-    """One request in front of a backend, all of it fake but for the lease and the relay.
+    """One request to a backend, in which only the lease and the relay are real.
 
     Args:
-        connection: what the backend sends; an exception: it does not accept.
-        refused: the model refuses the request.
+        connection: what the backend sends; an exception: the backend does not accept connections.
+        refused: the error with which the model rejects the request.
         stall_timeout: in seconds.
-        fields: of the request.
+        fields: the fields of the request.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class Scene:
         self.relay = Relay(stall_timeout, self._connect)
 
     def grant(self) -> Scene:
-        """Give the request its place."""
+        """Grant the lease."""
         self.lease.backend = self.backend
         self.lease.grant()
         return self
 
     def leave(self) -> None:
-        """The client is gone: the controller ends the lease."""
+        """Disconnect the client, after which the controller ends the lease."""
         self.disconnect.leave()
         self.end(ProxyError("gone"))
 

@@ -1,4 +1,4 @@
-"""Deliberate faults in the core: each must be caught, or the tests of the core prove nothing."""
+"""Deliberate faults in the core: its tests must catch each one, or they prove nothing."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 
 def _everything_may_be_granted(patch: pytest.MonkeyPatch) -> None:
-    """Requests are granted on a slot that is to be emptied."""
+    """Grant requests on a slot that is being emptied."""
     granting = property(lambda slot: slot.answers and slot.process is not None)
     patch.setattr(Slot, "may_grant", granting)
 
 
 def _answers_are_cut_at_once(patch: pytest.MonkeyPatch) -> None:
-    """A swap does not wait for the answers in flight."""
+    """Swap without waiting for the answers in flight."""
     patch.setattr(Scheduler, "_drain_limit", lambda self, operation: 0.0)
 
 
 def _drains_have_no_end(patch: pytest.MonkeyPatch) -> None:
-    """An answer that does not end keeps the next model out for ever."""
+    """Let an answer that does not end keep the next model out forever."""
     patch.setattr(Scheduler, "_drain_limit", lambda self, operation: 1e9)
 
 
 def _nothing_is_withdrawn(patch: pytest.MonkeyPatch) -> None:
-    """A load goes on although its clients have left."""
+    """Continue a load although its clients have left."""
     patch.setattr(Scheduler, "_withdraw", lambda self, now: False)
 
 
 def _withdrawn_too_late(patch: pytest.MonkeyPatch) -> None:
-    """A load is withdrawn although answers were cut for it: no model is left."""
+    """Withdraw a load although answers were aborted for it, so that no model is left."""
     phases = (Phase.WAITING, Phase.DRAINING, Phase.STOPPING)
     patch.setattr(
         Operation, "may_be_withdrawn", lambda self: self.spec is not None and self.phase in phases
@@ -51,7 +51,7 @@ def _withdrawn_too_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def _the_first_ttl_counts(patch: pytest.MonkeyPatch) -> None:
-    """The ttl of a load that joined is lost."""
+    """Lose the ttl of a load that joined another."""
     on_started = Scheduler.on_started
 
     def started(self: Scheduler, slot_id: int, process: Any, *rest: Any) -> Any:
@@ -64,7 +64,7 @@ def _the_first_ttl_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _each_witness_counts(patch: pytest.MonkeyPatch) -> None:
-    """An exit that two threads see is told and counted twice."""
+    """Report and count an exit twice if two threads see it."""
     on_exited = Scheduler.on_exited
 
     def exited(self: Scheduler, slot_id: int, *rest: Any, **named: Any) -> Any:
@@ -75,7 +75,7 @@ def _each_witness_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _an_exit_ends_all_answers(patch: pytest.MonkeyPatch) -> None:
-    """Other slots notice the end of one."""
+    """Abort the answers of other slots when one exits."""
     on_exited = Scheduler.on_exited
 
     def exited(self: Scheduler, slot_id: int, reason: str, *rest: Any, **named: Any) -> Any:
@@ -90,12 +90,12 @@ def _an_exit_ends_all_answers(patch: pytest.MonkeyPatch) -> None:
 
 
 def _busy_ones_are_evicted_first(patch: pytest.MonkeyPatch) -> None:
-    """The longest unused goes, even if it is being used."""
+    """Evict the least recently used model, even if it is in use."""
     _patched_place(patch, lambda slots: [_without_requests(slot) for slot in slots])
 
 
 def _pinned_ones_are_evicted(patch: pytest.MonkeyPatch) -> None:
-    """A pinned model is evicted for another."""
+    """Evict a pinned model for another."""
     _patched_place(patch, lambda slots: [_copy(slot, pinned=False) for slot in slots])
     shortage = policy.shortage
     patch.setattr(
@@ -108,7 +108,7 @@ def _pinned_ones_are_evicted(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pins_of_joined_loads_are_lost(patch: pytest.MonkeyPatch) -> None:
-    """A load of what is loaded already neither pins nor unpins it."""
+    """Let a load of a model that is already loaded neither pin nor unpin it."""
     on_load = Scheduler.on_load
 
     def loaded(self: Scheduler, claim: Any, spec: Any, now: Any) -> Any:
@@ -124,7 +124,7 @@ def _pins_of_joined_loads_are_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pins_outlive_their_model(patch: pytest.MonkeyPatch) -> None:
-    """The next model in a slot is pinned because the one before it was."""
+    """Pin the next model in a slot because the one before it was pinned."""
     forget = Scheduler._forget_process
 
     def forgotten(slot: Slot) -> None:
@@ -136,29 +136,29 @@ def _pins_outlive_their_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def _growth_is_not_seen(patch: pytest.MonkeyPatch) -> None:
-    """What a process has grown to does not count, only what it was estimated at."""
+    """Count only the estimated size of a process, not the size that it has grown to."""
     patch.setattr(
         Slot, "needed_bytes", property(lambda slot: slot.spec.needed_bytes if slot.spec else 0)
     )
 
 
 def _one_model_in_two_places(patch: pytest.MonkeyPatch) -> None:
-    """With other options, a model is loaded beside itself."""
+    """Load a model next to itself if the options differ."""
     patch.setattr(policy, "_same", lambda slot, spec: False)
 
 
 def _no_turns(patch: pytest.MonkeyPatch) -> None:
-    """Each request for another model swaps at once."""
+    """Swap immediately for each request for another model."""
     patch.setattr(policy, "turn_ends", lambda slot: 0.0)
 
 
 def _turns_have_no_end(patch: pytest.MonkeyPatch) -> None:
-    """A model that is in use stays for as long as it is."""
+    """Keep a model for as long as it is in use."""
     patch.setattr(policy, "turn_ends", lambda slot: slot.last_use + (1e9 if slot.requests else 1.0))
 
 
 def _nobody_wakes_at_the_end_of_a_turn(patch: pytest.MonkeyPatch) -> None:
-    """The end of a turn is no deadline."""
+    """Set no deadline for the end of a turn."""
     settle = Scheduler._settle
 
     def settled(self: Scheduler, now: Any) -> None:
@@ -169,12 +169,12 @@ def _nobody_wakes_at_the_end_of_a_turn(patch: pytest.MonkeyPatch) -> None:
 
 
 def _anybody_answers_the_unnamed(patch: pytest.MonkeyPatch) -> None:
-    """A request without a name is answered by whatever was used last."""
+    """Answer a request that names no model with the most recently used one."""
     patch.setattr(Scheduler, "_precedence", lambda self, slot: slot.last_use)
 
 
 def _an_unload_takes_all(patch: pytest.MonkeyPatch) -> None:
-    """An unload of one model unloads the others, too."""
+    """Unload the other models, too, when one is unloaded."""
     place_unload = Scheduler._place_unload
 
     def placed(self: Scheduler, operation: Operation, now: Moment) -> bool:
@@ -185,55 +185,55 @@ def _an_unload_takes_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def _relief_takes_what_is_used(patch: pytest.MonkeyPatch) -> None:
-    """Where memory runs out, a model goes that answers."""
+    """Evict a model that is answering when memory runs out."""
     relief = policy.relief
     patch.setattr(policy, "relief", lambda slots: relief([_without_requests(s) for s in slots]))
 
 
 def _relief_takes_them_all(patch: pytest.MonkeyPatch) -> None:
-    """Where memory runs out, one model after the other goes without a look at what it has given."""
+    """Evict one model after another when memory runs out, without checking what each has freed."""
     patch.setattr(policy, "RELIEF_PAUSE_SECONDS", 0.0)
 
 
 def _the_latest_used_goes(patch: pytest.MonkeyPatch) -> None:
-    """The model that was used last is evicted."""
+    """Evict the most recently used model."""
     _patched_place(patch, lambda slots: [_copy(slot, last_use=-slot.last_use) for slot in slots])
 
 
 def _memory_is_without_bounds(patch: pytest.MonkeyPatch) -> None:
-    """Models are loaded beside each other that do not fit together."""
+    """Load models at the same time that do not fit together."""
     place = policy.place
     patch.setattr(policy, "place", lambda spec, s, r, b, m: place(spec, s, r, 1 << 60, m))
 
 
 def _nothing_is_too_large(patch: pytest.MonkeyPatch) -> None:
-    """A model that cannot fit is not refused."""
+    """Accept a model that cannot fit."""
     patch.setattr(policy, "shortage", lambda *arguments: None)
 
 
 def _what_is_coming_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
-    """A load that has its slot and has not started yet is forgotten."""
+    """Forget a load that has its slot and has not started yet."""
     place = policy.place
     patch.setattr(policy, "place", lambda spec, s, r, b, m: place(spec, s, [], b, m))
 
 
 def _exclusive_requests_have_company(patch: pytest.MonkeyPatch) -> None:
-    """A request that must be alone is not."""
+    """Run other requests together with one that must be alone."""
     patch.setattr(policy, "may_go", lambda request, in_flight: True)
 
 
 def _exclusive_requests_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
-    """A request that must be alone is overtaken again and again."""
+    """Let a request that must be alone be overtaken again and again."""
     patch.setattr(policy, "has_waited_enough", lambda request, now: False)
 
 
 def _the_queue_has_no_end(patch: pytest.MonkeyPatch) -> None:
-    """As many may wait as like to."""
+    """Let any number of requests wait."""
     patch.setattr(Scheduler, "_shed", lambda self: None)
 
 
 def _idle_from_the_first_moment(patch: pytest.MonkeyPatch) -> None:
-    """The time of the last use does not count."""
+    """Ignore the time of the last use."""
     patch.setattr(
         policy,
         "idle_deadline",
@@ -242,22 +242,22 @@ def _idle_from_the_first_moment(patch: pytest.MonkeyPatch) -> None:
 
 
 def _never_idle(patch: pytest.MonkeyPatch) -> None:
-    """A model that nobody uses stays."""
+    """Keep a model that nobody uses."""
     patch.setattr(policy, "idle_deadline", lambda last_use, ttl, default: None)
 
 
 def _crashes_for_ever(patch: pytest.MonkeyPatch) -> None:
-    """What ends again and again is started again and again."""
+    """Restart a backend that crashes again and again."""
     patch.setattr(policy, "is_crash_loop", lambda exits: False)
 
 
 def _rejections_are_not_told(patch: pytest.MonkeyPatch) -> None:
-    """A request is taken out of the queue, and nobody tells its client."""
+    """Take a request out of the queue without telling its client."""
     patch.setattr(Scheduler, "_reject", lambda self, request, error: None)
 
 
 def _claims_are_not_told(patch: pytest.MonkeyPatch) -> None:
-    """A client that waits for a load that is finished waits for ever."""
+    """Leave a client waiting forever for a load that is finished."""
     finish = Scheduler._finish
 
     def finished(self: Scheduler, operation: Operation, *rest: Any) -> None:
@@ -268,7 +268,7 @@ def _claims_are_not_told(patch: pytest.MonkeyPatch) -> None:
 
 
 def _an_unload_cancels_nothing(patch: pytest.MonkeyPatch) -> None:
-    """Loads go on although an unload was asked for after them."""
+    """Continue loads although an unload was requested after them."""
     cancel = Scheduler._cancel
 
     def cancelled(self: Scheduler, operation: Operation, why: ProxyError, now: Moment) -> None:
@@ -279,24 +279,24 @@ def _an_unload_cancels_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _equal_loads_do_not_join(patch: pytest.MonkeyPatch) -> None:
-    """Each client that asks for a load gets a process of its own."""
+    """Start a separate process for each client that requests a load."""
     patch.setattr(Scheduler, "_equal", lambda self, spec, now: None)
     patch.setattr(Scheduler, "_loaded_in", lambda self, spec: None)
     patch.setattr(Scheduler, "_on_its_way", lambda self, spec: None)
 
 
 def _the_name_does_not_matter(patch: pytest.MonkeyPatch) -> None:
-    """A request is answered by another model than it names."""
+    """Answer a request with a model other than the one it names."""
     patch.setattr(Scheduler, "_suits", lambda self, request, spec: True)
 
 
 def _nothing_comes_back(patch: pytest.MonkeyPatch) -> None:
-    """After an exit or an idle unload, the next request finds nothing loaded."""
+    """Find nothing loaded for the next request after an exit or an idle unload."""
     patch.setattr(Scheduler, "_wanted", lambda self, request: request.target)
 
 
 def _no_turn_between_loads(patch: pytest.MonkeyPatch) -> None:
-    """A load drains the one before it without a turn for who has waited."""
+    """Drain the previous load without a turn for the requests that have waited."""
     grant = Scheduler._grant
 
     def granted(self: Scheduler, slot: Slot, now: Any) -> bool:
@@ -308,7 +308,7 @@ def _no_turn_between_loads(patch: pytest.MonkeyPatch) -> None:
 
 
 def _a_stop_still_grants(patch: pytest.MonkeyPatch) -> None:
-    """A stop forgets who waits in the queue."""
+    """Forget the queued requests at a stop."""
     on_shutdown = Scheduler.on_shutdown
 
     def shutdown(self: Scheduler, now: Any) -> Any:
@@ -321,7 +321,7 @@ def _a_stop_still_grants(patch: pytest.MonkeyPatch) -> None:
 
 
 def _grants_are_told_twice(patch: pytest.MonkeyPatch) -> None:
-    """One place is given out twice."""
+    """Grant one place twice."""
     decided = Scheduler._decided
 
     def doubled(self: Scheduler) -> Any:

@@ -11,7 +11,7 @@ from tests.support.proxy import Proxy
 
 
 class Following:
-    """One follower of a stream, read event by event."""
+    """A client of a stream that reads it event by event."""
 
     def __init__(self, proxy: Proxy, path: str) -> None:
         self._response = requests.get(proxy.url + path, stream=True, timeout=20)
@@ -19,7 +19,7 @@ class Following:
         self._lines = self._response.iter_lines()
 
     def next(self) -> tuple[str, str]:
-        """The next event: its kind and its data."""
+        """Return the next event: its kind and its data."""
         kind, data = "message", []
         for raw in self._lines:
             line = raw.decode()
@@ -32,7 +32,7 @@ class Following:
         return "end", ""
 
     def until(self, kind: str, **wanted: Any) -> dict[str, Any]:
-        """The next event of that kind with these fields."""
+        """Return the next event of that kind with these fields."""
         while True:
             found, data = self.next()
             assert found != "end", f"{kind} {wanted} did not come"

@@ -1,4 +1,4 @@
-"""A GGUF file of a few kilobytes, as llama.cpp writes it, and what llama.cpp computes from it."""
+"""A GGUF file of a few kilobytes, as llama.cpp writes it, and llama.cpp's results for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ METADATA: dict[str, Any] = {
 
 
 class Tensor(NamedTuple):
-    """A tensor of a GGUF file: its bytes, and the values they stand for."""
+    """A tensor of a GGUF file: its bytes, and the values they represent."""
 
     kind: int
     data: bytes
@@ -63,7 +63,7 @@ def f32(generator: np.random.Generator, *shape: int) -> Tensor:
 
 
 def q4_1(generator: np.random.Generator, rows: int, columns: int) -> Tensor:
-    """Blocks of 32: scale, minimum, 16 bytes; the low halves come before the high ones."""
+    """Return blocks of 32: scale, minimum, 16 bytes; the low halves come before the high ones."""
     blocks = rows * columns // 32
     scale = generator.uniform(0.005, 0.02, (blocks, 1)).astype(np.float16)
     minimum = generator.uniform(-0.2, -0.1, (blocks, 1)).astype(np.float16)
@@ -75,7 +75,7 @@ def q4_1(generator: np.random.Generator, rows: int, columns: int) -> Tensor:
 
 
 def q8_0(generator: np.random.Generator, rows: int, columns: int) -> Tensor:
-    """Blocks of 32: scale, 32 signed bytes."""
+    """Return blocks of 32: scale, 32 signed bytes."""
     blocks = rows * columns // 32
     scale = generator.uniform(0.005, 0.01, (blocks, 1)).astype(np.float16)
     steps = generator.integers(-127, 128, (blocks, 32), np.int8)
@@ -85,7 +85,7 @@ def q8_0(generator: np.random.Generator, rows: int, columns: int) -> Tensor:
 
 
 def tensors() -> dict[str, Tensor]:
-    """A llama model of two layers with random weights."""
+    """Return the tensors of a llama model of two layers with random weights."""
     generator = np.random.default_rng(7)
     found = {
         "token_embd.weight": q8_0(generator, len(PIECES), HIDDEN),
@@ -139,7 +139,7 @@ def gguf_bytes(metadata: Mapping[str, Any], content: Mapping[str, Tensor]) -> by
 
 
 def logits(content: Mapping[str, Tensor], ids: list[int]) -> Array:
-    """What llama.cpp computes, in numpy: its rotary embedding turns neighbouring rows as pairs."""
+    """Compute in numpy what llama.cpp does: its rotary embedding rotates adjacent rows as pairs."""
     weights = {name.removesuffix(".weight"): tensor.values for name, tensor in content.items()}
     length = len(ids)
     angles = np.arange(length)[:, None] * ROPE_BASE ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)

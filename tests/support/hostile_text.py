@@ -1,4 +1,4 @@
-"""Text that takes over a terminal, and what may be left of it."""
+"""Text that takes over a terminal, and the text that may be left of it."""
 
 from __future__ import annotations
 

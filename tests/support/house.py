@@ -1,7 +1,7 @@
-"""The core in a world without threads: time stands still until it is told to go on.
+"""The core in a world without threads, where time advances only when it is told to.
 
-The world does what the core says, and checks after each event what must always hold, by itself and
-in its own words: it never asks the core's own rules whether they hold.
+The world does what the core says, and checks the invariants after each event, in its own terms:
+it never uses the core's own rules to check them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tests.support.fake_backend import model_spec
 
 DRAIN, STOP, GRACE = 120.0, 30.0, 5.0  # seconds
 LOAD = 1.0  # seconds that a load takes
-TURN, PAUSE = 2.0, 1.0  # of a model that took so long: its turn, and between two requests
+TURN, PAUSE = 2.0, 1.0  # a turn in load times of the model; seconds between two requests
 
 
 class Process:
@@ -62,12 +62,12 @@ class Process:
 
 
 class Watched(Scheduler):
-    """A core whose choice of victims is looked at when it is made.
+    """A core whose choice of victims is checked when it is made.
 
     Attributes:
-        ttls: of the last load that was asked for, by its operation.
-        asked_for: the paths that loads have named, the last one last.
-        began: when each slot's process had answered.
+        ttls: the ttl of the most recently requested load, by its operation.
+        asked_for: the paths that loads have named, the most recent one last.
+        began: when each slot's process became ready.
         took: how long that had taken, as far as it counts.
         used: when each slot was last used.
     """
@@ -119,7 +119,7 @@ class Watched(Scheduler):
 
 
 def _check_victims(core: Scheduler, spec: ModelSpec, placement: Placement) -> None:
-    """Never pinned; the fewest busy ones; the fewest; the longest unused first."""
+    """Check the victims: none pinned, the fewest busy, the fewest, the least recently used."""
 
     def may_go(slot: Slot) -> bool:
         ready = slot.state is SlotState.READY and not slot.exited and slot.operation is None
@@ -162,8 +162,8 @@ class House:
     """A core, its world, and the checks.
 
     Args:
-        slots: how many.
-        budget: bytes for all models together; None: without bounds.
+        slots: the number of slots.
+        budget: bytes for all models together; None: unlimited.
         limits: see `Limits`.
     """
 
@@ -196,7 +196,7 @@ class House:
         self.forced = False
         self.closed = False
 
-    # -- what happens
+    # -- events
 
     def request(
         self, name: str | None = None, client: str = "someone", exclusive: bool = False
@@ -244,15 +244,15 @@ class House:
         return claim
 
     def grow(self, slot: int, bytes_held: int) -> None:
-        """The process of the slot is seen to hold so much."""
+        """Report that the process of the slot holds this many bytes."""
         self.measured[slot] = bytes_held
-        # What has its slot already is not looked at again: from here on the pressure decides.
+        # A load that already has its slot is not checked again: from here on, pressure decides.
         self.outgrown += [each for each in self.core.operations if each.is_placed]
         self.core.on_memory(self.core.budget, {slot: bytes_held})
         self._check()
 
     def pressure(self) -> None:
-        """Memory runs out."""
+        """Report that memory is running out."""
         before = [
             (slot.last_use, slot.id)
             for slot in self.core.slots
@@ -267,7 +267,7 @@ class House:
                 self.relieved.append(self.time)
 
     def ready(self, slot: int = 0, seconds: float = LOAD) -> None:
-        """The start in the slot succeeds, after so many seconds."""
+        """Let the start in the slot succeed after this many seconds."""
         process = self.processes[slot]
         self.do(lambda now: self.core.on_launched(slot, process))
         for phase in (Phase.STARTING, Phase.LOADING, Phase.WARMING):
@@ -279,14 +279,14 @@ class House:
         self.do(lambda now: self.core.on_started(slot, process, seconds, now))
 
     def fail(self, slot: int = 0) -> None:
-        """The start in the slot fails, or has been given up."""
+        """Let the start in the slot fail, or end after it was given up."""
         self.measured.pop(slot, None)
         error = LoadFailed(f"{self.processes.pop(slot).spec.model_id} is broken")
         self.cancelled.discard(slot)
         self.do(lambda now: self.core.on_failed(slot, error, now))
 
     def gone(self, slot: int = 0) -> None:
-        """The stop of the slot has ended."""
+        """Let the stop of the slot end."""
         assert self.processes[slot].stopping
         process = self.processes.pop(slot)
         self.measured.pop(slot, None)
@@ -295,7 +295,7 @@ class House:
         self.do(lambda now: self.core.on_stopped(slot, now))
 
     def die(self, slot: int = 0, hung: bool = False) -> None:
-        """The process of the slot ends by itself, and two threads see it."""
+        """Let the process of the slot exit by itself, noticed by two threads."""
         before = len(self.exits)
         dead = self.core.slots[slot]
         others = {
@@ -342,7 +342,7 @@ class House:
         self.do(self.core.on_force_stop)
 
     def settle(self, until_ready: bool = True) -> None:
-        """Let all that is under way end well; answers in flight stay."""
+        """Let every operation in progress succeed; answers in flight stay."""
         for _ in range(200):
             slot = next((each for each in self.processes if self._is_at_work(each)), None)
             if slot is None:
@@ -356,7 +356,7 @@ class House:
         raise AssertionError("it does not come to rest")
 
     def finish(self) -> None:
-        """Let everything end: each request is answered, each deadline comes."""
+        """Let everything end: each request is answered, each deadline passes."""
         for _ in range(500):
             self.settle()
             answering = [each for each in self.granted if self._has_place(each)]
@@ -379,7 +379,7 @@ class House:
             assert claim in self.ended, "nobody tells a client of the end"
         assert not self.core.operations
 
-    # -- what is so
+    # -- the state
 
     @property
     def loaded(self) -> list[str]:
@@ -395,7 +395,7 @@ class House:
     def _has_place(self, request: Request) -> bool:
         return self.core._slot_of(request) is not None
 
-    # -- the world does what it is told
+    # -- the world does what the core says
 
     def do(
         self,
@@ -479,7 +479,7 @@ class House:
             self.closed = True
             assert not self.processes, "a stop left a process"
 
-    # -- what must always hold
+    # -- the invariants
 
     def _check(self) -> None:
         core, limits = self.core, self.limits
@@ -530,7 +530,7 @@ class House:
                     assert self.time >= self.used.get(slot.id, 0.0) + ttl - 1e-6, "not idle"
 
     def _check_cut(self, effect: Abort) -> None:
-        """Nobody is cut before the deadline."""
+        """Check that no answer is aborted before the deadline."""
         assert effect.request.slot is not None
         if self.forced:
             return
@@ -561,7 +561,7 @@ class House:
         return [item for item in self.core.operations if item.phase is Phase.DRAINING]
 
     def _check_withdrawn(self, before: list[Operation], effects: list[Effect]) -> None:
-        """A swap that is withdrawn leaves the old model where it is."""
+        """Check that a withdrawn swap leaves the old model where it is."""
         stopped = {effect.slot for effect in effects if isinstance(effect, Stop)}
         for operation in before:
             if isinstance(operation.error, LoadCancelled) and operation.is_over:

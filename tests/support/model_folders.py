@@ -1,4 +1,4 @@
-"""Minimal model folders: what the catalogue reads, and not a byte of weights."""
+"""Minimal model folders: the files that the catalogue reads, without a byte of weights."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def model(
     tokens: Sequence[str] = (),
     shards: int = 1,
 ) -> Path:
-    """Writes a folder that looks loadable, and returns it.
+    """Create a folder that looks loadable, and return it.
 
     Args:
-        config: entries besides the usual ones; None as a value removes one.
-        tensors: type and shape of each tensor, by name.
+        config: entries in addition to the usual ones; a value of None removes an entry.
+        tensors: the type and the shape of each tensor, by name.
         template: its chat template.
         tokens: added to its vocabulary.
-        shards: files that all hold the same tensors, named apart.
+        shards: the number of files, which all contain the same tensors under different names.
     """
     folder.mkdir(parents=True)
     values = {**CONFIG, **(config or {})}
@@ -65,7 +65,7 @@ def write(path: Path, value: object) -> None:
 
 
 def weights(path: Path, tensors: Tensors = TENSORS) -> Path:
-    """A safetensors file whose data is a hole."""
+    """Write a safetensors file whose data is a hole, and return it."""
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + prod(shape) * BITS[dtype] // 8
@@ -74,7 +74,7 @@ def weights(path: Path, tensors: Tensors = TENSORS) -> Path:
 
 
 def raw_weights(path: Path, header: bytes, *, data: int = 0, length: int | None = None) -> Path:
-    """A file with any header, which may lie about its length."""
+    """Write a file with any header, which may give a wrong length, and return it."""
     start = (len(header) if length is None else length).to_bytes(8, "little") + header
     path.write_bytes(start)
     os.truncate(path, len(start) + data)
@@ -82,7 +82,7 @@ def raw_weights(path: Path, header: bytes, *, data: int = 0, length: int | None 
 
 
 def hub_model(cache: Path, repository: str, revision: str = "abc123", **options: Any) -> Path:
-    """A model as huggingface_hub keeps it: links to blobs, under a revision."""
+    """Create a model as huggingface_hub stores it: links to blobs, under a revision."""
     home = cache / f"models--{repository.replace('/', '--')}"
     snapshot = model(home / "snapshots" / revision, **options)
     for file in list(snapshot.iterdir()):
@@ -96,5 +96,5 @@ def hub_model(cache: Path, repository: str, revision: str = "abc123", **options:
 
 
 def catalog_of(roots: Iterable[Path], mlx_lm: Path | None = None, **options: Any) -> Catalog:
-    """A catalogue of these folders, for one mlx-lm: the installed one, or that of a package."""
+    """Return a catalogue of these folders, for the installed mlx-lm or for that of a package."""
     return Catalog(list(roots), Inspector(Package(mlx_lm)), **options)

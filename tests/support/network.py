@@ -24,7 +24,7 @@ PROMPT = "PROMPT-THAT-NOBODY-ELSE-MAY-READ"
 PLACE = "/opt/private/models/x"  # a path that no client may read
 FORGED = "12:00:00 INFO    mlxproxy.request: id=forged client=1.2.3.4 status=200"
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}]}
-# Every route of the application, and paths that are none.
+# Every route of the application, and paths that are not routes.
 CALLS = [
     ("GET", "/v1/models"),
     ("HEAD", "/v1/models"),
@@ -76,7 +76,7 @@ CALLS = [
 
 
 def is_refusal(path: str, body: dict[str, Any], code: str) -> bool:
-    """Whether a body says that code, as far as the dialect of the path can, in its shape."""
+    """Return whether a body reports the code in the shape of the path's dialect, if that can."""
     if path.startswith("/v1/messages"):
         is_key = code == "invalid_api_key"
         kind = "authentication_error" if is_key else "permission_error"
@@ -90,7 +90,7 @@ def is_refusal(path: str, body: dict[str, Any], code: str) -> bool:
 
 
 def exchange(proxy: Proxy, sent: bytes) -> list[Answer]:
-    """The answers to these bytes, until the proxy closes the connection."""
+    """Return the answers to these bytes, read until the proxy closes the connection."""
     with connect(proxy.port) as connection:
         with contextlib.suppress(ConnectionError):  # an early answer may end the sending
             connection.sendall(sent)
@@ -98,7 +98,7 @@ def exchange(proxy: Proxy, sent: bytes) -> list[Answer]:
 
 
 def head(method: str, path: str, version: str = "1.1", **headers: str) -> bytes:
-    """A request's head, with a key and a Host unless told otherwise."""
+    """Return a request's head, with a key and a Host unless other values are given."""
     given = {"host": "localhost", "authorization": f"Bearer {ALICE}", **headers}
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in given.items() if value]
     return "\r\n".join([f"{method} {path} HTTP/{version}", *lines, "", ""]).encode("latin-1")
@@ -127,14 +127,14 @@ def describe(proxy: Proxy) -> dict[str, Any]:
 
 
 def written(proxy: Proxy) -> str:
-    """All that the proxy has said and logged, the backend's log included."""
+    """Return everything that the proxy has printed and logged, including the backend's log."""
     log(proxy)
     files = [proxy.output, *(proxy.instance / "logs").iterdir()]
     return "\n".join(file.read_text(errors="replace") for file in files)
 
 
 def log(proxy: Proxy) -> str:
-    """The proxy's log, with all that has happened so far."""
+    """Return the proxy's log, with everything that has happened so far."""
     file = proxy.instance / "logs" / "proxy.log"
     marker = f"marker-{time.monotonic_ns()}"
     ask(proxy, "GET", "/nothing", headers={"X-Request-Id": marker})
@@ -143,18 +143,18 @@ def log(proxy: Proxy) -> str:
 
 
 def lines_of(proxy: Proxy, request_id: str) -> list[str]:
-    """The lines about that request in the log."""
+    """Return the lines about that request in the log."""
     return [line for line in log(proxy).splitlines() if f"id={request_id} " in line]
 
 
 def figures(line: str) -> dict[str, str]:
-    """The name=value pairs of a log line."""
+    """Return the name=value pairs of a log line."""
     return dict(pair.split("=", 1) for pair in line.partition("mlxproxy.request: ")[2].split(" "))
 
 
 @contextlib.contextmanager
 def others_are_served(proxy: Proxy, within: float = 1.0) -> Iterator[None]:
-    """Asks for health and for answers all the while; each must come in time."""
+    """Request health and answers all the while; each must arrive in time."""
     over = threading.Event()
     taken: list[float] = []
 

@@ -21,7 +21,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def free_range(number: int) -> int:
-    """Return the first of so many ports in a row that nobody listens on."""
+    """Return the first of this many consecutive ports that nobody listens on."""
     while True:
         first = free_port()
         with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as probes:

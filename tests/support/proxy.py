@@ -1,4 +1,4 @@
-"""The proxy in a process of its own, as a user starts it."""
+"""The proxy in a separate process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.waiting import until
 
 
 class Proxy:
-    """A proxy in a process of its own, as `make run` starts it.
+    """A proxy in a separate process, as `make run` starts it.
 
     Attributes:
         program: the module that is run.
@@ -59,7 +59,7 @@ class Proxy:
         return self
 
     def answers(self) -> bool:
-        """Tell whether it answers by now; fail if it has ended."""
+        """Return whether it answers yet; fail if it has exited."""
         assert self.process is not None
         if self.process.poll() is not None:
             pytest.fail(f"the proxy ended at its start:\n{self.said()}")
@@ -68,7 +68,7 @@ class Proxy:
         return False
 
     def said(self) -> str:
-        """What it has printed so far."""
+        """Return what it has printed so far."""
         return self.output.read_text()
 
     # -- the calls of the contract
@@ -102,13 +102,13 @@ class Proxy:
     # -- its end
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 45.0) -> int:
-        """Stops it as told and returns its exit status."""
+        """Stop it with this signal and return its exit status."""
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
     def resident_mib(self) -> int:
-        """Its resident memory in MiB."""
+        """Return its resident memory in MiB."""
         assert self.process is not None
         return int(psutil.Process(self.process.pid).memory_info().rss >> 20)
 
@@ -119,7 +119,7 @@ class Proxy:
         return []
 
     def clean_up(self) -> None:
-        """Leaves nothing behind, whatever a test did."""
+        """Leave nothing behind, whatever a test did."""
         if self.process is None:
             return
         family = self.children()

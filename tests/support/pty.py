@@ -27,7 +27,7 @@ ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
 
 
 def environment(folder: Path, url: str | None = None, **more: str) -> dict[str, str]:
-    """A user's environment whose home and settings are in the folder."""
+    """Return the environment of a user whose home and settings are in the folder."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLXPROXY_", "XDG_"))}
     kept.update(HOME=str(folder), MLXPROXY_INSTANCE_PATH=str(folder / "none"), TERM="xterm")
     kept.update({"MLXPROXY_URL": url} if url else {})
@@ -37,7 +37,7 @@ def environment(folder: Path, url: str | None = None, **more: str) -> dict[str, 
 def run(
     *arguments: str, env: Mapping[str, str], stdin: str | None = None, seconds: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """The command with its output in pipes; a traceback is never right."""
+    """Run the command with its output in pipes; fail if it prints a traceback."""
     done = subprocess.run(
         [str(COMMAND), *arguments],
         env=dict(env),
@@ -73,18 +73,18 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All it has printed, without colours and cursor movements."""
+        """Everything it has printed, without colours and cursor movements."""
         return ESCAPES.sub("", self.raw).replace("\r\n", "\n")
 
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C."""
+        """Send Ctrl-C."""
         self.type("\x03")
 
     def expect(self, wanted: str, seconds: float = 20) -> str:
-        """Waits until it has printed this; returns everything before it, and forgets it all."""
+        """Wait until it has printed this; return the text before it, and discard it all."""
         deadline = time.monotonic() + seconds
         while wanted not in self.text:
             if not self._read(deadline - time.monotonic()):
@@ -94,7 +94,7 @@ class Terminal:
         return before
 
     def wait(self, seconds: float = 20) -> int:
-        """Its exit status."""
+        """Wait for it to exit; return its exit status."""
         deadline = time.monotonic() + seconds
         while self._read(deadline - time.monotonic()):
             pass
@@ -105,7 +105,7 @@ class Terminal:
             return False
         try:
             data = os.read(self._screen, 1 << 16)
-        except OSError:  # Linux tells the end so
+        except OSError:  # Linux reports the end this way
             return False
         self.raw += data.decode("utf-8", "replace")
         return bool(data)
@@ -123,11 +123,11 @@ Reply = Callable[[str, dict[str, Any]], Sequence[Any] | Mapping[str, Any]]
 
 @contextlib.contextmanager
 def scripted(reply: Reply) -> Iterator[str]:
-    """A server that answers as told; yields its URL.
+    """Run a server that answers as `reply` says; yield its URL.
 
     Args:
-        reply: given the path and the body, returns an object, or events: an object each, a text
-            for what is sent as it is, a number of seconds to wait.
+        reply: given the path and the body, returns an object, or a sequence of events: an object is
+            one event, a text is sent as it is, a number is the seconds to wait.
     """
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""HTTP as it stands on the wire: requests to be sent, and answers that were received."""
+"""HTTP as it appears on the wire: requests to send, and answers that were received."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def request(method: str, path: str, body: Any = None, version: str = "1.1") -> bytes:
-    """A request as it goes over the wire."""
+    """Return a request as it is sent over the wire."""
     sent = b"" if body is None else json.dumps(body).encode()
     length = f"Content-Length: {len(sent)}\r\n" if sent else ""
     return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{length}\r\n".encode() + sent
@@ -25,19 +25,19 @@ def connect(port: int) -> socket.socket:
 
 
 class Answer(NamedTuple):
-    """One HTTP answer as it stood on the wire."""
+    """One HTTP answer as it appeared on the wire."""
 
     status: int
     headers: http.client.HTTPMessage
     body: bytes
 
     def error(self) -> dict[str, Any]:
-        """The error object, after a look at its shape."""
+        """Return the error object, after a check of its shape."""
         return shape(json.loads(self.body))
 
 
 def shape(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return the error object of an answer, after a look at its shape."""
+    """Return the error object of an answer, after a check of its shape."""
     error: dict[str, Any] = answer["error"]
     assert {"message", "type", "param", "code"} <= set(error)
     assert error["message"].strip().endswith((".", "?", ")")), error["message"]
@@ -55,7 +55,7 @@ class Wire(io.BytesIO):
 
 
 def answers(received: bytes) -> list[Answer]:
-    """All answers in what came over one connection."""
+    """Return all answers in the bytes received over one connection."""
     wire = Wire(received)
     found = []
     while wire.tell() < len(received):
@@ -66,7 +66,7 @@ def answers(received: bytes) -> list[Answer]:
 
 
 def received(connection: socket.socket, seconds: float = 10.0) -> bytes:
-    """All that comes until the other side closes; fails if it does not."""
+    """Return everything received until the other side closes; fail if it does not close."""
     connection.settimeout(seconds)
     data = b""
     with contextlib.suppress(ConnectionResetError):

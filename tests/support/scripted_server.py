@@ -1,7 +1,7 @@
-"""A scripted stand-in for `mlx_lm.server`: same command line, same wire, faults on demand.
+"""A scripted stand-in for `mlx_lm.server`: same command line, same wire format, faults on demand.
 
-:func:`install` writes an executable that takes the place of `mlx_lm.server`, together with its
-script. The script is read anew at each request, so :func:`change` works while it runs, and
+:func:`install` writes an executable that replaces `mlx_lm.server`, together with its
+script. The script is reread at each request, so :func:`change` works while it runs, and
 :func:`record` returns what has happened to all processes of that executable. See :data:`SCRIPT`
 for what it can do.
 
@@ -27,16 +27,16 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# Standard library only and a quick start: this file is a program, too.
+# Standard library only, for a quick start: this file is also a program.
 
 SCRIPT: Json = {
     # -- the start
-    "exit_code": None,  # end at once with this status, after a usage line
-    "open_after": 0.0,  # seconds until the port opens; None: it never does
-    "load_seconds": 0.0,  # seconds after that for which requests wait for the model
+    "exit_code": None,  # exit immediately with this status, after a usage line
+    "open_after": 0.0,  # seconds until the port opens; None: it never opens
+    "load_seconds": 0.0,  # further seconds for which requests wait for the model
     "load_failure": None,  # the load fails after those seconds, for this reason
     "ignore_sigterm": False,
-    "log_megabytes": 0.0,  # a second, onto stderr
+    "log_megabytes": 0.0,  # per second, to stderr
     # -- any request
     "mute": False,  # accept and never answer, not even /health
     # -- an answer
@@ -46,41 +46,41 @@ SCRIPT: Json = {
     "silent_seconds": 0.0,  # before the headers
     "prefill_seconds": 0.0,  # after the headers, with keepalives
     "keepalive_interval": 0.5,
-    "events": 8,  # fewer where the request's max_tokens is smaller
+    "events": 8,  # fewer if the request's max_tokens is smaller
     "interval": 0.0,  # seconds between two events
-    "event_bytes": 0,  # the text of an event is filled up to this length
-    "thoughts": 0,  # so many of the first events are reasoning
-    "wire": None,  # these bytes (Latin-1) instead, head and all; the request's end is `odd`
-    "piece_bytes": 0,  # so many bytes a packet
-    "stays_open": False,  # the connection does, after the answer, until the client leaves
-    # -- its end before its time, after so many events
-    "die_after": None,  # the process ends
+    "event_bytes": 0,  # the text of an event is padded to this length
+    "thoughts": 0,  # this many of the first events are reasoning
+    "wire": None,  # send these bytes (Latin-1) instead, head included; the request's end is `odd`
+    "piece_bytes": 0,  # this many bytes per packet
+    "stays_open": False,  # keep the connection open after the answer, until the client leaves
+    # -- a premature end, after this many events
+    "die_after": None,  # the process exits
     "die_by": "kill",  # SIGKILL, or "exit" for os._exit(1)
     "drop_after": None,  # the connection is closed
     "hang_after": None,  # nothing more is sent
-    "garbled_after": None,  # an event of a stream is no JSON; then it goes on
-    "generation_dies_after": None,  # for all requests, and the process lives on
+    "garbled_after": None,  # an event of a stream is not JSON; then the stream continues
+    "generation_dies_after": None,  # for all requests, and the process stays alive
     "generation_dies_of": "[metal::malloc] Resource limit exceeded.",
-    # -- other values for models of these folder names: {"beta": {"load_failure": "…"}}
+    # -- other values for models with these folder names: {"beta": {"load_failure": "…"}}
     "models": {},
 }
 
 KEEPALIVE_TOKENS = 2048
-WATCH = 0.1  # seconds between two looks at what may end a wait, other than the connection
+WATCH = 0.1  # seconds between two checks for what may end a wait, other than the connection
 
 
 # -- for tests
 
 
 def install(folder: Path, **script: Any) -> Path:
-    """Writes the executable and its script into a folder, and returns the executable.
+    """Write the executable and its script into a folder, and return the executable.
 
     Args:
         script: values of :data:`SCRIPT` that differ from the default.
     """
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "mlx_lm.server"
-    # Isolated and without `site`: nothing of the environment is needed, and it starts faster.
+    # Isolated and without `site`: it needs nothing from the environment, and starts faster.
     program.write_text(
         f"#!{sys.executable} -IS\n"
         "import sys\n"
@@ -95,7 +95,7 @@ def install(folder: Path, **script: Any) -> Path:
 
 
 def change(program: Path, **script: Any) -> None:
-    """Changes the script; requests that come from now on follow it."""
+    """Change the script; requests that arrive from now on follow it."""
     if unknown := script.keys() - SCRIPT.keys():
         raise TypeError(f"no such part of a script: {sorted(unknown)}")
     file = program.parent / "script.json"
@@ -106,7 +106,7 @@ def change(program: Path, **script: Any) -> None:
 
 
 def record(program: Path, event: str | None = None) -> list[Json]:
-    """What happened, in order; each entry has `event`, `time` (seconds since 1970) and `pid`.
+    """Return the events in order; each has `event`, `time` (seconds since 1970) and `pid`.
 
     ==============  ==============================================================================
     ``started``     `argv`, `environment`, `offline` (the value of HF_HUB_OFFLINE)
@@ -129,18 +129,18 @@ def record(program: Path, event: str | None = None) -> list[Json]:
 
 
 def main(folder: str) -> None:
-    """Runs the stand-in with the script of that folder and the command line of the process."""
+    """Run the stand-in with the script of that folder and the command line of the process."""
     Process(folder).run()
 
 
 class Process:
-    """What all requests share: the command line, the script, the state of the generation."""
+    """State that all requests share: the command line, the script, the state of the generation."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._lock = threading.Lock()
         self._requests = 0
-        # Options that are not known are let pass: their values then look like options, too.
+        # Unknown options are ignored: their values then look like options, too.
         self.options = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
         self.model = self.options.get("--model", "default_model")
         self.name = os.path.basename(self.model)
@@ -169,7 +169,7 @@ class Process:
             server = Server((host, port), self)
         except OSError as error:
             print(f"OSError: {error}", file=sys.stderr)
-            while True:  # as the original: its generation thread keeps the process alive
+            while True:  # like the original, whose generation thread keeps the process alive
                 signal.pause()
         self.log("INFO", f"Starting httpd at {host} on port {port}...")
         self._thread(self._load, script["load_seconds"], script["load_failure"])
@@ -181,7 +181,7 @@ class Process:
         return {**script, **script["models"].get(self.name, {})}
 
     def note(self, event: str, **details: Any) -> None:
-        """Adds to the record. One write, so that processes can share the file."""
+        """Add an entry to the record, in a single write so that processes can share the file."""
         entry = {"event": event, "time": time.time(), "pid": os.getpid(), **details}
         file = os.path.join(self._folder, "record.jsonl")
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -231,7 +231,7 @@ class Process:
 
 
 class Server(ThreadingHTTPServer):
-    """The original's server, with a place for every connection of a test."""
+    """The original's server, with room for every connection of a test."""
 
     request_queue_size = 1024
     daemon_threads = True
@@ -241,7 +241,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        # Without the look-up of the host's name, which can take seconds.
+        # Without the lookup of the host name, which can take seconds.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -252,7 +252,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Ends(Exception):
-    """An answer ends before its time; `how` is what the record says of it."""
+    """An answer ends prematurely; `how` is the record's word for it."""
 
     def __init__(self, how: str) -> None:
         super().__init__(how)
@@ -260,14 +260,14 @@ class Ends(Exception):
 
 
 class Died(Ends):
-    """The generation has ended for everybody."""
+    """The generation has ended for all requests."""
 
     def __init__(self) -> None:
         super().__init__("died")
 
 
 class Pieces(io.RawIOBase):
-    """A connection to which everything is written in packets of so many bytes."""
+    """A connection to which everything is written in packets of a given size."""
 
     def __init__(self, connection: socket.socket, size: int) -> None:
         super().__init__()
@@ -282,11 +282,11 @@ class Pieces(io.RawIOBase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
+    """One connection with one request."""
 
     server: Server
     body: Json
-    events = 0  # sent
+    events = 0  # the number sent
 
     def setup(self) -> None:
         super().setup()
@@ -383,7 +383,7 @@ class Handler(BaseHTTPRequestHandler):
         options = self.body.get("stream_options")
         if options is not None:
             if "include_usage" not in options:
-                raise Ends("dropped")  # the original stumbles over its absence
+                raise Ends("dropped")  # the original fails if it is absent
             if options["include_usage"]:
                 usage = {"object": "chat.completion", "choices": [], "usage": self._usage()}
                 self._event({**self._head(), **usage})
@@ -401,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(f": keepalive {progress}\n\n".encode())
 
     def _generate(self) -> tuple[str, str]:
-        """Sends the events, or collects them for a whole answer: the text and the reasoning."""
+        """Send the events, or collect them for a whole answer; return the text and reasoning."""
         script = self.script
         limit = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
         count = script["events"] if limit is None else min(script["events"], limit)
@@ -428,7 +428,7 @@ class Handler(BaseHTTPRequestHandler):
         return text, reasoning
 
     def _fault(self, events: int) -> None:
-        """What the script has in store after that many events."""
+        """Cause the fault that the script has for this number of events."""
         script = self.script
         if script["die_after"] == events:
             self._note_end("died")
@@ -459,7 +459,7 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _message(self, text: str, reasoning: str, finish_reason: str | None) -> Json:
-        """A chunk of a stream, or a whole answer without its usage."""
+        """Return a chunk of a stream, or a whole answer without its usage."""
         head, choice = self._head(), {"index": 0, "finish_reason": finish_reason}
         if not self.chat:
             return {**head, "choices": [{**choice, "text": text}]}
@@ -506,7 +506,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _wait(self, seconds: float) -> None:
-        """Waits, if the client stays and the generation lives."""
+        """Wait, unless the client leaves or the generation dies."""
         deadline = time.monotonic() + seconds
         while True:
             if self.process.died.is_set():
@@ -522,14 +522,14 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def _left(self, seconds: float) -> bool:
-        """Whether the client closes the connection within that time."""
+        """Return whether the client closes the connection within that time."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         if not poll.poll(seconds * 1000):
             return False
         try:
             if self.connection.recv(1, socket.MSG_PEEK):
-                time.sleep(seconds)  # it sends what nobody asked for: not gone
+                time.sleep(seconds)  # it sends unexpected data: it has not left
                 return False
         except ConnectionError:
             pass

@@ -1,4 +1,4 @@
-"""A running `mlx_lm.server`, or its stand-in, without a proxy before it."""
+"""A running `mlx_lm.server`, or its stand-in, without a proxy in front of it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Server:
         return json.load(answer)
 
     def stream(self, path: str = "/v1/chat/completions", **fields: Any) -> list[Any]:
-        """The events of a stream; comments and `[DONE]` as the text they are."""
+        """Return the events of a stream; comments and `[DONE]` are returned as text."""
         body = {"messages": QUESTION, "prompt": "Hello!", "stream": True, **fields}
         blocks = self.send("POST", path, body).read().decode().split("\n\n")
         assert blocks.pop() == ""

@@ -1,4 +1,4 @@
-"""Readers of streams as strict as the strictest clients, each with the checks that are known."""
+"""Stream readers as strict as the strictest clients, each with the checks that are known."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ANTHROPIC_DELTAS = {
 
 
 def anthropic_message(data: bytes) -> Json:
-    """The message of a stream, if Claude Code would take it.
+    """Return the message of a stream, if Claude Code would accept it.
 
     Each block has the next index, one is open at a time, each delta fits its block and is text, and
-    the message has a start, a reason for its end, and an end.
+    the message has a start, a stop reason, and an end.
     """
     message: Json = {}
     open_index: int | None = None
@@ -77,9 +77,9 @@ def anthropic_message(data: bytes) -> Json:
 
 
 def response(data: bytes) -> Json:
-    """The response of a stream, if Codex and OpenAI's SDK would take it.
+    """Return the response of a stream, if Codex and OpenAI's SDK would accept it.
 
-    Events are numbered without a gap; an item is announced before anything of it comes, is the same
+    Events are numbered without a gap; an item is announced before any of it arrives, is the same
     at its end and in the whole response, and one is open at a time; the response has one id, and
     one end.
     """
@@ -149,7 +149,7 @@ _RESPONSE_DELTAS = {
 
 
 def _complete(whole: Json) -> None:
-    """The fields that the types of the SDK require."""
+    """Check the fields that the types of the SDK require."""
     required = "id created_at model object output parallel_tool_calls tool_choice tools"
     assert not set(required.split()) - whole.keys()
     if whole["usage"] is not None:
@@ -167,10 +167,10 @@ def _said(item: Json) -> str:
 
 
 def ollama_answer(data: bytes) -> Json:
-    """The message of a stream, if Zed, VS Code, Home Assistant and Ollama's own package take it.
+    """Return the message of a stream, if Zed, VS Code, Home Assistant and Ollama's package take it.
 
-    Every line is JSON with a text for a content and objects for arguments; the last one, and no
-    other, is done, and tells durations that can be divided by.
+    Every line is JSON with text as its content and objects as arguments; only the last one is done,
+    and it reports durations that can be divided by.
     """
     assert data.endswith(b"\n")
     message: Json = {"content": "", "thinking": "", "tool_calls": []}
@@ -199,8 +199,11 @@ _V1_PHASES = ("chat", "model_load", "prompt_processing", "answer")
 
 
 def lmstudio_result(data: bytes) -> Json:
-    """The result of a v1 stream whose events come in the documented order: what is started is ended
-    before the next thing starts, a load before the prompt, the prompt before the answer."""
+    """Return the result of a v1 stream whose events come in the documented order.
+
+    Each thing that is started is ended before the next one starts, a load comes before the prompt,
+    and the prompt before the answer.
+    """
     output: list[Json] = []
     open_kind: str | None = None
     phase = 0

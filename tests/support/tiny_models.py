@@ -1,6 +1,6 @@
 """Tiny real models: folders that mlx-lm loads in two seconds and whose answers are known.
 
-The weights are made so that every token has one successor, which makes an answer foreseeable to
+The weights are made so that every token has one successor, which makes an answer predictable to
 the letter, at any temperature up to 1: a model built with ``says="ada"`` answers
 ``ada0 ada1 ada2 …`` without an end, so that a test sees which model answered and whether a token
 is missing. With thinking on it first thinks ``thought0 … thought7``. With tools it calls
@@ -31,10 +31,10 @@ CALL = "<|call|>"  # the last token of a prompt that offers tools
 SPECIAL = ("<|endoftext|>", "<|im_start|>", END, CALL)
 TOOL_MARKERS = ("<tool_call>", "</tool_call>")  # kept in decoded text, as Qwen's are
 THINK_MARKERS = ("<think>", "</think>")
-NAMELESS = "\0"  # what the name of an id begins with that the tokenizer shall not have
+NAMELESS = "\0"  # prefix of an id's name that the tokenizer must not have
 
 CERTAINTY = 60.0  # the logit of a token's successor; the others stay below two thirds of it
-HEAD = 16  # entries of an attention head; few, as attention over a long prompt is slow on a CPU
+HEAD = 16  # entries of an attention head; few, since attention over a long prompt is slow on a CPU
 GROUP = 64  # weights that share a scale when quantized
 
 CHAT_TEMPLATE = """\
@@ -89,22 +89,22 @@ def build(
     nameless: int = 0,
     config: Mapping[str, object] | None = None,
 ) -> Path:
-    """Writes a model folder and returns it.
+    """Write a model folder and return it.
 
     Args:
-        says: the word that its answers repeat, numbered.
-        words: how many numbers there are before they begin again at 0.
-        length: words after which it ends its answer itself; None: never.
-        thinking: whether its template knows `enable_thinking`, and the model thinks.
-        chat_template: another template than the built-in one.
+        says: the word that its answers repeat, with numbers.
+        words: how many numbers there are before they start again at 0.
+        length: the number of words after which it ends its answer itself; None: never.
+        thinking: whether its template has `enable_thinking`, and the model thinks.
+        chat_template: a template in place of the built-in one.
         arch: ``qwen3`` or ``llama``.
         layers, hidden, heads: its size; a multiple of 64 for `hidden`, one of the number of
             machines for `heads`.
         quantize: 4 for 4-bit weights, None for 32-bit floats (the fastest on a CPU).
-        shards: files over which the weights are spread; more than one come with an index.
+        shards: the number of files for the weights; more than one come with an index.
         call: the tokens of its tool call, all different.
-        nameless: token ids, from 256 on, that the tokenizer has no text for.
-        config: further entries of config.json, overriding the others.
+        nameless: the number of token ids, from 256 on, that the tokenizer has no text for.
+        config: further entries of config.json, which override the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary, successor = _chain(says, words, length, thinking, call, nameless)
@@ -139,27 +139,27 @@ def build(
 
 
 def build_slow(folder: Path, **options: Any) -> Path:
-    """A model of many layers: some 25 tokens/s on two cores."""
+    """Build a model of many layers: about 25 tokens/s on two cores."""
     return build(folder, **{"layers": 24, **options})
 
 
 def long_prompt(tokens: int) -> str:
-    """A text of that many tokens (one a byte), to be read for a long time.
+    """Return a text of that many tokens (one per byte), which takes long to read.
 
     The time grows with the square of the length and with the layers but one (a model of one layer
-    reads at once). On two cores, 6000 tokens take a model with ``layers=2`` some 4 s, in three
-    steps with a keepalive each; 1000 tokens take the slow model as long, in one silent step.
+    reads immediately). On two cores, 6000 tokens take a model with ``layers=2`` about 4 s, in three
+    steps with a keepalive each; 1000 tokens take the slow model just as long, in one silent step.
     """
     return ("The quick brown fox jumps over the lazy dog. " * (tokens // 45 + 1))[:tokens]
 
 
 def answer(says: str, tokens: int, first: int = 0) -> str:
-    """What a model without thoughts answers when it may use that many tokens (below `words`)."""
+    """Return the answer of a model without thinking, limited to `tokens` (below `words`)."""
     return "".join(f"{says}{number} " for number in range(first, first + tokens))
 
 
 def thoughts() -> str:
-    """What a thinking model thinks, in full; it takes two tokens more, for its two ends."""
+    """Return all thoughts of a thinking model; they take two more tokens, for their two ends."""
     return answer("thought", THOUGHTS)
 
 
@@ -167,7 +167,7 @@ def thoughts() -> str:
 
 
 def break_model(folder: Path, how: str) -> Path:
-    """Gives a built model one of the :data:`DEFECTS`."""
+    """Apply one of the :data:`DEFECTS` to a built model."""
     DEFECTS[how](folder)
     return folder
 
@@ -241,13 +241,13 @@ DEFECTS: Mapping[str, Callable[[Path], object]] = {
 }
 
 
-# -- inside
+# -- internals
 
 
 def _chain(
     says: str, words: int, length: int | None, thinking: bool, call: Sequence[str], nameless: int
 ) -> tuple[list[str], list[int]]:
-    """The vocabulary, and each token's successor by index.
+    """Return the vocabulary, and each token's successor by index.
 
     Words are vocabulary entries that no merge rule reaches: the model can say them in one token,
     while any prompt is read byte by byte.
@@ -257,7 +257,7 @@ def _chain(
     said = [f"{says}{number}{space}" for number in range(words)]
     thought = [f"thought{number}{space}" for number in range(THOUGHTS)]
     pieces = [piece.replace(" ", space) for piece in call]
-    # "\n\n" is what an empty block of thoughts ends with, "\n" what any other prompt ends with.
+    # "\n\n" is the end of an empty block of thoughts, "\n" the end of any other prompt.
     gap = [f"{NAMELESS}{number}" for number in range(nameless)]
     vocabulary = [*byte_level, *gap, newline * 2, *said, *thought, *pieces, *SPECIAL, *TOOL_MARKERS]
     if thinking:
@@ -310,7 +310,7 @@ def _write_tokenizer(
 def _weights(
     successor: list[int], *, arch: str, layers: int, hidden: int, heads: int, seed: int
 ) -> dict[str, Array]:
-    """A token is embedded as its successor's direction, and `lm_head` reads the direction off.
+    """Return weights that embed a token as its successor's direction, which `lm_head` reads.
 
     All directions have the entries 1 and -1, which the final normalisation leaves as they are;
     the layers add nothing because the matrices at their ends are zero.
@@ -348,7 +348,7 @@ def _weights(
 
 
 def _quantize(weights: Mapping[str, Array], bits: int) -> dict[str, Array]:
-    """mlx's affine quantization: w = scale * q + bias per group, packed into 32-bit words."""
+    """Quantize as mlx does, affinely: w = scale * q + bias per group, packed into 32-bit words."""
     levels, per_word = 2**bits - 1, 32 // bits
     packed: dict[str, Array] = {}
     for name, weight in weights.items():

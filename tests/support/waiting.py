@@ -1,4 +1,4 @@
-"""Waiting for what will become true, with a limit."""
+"""Waiting for a condition, with a time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0, what: str = "the condition") -> Any:
-    """Return the first true value of the condition; fail, and name `what`, after the seconds."""
+    """Return the first true value of the condition; fail with `what` after this many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():

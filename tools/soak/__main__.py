@@ -37,7 +37,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the soak; returns the exit status."""
+    """Run the soak; return the exit status."""
     options = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 110)
     folder = Path(tempfile.mkdtemp(prefix="mlxproxy-soak-"))

@@ -1,4 +1,4 @@
-"""What happens to the backends."""
+"""The faults that are injected into the backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.soak.meanwhile import Meanwhile
 from tools.soak.phases import BROKEN
 from tools.soak.processes import backends
 
-# What the stand-in is made to do for a second or so.
+# The stand-in's faults, each for a second or so.
 FAULTS: tuple[Json, ...] = (
     {"die_after": 3},
     {"die_after": 0, "die_by": "exit"},
@@ -46,14 +46,14 @@ WEATHER: tuple[Json, ...] = (
     {"interval": 0.0, "event_bytes": 4000},
 )
 BASE: Json = {
-    "events": 1_000_000,  # more than anybody asks for: `max_tokens` alone decides
+    "events": 1_000_000,  # more than anybody requests: only `max_tokens` limits an answer
     "interval": 0.005,
     "models": {BROKEN: {"load_failure": "Model type x not supported."}},
 }
 
 
 class Chaos(Meanwhile):
-    """What happens to the backend."""
+    """The faults that are injected into the backend."""
 
     def __init__(self, proxy: Proxy, program: Path | None, faults: bool, seed: str) -> None:
         self._proxy = proxy
@@ -88,7 +88,7 @@ class Chaos(Meanwhile):
             self._script(**dice.choice(WEATHER))
 
     def _kill_generation(self) -> bool:
-        """On the backend's own port, past the guard: what ends its generation thread."""
+        """Kill the generation thread with a request to the backend's own port, past the guard."""
         model = self._proxy.loaded().get("model_id")
         url = f"http://127.0.0.1:{self._proxy.backend_port}/v1/completions"
         body = {"model": model, "prompt": ["a"], "max_tokens": 1}

@@ -1,4 +1,4 @@
-"""Clients that do everything at once."""
+"""Clients that do everything at the same time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.soak.ledger import Json, Ledger, Seen, Shape
 from tools.soak.phases import BROKEN, MODELS, PLACES, QUEUE, Phase
 from tools.soak.request import Request
 
-LOOK_LIMIT = 1.0  # seconds for /health and the listings, whatever else is going on
+LOOK_LIMIT = 1.0  # seconds for /health and the listings, whatever else is happening
 
 
 class Clients:
@@ -30,13 +30,13 @@ class Clients:
         self._threads: list[threading.Thread] = []
 
     def start(self, number: int, seed: int) -> None:
-        """Lets so many clients loose, and one that only looks."""
+        """Start this many random clients, and one that only reads the status."""
         for client in range(number):
             self._thread(self._client, random.Random(f"{seed} {self.phase.name} {client}"))
         self._thread(self._look_on)
 
     def stop(self) -> list[threading.Thread]:
-        """Waits for the answers under way; returns the threads that do not end."""
+        """Wait for the answers in flight; return the threads that do not end."""
         self.over.set()
         deadline = time.monotonic() + 120
         for thread in self._threads:
@@ -70,7 +70,7 @@ class Clients:
             dice.choices(calls, weights)[0](dice)
             self.over.wait(dice.choice((0, 0, 0.05, 0.5)))
 
-    # -- what a client does
+    # -- the actions of a client
 
     def stream(self, dice: random.Random) -> None:
         self._chat(dice, "stream")
@@ -117,7 +117,7 @@ class Clients:
         self._ask("unload, left", "/v1/models/unload", {}, leave=dice.uniform(0, 0.2))
 
     def burst(self, dice: random.Random) -> None:
-        """More requests at once than there are places."""
+        """Send more requests at the same time than the proxy accepts."""
         asked = []
         for _ in range(PLACES + QUEUE + 6):
             body, seen = self._chat_request(dice, "burst", stream=dice.random() < 0.7, tokens=5)
@@ -126,7 +126,7 @@ class Clients:
             self._enter(request.read())
 
     def at_the_stop(self, tokens: int) -> Request:
-        """A stream that is under way when the proxy is told to stop."""
+        """Send a request whose stream is in flight when the proxy is told to stop."""
         body, seen = self._chat_request(random.Random(0), "stream, at the stop", True, tokens)
         seen.model = None
         return Request(self.proxy.port, seen).send(
@@ -154,7 +154,7 @@ class Clients:
         self, dice: random.Random, row: str, stream: bool, tokens: int, **fields: Any
     ) -> tuple[Json, Seen]:
         tokens = min(tokens or dice.randint(1, 80), 900 if self.real else 1000)
-        # Most want the same model: with a swap for each request nothing would be answered.
+        # Most requests want the same model: with a swap for each one, nothing would be answered.
         (name,) = dice.choices((*MODELS, None), (6, 1, 1, 1))
         seen = self._seen(row, "stream" if stream else "whole", tokens=tokens)
         if self.phase.selection == "requested":
@@ -207,13 +207,13 @@ class Clients:
         self.enter(seen, self.phase.codes)
 
     def enter(self, seen: Seen, codes: frozenset[str]) -> None:
-        """Has the ledger judge an answer; keeps the bytes of a wrong one."""
+        """Let the ledger judge an answer; keep the bytes of a wrong one."""
         if self.ledger.enter(self.phase.name, seen, codes).outcome == "wrong":
             (self.proxy.instance.parent / f"{seen.request_id}.body").write_bytes(seen.body)
 
 
 def warm_up(clients: Clients) -> None:
-    """All that is made once: every thread has run, every kind of answer has been given."""
+    """Cause everything that happens only once: run every thread, get every kind of answer."""
     dice = random.Random(0)
     clients.load(dice)
     for _ in range(3):

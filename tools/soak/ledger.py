@@ -1,7 +1,7 @@
-"""The books of the soak: what clients saw of their answers, each judged, all counted.
+"""The records of the soak: what clients saw of their answers, each one judged and counted.
 
 An answer is ``whole``, or ``failed`` with an error that its client can read, or its client ``left``
-on purpose. Whatever else it is, is ``wrong``: cut off without a word, late, empty, out of order.
+on purpose. Any other answer is ``wrong``: cut off without an error, late, empty, out of order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = Literal["stream", "whole", "progress", "plain"]
 Outcome = Literal["whole", "failed", "left", "wrong"]
 
 OUTCOMES: tuple[Outcome, ...] = ("whole", "failed", "left", "wrong")
-# The contract's errors that a client may get for what happens in a soak, and their status.
+# The contract's errors that a client may get for the events of a soak, and their status.
 STATUS = {
     "load_cancelled": 409,
     "too_many_requests": 429,
@@ -38,7 +38,7 @@ STATUS = {
     "backend_timeout": 504,
 }
 DONE = b"[DONE]"
-SHOWN = 10  # problems of one kind that are printed in full
+SHOWN = 10  # maximum number of problems of one kind that are printed in full
 
 _WORD = re.compile(r"\.*([a-z]+)(\d+)")
 
@@ -48,16 +48,16 @@ class Seen:
     """One request, and what its client saw of the answer, byte for byte.
 
     Attributes:
-        row: what the client did, which is the row of the table.
-        shape: ``stream`` and ``whole`` are answers of a model, ``progress`` a load as events,
-            ``plain`` any other JSON.
-        model: the only model that may have answered; None: any, but one.
-        tokens: how long the answer must be.
-        limit: seconds within which it must have ended.
+        row: what the client did, which names the row of the table.
+        shape: ``stream`` and ``whole`` are answers of a model, ``progress`` is a load as events,
+            ``plain`` is any other JSON.
+        model: the only model that may have answered; None: any model, but only one.
+        tokens: the required length of the answer.
+        limit: seconds within which the answer must have ended.
         ended: the end was a proper one (a chunk terminator, or all of Content-Length).
-        left: the client went before the end, as it had meant to.
+        left: the client disconnected before the end, as intended.
         trouble: what went wrong on the connection.
-        begun: when it was sent (monotonic seconds); `seconds` later it had ended.
+        begun: when the request was sent (monotonic seconds); it ended `seconds` later.
     """
 
     row: str
@@ -78,7 +78,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer amounts to; `code` is the error's if it failed, `why` says what is wrong."""
+    """The judgement of an answer; `code` is the error's if it failed, `why` says what is wrong."""
 
     outcome: Outcome
     code: str = ""
@@ -86,14 +86,14 @@ class Verdict:
 
 
 class Wrong(Exception):
-    """What no client may see."""
+    """An answer that no client may see."""
 
 
 def judge(seen: Seen, codes: Iterable[str] = STATUS) -> Verdict:
-    """The verdict on one answer.
+    """Return the verdict on one answer.
 
     Args:
-        codes: of the errors that may happen here.
+        codes: the codes of the errors that may occur here.
     """
     try:
         if seen.left:
@@ -108,7 +108,7 @@ def judge(seen: Seen, codes: Iterable[str] = STATUS) -> Verdict:
 
 
 def _judge(seen: Seen) -> str:
-    """The code of the error that the client got, or an empty text for a whole answer."""
+    """Return the code of the error that the client got, or an empty text for a whole answer."""
     if seen.trouble:
         raise Wrong(seen.trouble)
     if seen.status is None:
@@ -179,7 +179,7 @@ def _require_whole(seen: Seen, words: list[int], usage: Json) -> None:
 
 
 def _require_good_so_far(seen: Seen) -> None:
-    """What a client saw before it left must be the beginning of something right."""
+    """Check that what a client saw before it left is the beginning of a correct answer."""
     if seen.status is None or not seen.body:
         return
     _require_id(seen)
@@ -189,7 +189,7 @@ def _require_good_so_far(seen: Seen) -> None:
 
 
 def _words(seen: Seen, chunks: list[Json]) -> list[int]:
-    """The numbers of a stream's words, which all come from one process."""
+    """Return the numbers of a stream's words, which all come from one process."""
     if any("error" in chunk for chunk in chunks[:-1]):
         raise Wrong("events after the error")
     answers = [chunk for chunk in chunks if "error" not in chunk]
@@ -201,7 +201,7 @@ def _words(seen: Seen, chunks: list[Json]) -> list[int]:
 
 
 def _numbered(seen: Seen, text: str) -> list[int]:
-    """The numbers of the words of an answer: 0, 1, 2, … of one model."""
+    """Return the numbers of the words of an answer: 0, 1, 2, … of one model."""
     matches = [_WORD.fullmatch(word) for word in text.split()]
     if None in matches:
         raise Wrong(f"words that no model says: {text[:80]!r}")
@@ -217,7 +217,7 @@ def _numbered(seen: Seen, text: str) -> list[int]:
 
 
 def _payloads(body: bytes) -> list[bytes]:
-    """What the events of a stream carry; comments are left out."""
+    """Return the data of the events of a stream, without the comments."""
     if not body.endswith(b"\n\n"):
         raise Wrong(f"ends within an event: {_excerpt(body[-80:])}")
     lines = [line for line in body.split(b"\n") if line and not line.startswith(b":")]
@@ -227,7 +227,7 @@ def _payloads(body: bytes) -> list[bytes]:
 
 
 def _chunks(body: bytes) -> list[Json]:
-    """The events of a stream as JSON, without [DONE], which may only be the last."""
+    """Return the events of a stream as JSON, without [DONE], which may only be the last."""
     if not body:
         return []
     payloads = _payloads(body)
@@ -239,7 +239,7 @@ def _chunks(body: bytes) -> list[Json]:
 def _error(
     answer: Json, status: int | None = None, headers: Mapping[str, str] | None = None
 ) -> str:
-    """The code of an error in the contract's shape; `status` where it is not within a stream."""
+    """Return the code of an error in the contract's shape; `status` is None within a stream."""
     error = answer.get("error")
     if not isinstance(error, dict) or not {"message", "type", "param", "code"} <= error.keys():
         raise Wrong(f"an error in no shape of the contract's: {_excerpt(json.dumps(answer))}")
@@ -277,7 +277,7 @@ def _excerpt(data: bytes | str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: `about` is a request's id, or what was looked at."""
+    """Something wrong: `about` is a request's id, or the thing that was checked."""
 
     phase: str
     about: str
@@ -299,7 +299,7 @@ class Ledger:
         self.problems: list[Problem] = []
 
     def enter(self, phase: str, seen: Seen, codes: Iterable[str] = STATUS) -> Verdict:
-        """Judges an answer and enters it."""
+        """Judge an answer and record it."""
         verdict = judge(seen, codes)
         with self._lock:
             self._rows.setdefault(seen.row, Counter())[verdict.outcome] += 1
@@ -315,9 +315,9 @@ class Ledger:
         return verdict
 
     def require_unloads(self, phase: str) -> None:
-        """What was cancelled was so by an unload that was under way at the same time.
+        """Check that each cancelled load was cancelled by an unload in flight at the same time.
 
-        An unload whose client has left may still be under way after that, for a few seconds.
+        An unload whose client has left may remain in flight after that, for a few seconds.
         """
         with self._lock:
             cancelled, self._cancelled = self._cancelled, []
@@ -329,12 +329,12 @@ class Ledger:
                 self.wrong(phase, seen.request_id, f"{seen.row}: cancelled, and nobody unloaded")
 
     def wrong(self, phase: str, about: str, why: str) -> None:
-        """Enters something wrong that is no answer: a process, thread or socket too many."""
+        """Record a problem other than an answer: a process, thread or socket too many."""
         with self._lock:
             self.problems.append(Problem(phase, about, "afterwards", why))
 
     def fact(self, phase: str, name: str, value: str) -> None:
-        """Enters a figure that is only shown."""
+        """Record a figure that is only displayed."""
         with self._lock:
             self._facts.append((phase, name, value))
 
@@ -344,12 +344,12 @@ class Ledger:
         return bool(self._rows) and not self.problems
 
     def total(self) -> Counter[Outcome]:
-        """How many answers there were of each outcome."""
+        """Return how many answers there were of each outcome."""
         with self._lock:
             return sum(self._rows.values(), Counter())
 
     def print(self, console: Console) -> None:
-        """The books as tables, then each problem (many of one kind: the first few)."""
+        """Print the records as tables, then each problem (only the first few of each kind)."""
         for table in self._tables():
             console.print(table)
         for line in self._told():

@@ -1,4 +1,4 @@
-"""What goes on beside the clients."""
+"""Activity in the background, while the clients are running."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Meanwhile:
-    """What goes on in a thread of its own until it is told to end."""
+    """Activity in a thread of its own until it is told to end."""
 
     def __init__(self) -> None:
         self.over = threading.Event()

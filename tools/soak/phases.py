@@ -1,4 +1,4 @@
-"""The lives of a proxy that the soak goes through."""
+"""The lives of a proxy during the soak."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ BROKEN = "broken"  # its load always fails
 PLACES, QUEUE = 8, 16
 IDLE = 5.0  # seconds
 
-# Nobody unloads and nothing dies: no other error has a cause.
+# No unloads and no crashes: no other error has a cause.
 CALM = frozenset({"too_many_requests", "model_swapped", "load_failed", "no_model_loaded"})
 ANY = frozenset(STATUS) - {"shutting_down"}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One life of a proxy: whether backends die and somebody unloads, and the errors that may be.
+    """One life of a proxy: whether backends crash and clients unload, and which errors may occur.
 
     Attributes:
         selection: the setting MODEL_SELECTION.
-        codes: of the errors that clients may get.
+        codes: the codes of the errors that clients may get.
     """
 
     name: str

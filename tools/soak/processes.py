@@ -1,4 +1,4 @@
-"""The processes of a proxy, and what they hold."""
+"""The processes of a proxy, and the resources that they hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE = 0.25
 
 @dataclass
 class Figures:
-    """What the proxy's process holds."""
+    """The resources that the proxy's process holds."""
 
     threads: int
     files: int
@@ -35,7 +35,7 @@ class Figures:
 
     @classmethod
     def at_rest(cls, process: psutil.Process) -> Figures:
-        """The figures once they have stood still for a second."""
+        """Return the figures once they have not changed for a second."""
         figures, since = cls.of(process), time.monotonic()
         while time.monotonic() - since < 1:
             time.sleep(0.1)
@@ -44,13 +44,13 @@ class Figures:
         return figures
 
     def held(self) -> tuple[int, int, int]:
-        """What must be the same again when nothing goes on."""
+        """Return the figures that must be back at their old values when the proxy is idle."""
         return self.threads, self.files, self.sockets
 
 
 @dataclass
 class Samples(Meanwhile):
-    """The proxy, looked at from outside all the while."""
+    """Samples of the proxy, taken from outside during the whole phase."""
 
     proxy: Proxy
     process: psutil.Process
@@ -74,7 +74,7 @@ class Samples(Meanwhile):
 
 
 def alive(proxy: Proxy) -> list[psutil.Process]:
-    """The processes that the proxy has started, and theirs in turn, if they are no corpses."""
+    """Return the processes that the proxy has started, and their descendants, without zombies."""
     found = []
     for child in proxy.children():
         with contextlib.suppress(psutil.Error):
@@ -84,7 +84,7 @@ def alive(proxy: Proxy) -> list[psutil.Process]:
 
 
 def backends(proxy: Proxy) -> list[psutil.Process]:
-    """The backends alone: the proxy's own children, and not the compilers that MLX starts."""
+    """Return only the backends: the proxy's own children, without the compilers that MLX starts."""
     assert proxy.process is not None
     found = []
     for process in alive(proxy):

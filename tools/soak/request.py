@@ -1,4 +1,4 @@
-"""One request of a client, read strictly."""
+"""One request of a client, with a strict reader."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tools.soak.ledger import Json, Seen
 
 
 class Request:
-    """One request on a connection of its own, read strictly and to its end, or left.
+    """One request on a connection of its own, read strictly and to its end, or abandoned.
 
     Args:
-        leave: seconds after which the client goes, wherever the answer is; None: never.
+        leave: seconds after which the client disconnects, wherever the answer is; None: never.
         slow: seconds for which it reads hardly anything.
-        abrupt: whether it goes with a reset.
+        abrupt: whether it disconnects with a reset.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Request:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
     def send(self, method: str, path: str, body: Json | None = None) -> Request:
-        """Connects and sends."""
+        """Connect and send."""
         raw = None if body is None else json.dumps(body).encode()
         try:
             self._socket.settimeout(self.seen.limit)
@@ -52,7 +52,7 @@ class Request:
         return self
 
     def read(self) -> Seen:
-        """Reads the answer to its end, and closes."""
+        """Read the answer to its end, and close."""
         seen = self.seen
         try:
             if not seen.trouble:
@@ -76,7 +76,7 @@ class Request:
         seen.headers = {name.lower(): value for name, value in answer.getheaders()}
         while data := self._next(answer):
             seen.body += data
-        # http.client raises where chunks end without their terminator, not at a missing length.
+        # http.client raises if chunks end without a terminator, but not if a body is too short.
         seen.ended = answer.chunked or answer.length == 0
 
     def _next(self, answer: http.client.HTTPResponse) -> bytes:

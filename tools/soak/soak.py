@@ -1,4 +1,4 @@
-"""A soak: all phases over one kind of backend, and what must be left of them."""
+"""A soak: all phases with one kind of backend, and the checks of the state that remains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tools.soak.ledger import Json, Ledger
 from tools.soak.phases import BROKEN, IDLE, MODELS, PHASES, PLACES, QUEUE, Phase
 from tools.soak.processes import Figures, Samples, alive, backends
 
-QUIET_LIMIT = 30.0  # seconds after the last client in which all must have come to rest
+QUIET_LIMIT = 30.0  # seconds after the last client within which everything must have come to rest
 STOP_LIMIT = 20.0
 RSS_GROWTH = 16 << 20  # bytes that the second half of a phase may add to the first
 
@@ -53,7 +53,7 @@ def becomes_true(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 class Soak:
-    """All phases over one kind of backend, in one folder."""
+    """All phases with one kind of backend, in one folder."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, console: Console) -> None:
         self.folder = folder
@@ -101,7 +101,7 @@ class Soak:
         assert proxy.process is not None
         process = psutil.Process(proxy.process.pid)
         clients = Clients(phase, proxy, self.ledger, self.options.real)
-        for name in MODELS:  # each slot has opened its log
+        for name in MODELS:  # so that each slot has opened its log
             proxy.load(f"tiny/{name}")
         warm_up(clients)
         self._await_quiet(phase, proxy)
@@ -130,7 +130,7 @@ class Soak:
             self.ledger.fact(phase.name, f"fault: {name}", str(times))
 
     def _await_quiet(self, phase: Phase, proxy: Proxy) -> None:
-        """No lease, nobody waiting; then the idle unload, and no process at all."""
+        """Wait until no lease or queued request is left, then for the idle unload of all."""
         told: Json = {}
 
         def at_rest() -> bool:
@@ -172,7 +172,7 @@ class Soak:
             self.ledger.fact(phase.name, name, value)
 
     def _require_nothing_runs_on(self, phase: Phase) -> None:
-        """The stand-in's record: each request was made once, and ended when its client had gone."""
+        """Check the stand-in's record: each request came once, and ended when its client left."""
         if self.program is None:
             return
         entries = scripted_server.record(self.program)
@@ -184,7 +184,7 @@ class Soak:
             if times > 1 and name.startswith(phase.name):
                 self.ledger.wrong(phase.name, name, f"was sent to the backend {times} times")
         ended = {(it["pid"], it["number"]) for it in entries if it["event"] == "finished"}
-        # The last one was unloaded when it was idle: whatever it still did, it did for nobody.
+        # The last backend was unloaded when idle: whatever it was still doing, it did for nobody.
         last = [it["pid"] for it in entries if it["event"] == "terminated"][-1]
         for it in sent:
             if it["pid"] == last and (last, it["number"]) not in ended:
@@ -193,13 +193,13 @@ class Soak:
         self.ledger.fact(phase.name, "backends started so far", str(len(started)))
 
     def _stop(self, phase: Phase, proxy: Proxy, clients: Clients) -> None:
-        """SIGTERM with streams under way: told how they end, exit status 0, and nothing left."""
+        """Stop by SIGTERM with streams in flight: they get errors, the status is 0, none stays."""
         if self.program is not None:
             scripted_server.change(self.program, interval=0.03)
         proxy.load(f"tiny/{MODELS[0]}")
         family = alive(proxy)
         asked = [clients.at_the_stop(tokens) for tokens in (900, 900, 60, 120)]
-        # A tiny model needs no tenth of a second for the short ones: the long ones will do.
+        # A tiny model ends the short ones within a tenth of a second: wait only for the long ones.
         if not becomes_true(lambda: proxy.loaded()["in_flight"] >= 2, QUIET_LIMIT):
             self.ledger.wrong(phase.name, "the stop", f"no streams: {proxy.loaded()}")
         readers = [threading.Thread(target=request.read) for request in asked]
@@ -226,7 +226,7 @@ class Soak:
 
 
 def quiet_port(number: int = 1) -> int:
-    """The first of free ports that the system gives to no outgoing connection meanwhile."""
+    """Return the first of a row of free ports that no outgoing connection gets from the system."""
     while True:
         port = random.randint(20000, 32000)
         if all(is_free(each) for each in range(port, port + number)):
