@@ -145,7 +145,7 @@ class Controller:
         return claim
 
     def leave(self, claim: Claim) -> None:
-        """Drop a claim whose client has left. May be called any number of times, from any thread."""
+        """Drop a claim whose client has left; may be called repeatedly, from any thread."""
         self._decide(lambda core, now: core.on_leave(claim, now))
 
     def progress(self, claim: Claim) -> Progress:
@@ -163,7 +163,7 @@ class Controller:
         exclusive: bool = False,
         fallback: Callable[[], Fallback] = Fallback,
     ) -> Lease:
-        """Return a lease for one request, granted immediately if its model is loaded and a place free.
+        """Return a lease for one request; it is granted immediately if model and place are there.
 
         Args:
             client: whose request it is, for fair sharing.

@@ -95,7 +95,7 @@ class Lease(state.Request):
         return True
 
     def attach(self, connection: BackendConnection) -> None:
-        """Take over the connection to the backend, so that ending the lease also ends the connection.
+        """Take over the connection to the backend: ending the lease then ends the connection, too.
 
         Raises:
             ProxyError: the lease has already been ended; the connection is closed.
