@@ -186,7 +186,7 @@ class Scheduler:
         if not joins and (error := self._misfit(spec)) is not None:
             raise error
         self._admit(claim, joins)
-        operation = self._equal(spec, now)  # only now: `_admit` may have dropped the load it would join
+        operation = self._equal(spec, now)  # only now: `_admit` may drop what it joins
         self.asked = True
         self.exits.clear()
         if operation is None:
@@ -304,11 +304,7 @@ class Scheduler:
     def on_started(
         self, slot_id: int, process: Process, seconds: float, now: Moment
     ) -> list[Effect]:
-        """Mark a slot as ready: its process has answered a first chat.
-
-        Args:
-            seconds: from the start to that answer.
-        """
+        """Mark a slot as ready: its process answered its first chat `seconds` after the start."""
         slot = self.slots[slot_id]
         operation = slot.operation
         assert slot.state is SlotState.LOADING
@@ -540,7 +536,7 @@ class Scheduler:
     def _slot_snapshot(self, slot: Slot, now: Moment) -> SlotSnapshot:
         shown = slot.answers
         deadline = self._idle_deadline(slot)
-        # Nobody may use a process that has not answered yet.
+        # Nobody may use a process that has not answered yet, or has been stopped.
         process = slot.process if slot.state is not SlotState.LOADING else None
         return SlotSnapshot(
             slot.id,
@@ -677,7 +673,7 @@ class Scheduler:
         return present + coming
 
     def _wanted(self, request: Request) -> ModelSpec | None:
-        """Return the load for a request that no slot serves: the former load, if the model matches."""
+        """Return the load for a request that no slot serves: the former one, if its model matches."""
         former = sorted(
             (slot for slot in self.slots if slot.restore is not None),
             key=lambda slot: -slot.last_use,
@@ -1058,7 +1054,7 @@ class Scheduler:
         ]
 
     def _shed(self) -> None:
-        """Reject the newest request of the client with the most queued: the queue is one too long."""
+        """Reject the newest request of the client with the most queued, as the queue is too long."""
         refused = policy.turned_away(self.queue)
         self.queue.remove(refused)
         in_flight = sum(len(slot.requests) for slot in self.slots)
@@ -1200,7 +1196,7 @@ class Scheduler:
 
     @staticmethod
     def _is_waited_for(slot: Slot, operation: Operation) -> bool:
-        """Return whether a slot that is to be emptied still has answers to wait for: while draining,
-        they may finish as long as the process lives; afterwards, they have to notice the abort."""
+        """Return whether a slot that is to be emptied still has answers to wait for. While it
+        drains, they may finish as long as the process lives; then they have to notice the abort."""
         draining = operation.phase is Phase.DRAINING
         return bool(slot.requests) and slot.answers and not (draining and slot.exited)
