@@ -96,7 +96,7 @@ class Controller:
         self._shortage = shortage
 
         self._lock = threading.Lock()
-        self._sooner = threading.Condition(self._lock)  # notified of a deadline that the timer does not know yet
+        self._sooner = threading.Condition(self._lock)  # a new earliest deadline
         self._core = Scheduler(limits, len(records), unix=time.time())
         self._cancels: dict[int, threading.Event] = {}  # by slot, of the start in progress
         self._timer_wakes: float | None = None

@@ -186,7 +186,7 @@ class Scheduler:
         if not joins and (error := self._misfit(spec)) is not None:
             raise error
         self._admit(claim, joins)
-        operation = self._equal(spec, now)  # only now: `_admit` may drop what it joins
+        operation = self._equal(spec, now)  # `_admit` may have ended what it joins
         self.asked = True
         self.exits.clear()
         if operation is None:
@@ -304,7 +304,7 @@ class Scheduler:
     def on_started(
         self, slot_id: int, process: Process, seconds: float, now: Moment
     ) -> list[Effect]:
-        """Mark a slot as ready: its process answered its first chat `seconds` after the start."""
+        """Mark a slot as ready: its process answered a first chat, `seconds` after its start."""
         slot = self.slots[slot_id]
         operation = slot.operation
         assert slot.state is SlotState.LOADING
@@ -673,7 +673,7 @@ class Scheduler:
         return present + coming
 
     def _wanted(self, request: Request) -> ModelSpec | None:
-        """Return the load for a request that no slot serves: the former one, if its model matches."""
+        """Return the load for a request that no slot serves: the former one, if it still suits."""
         former = sorted(
             (slot for slot in self.slots if slot.restore is not None),
             key=lambda slot: -slot.last_use,
@@ -1054,7 +1054,7 @@ class Scheduler:
         ]
 
     def _shed(self) -> None:
-        """Reject the newest request of the client with the most queued, as the queue is too long."""
+        """Shorten the queue by one: reject the newest request of the client with the most in it."""
         refused = policy.turned_away(self.queue)
         self.queue.remove(refused)
         in_flight = sum(len(slot.requests) for slot in self.slots)

@@ -142,8 +142,10 @@ def is_crash_loop(exits: Sequence[float]) -> bool:
 
 
 def turn_ends(slot: Slot) -> float:
-    """Return when the turn of a slot's model is over, in monotonic seconds: until then, requests for
-    other models do not evict it."""
+    """Return when the turn of a slot's model is over, in monotonic seconds.
+
+    Until then, requests for other models do not evict it.
+    """
     end = slot.ready_at + min(TURN_LOADS * slot.load_seconds, LONGEST_TURN_SECONDS)
     if slot.requests:
         return end
