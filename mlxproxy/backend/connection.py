@@ -20,8 +20,8 @@ from typing import Any
 from mlxproxy.backend.protocol import Address
 from mlxproxy.errors import BackendFailed
 
-# Room for dozens of events. For 64 KB the allocator would request memory from the kernel, and return
-# it, for each event.
+# Room for dozens of events. For 64 KB the allocator would request memory from the kernel, and
+# return it, for each event.
 RECV_BYTES = 1 << 14
 HEAD_LIMIT = 1 << 16
 LINE_LIMIT = 1 << 12  # of a line in a chunk's framing

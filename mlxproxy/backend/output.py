@@ -27,7 +27,7 @@ Listener = Callable[[str], None]
 
 
 class OutputPump:
-    """Drains one backend's output pipe until its end.
+    """The thread that drains one backend's output pipe until its end.
 
     Args:
         pipe: the read end; closed here.

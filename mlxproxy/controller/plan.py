@@ -90,7 +90,7 @@ INFO, WARNING, ERROR = 20, 30, 40  # the levels of `logging`
 
 
 class Scheduler:
-    """Decides about slots, operations and requests.
+    """The decisions about slots, operations and requests.
 
     Args:
         limits: the timeouts and counts.
@@ -312,7 +312,7 @@ class Scheduler:
         assert operation.spec
         slot.process, slot.spec = process, process.spec
         slot.operation = None
-        slot.ttl, slot.pinned = operation.spec.ttl, operation.spec.pin  # those of the last load that joined
+        slot.ttl, slot.pinned = operation.spec.ttl, operation.spec.pin  # the last that joined
         slot.ready_at, slot.load_seconds = now.monotonic, seconds
         slot.loaded_at = now.unix
         slot.last_use = now.monotonic
