@@ -352,7 +352,7 @@ class Backend:
         self.hung = True
         self._ends(reason)
 
-    # -- exits
+    # -- internals
 
     def _wait(self) -> None:
         assert self._process is not None

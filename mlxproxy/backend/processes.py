@@ -94,7 +94,7 @@ class Mark:
     def master(self, process: psutil.Process) -> psutil.Process | None:
         """Return the proxy that started a process with this mark, if it still lives.
 
-        A process that reuses the pid of a dead proxy is younger than the processes it started.
+        A process that reuses a dead proxy's pid is younger than those that the proxy started.
         """
         proxy = at(self.proxy)
         born, begun = ask(process.create_time), proxy and ask(proxy.create_time)
