@@ -227,7 +227,7 @@ class Engine(Protocol):
 
     @property
     def trusts_output(self) -> bool:
-        """Whether :meth:`death_in` can be trusted once clients are served. If clients or a model can
+        """Whether :meth:`death_in` can be trusted once clients are served. If they or a model can
         cause such a line, the process is asked instead."""
 
     @property

@@ -103,7 +103,7 @@ def drop(name: str, value: Any, limits: Limits) -> Any:
 
 
 def number(low: float, high: float, digits: int) -> Shape:
-    """Return a shape: a finite number within the bounds, as a float rounded to `digits` decimals."""
+    """Return a shape: a finite number within the bounds, as a float with `digits` decimals."""
 
     def shape(name: str, value: Any, limits: Limits) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
@@ -138,7 +138,7 @@ def only(allowed: int | bool | str, advice: str) -> Shape:
 
 
 def absent(advice: str) -> Shape:
-    """Return a shape that rejects any value: the backend ignores it, and so would answer wrongly."""
+    """Return a shape that rejects a field that would change the answer, but is ignored."""
 
     def shape(name: str, value: Any, limits: Limits) -> Any:
         raise InvalidRequest(f"{name}: {advice}", param=name)
@@ -240,7 +240,7 @@ def text_logprobs(most: int) -> Shape:
 
 
 def stop(name: str, value: Any, limits: Limits) -> Any:
-    """Return a list of stop texts, without empty ones, which never match; one text is a list, too."""
+    """Return the stop texts, given as one or as a list, without empty ones, which never match."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise refusal(name, "a string or a list of strings")
