@@ -1,4 +1,4 @@
-"""The main job: put the parts together, say what is there, serve until told to stop."""
+"""The main job: build the parts, announce what is available, serve until a signal."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ log = logging.getLogger("mlxproxy")
 
 
 class CannotServe(Exception):
-    """Why the proxy does not start, in a sentence for the user."""
+    """The proxy cannot start; the message is the sentence for the user."""
 
 
 def serve(settings: Settings, engines: Sequence[Engine] = ()) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        engines: the kinds of backends; none: those that there are.
+        engines: the kinds of backends; empty: all available ones.
 
     Raises:
         CannotServe: the address or the backend port is taken, the instance folder is unusable, or
-            the installed waitress does not suit.
-        SettingError: the key file is not as it should be.
+            the installed waitress is unsuitable.
+        SettingError: the key file is not acceptable.
     """
     allocator.return_what_is_free()
     with logs.unwaited():
@@ -79,7 +79,7 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
 def _address(settings: Settings) -> socket.socket:
     """Return the socket to listen on.
 
-    Whatever keeps the proxy from starting is found here, before a model is downloaded for it.
+    Whatever prevents the proxy from starting is found here, before a model is downloaded for it.
 
     Raises:
         CannotServe: as for :func:`serve`.
@@ -112,8 +112,8 @@ def _unusable(settings: Settings, error: OSError) -> CannotServe:
 def with_models(settings: Settings) -> Settings:
     """Return the settings with a models folder: LM Studio's, the demo model's, or both.
 
-    The demo model comes only where no folder is set and LM Studio has no MLX model here. A folder
-    of LM Studio's that is missing outside the home folder is a disk that is not mounted yet.
+    The demo model is provided only if no folder is set and LM Studio has no MLX model here. If LM
+    Studio's folder is missing and outside the home folder, its disk is not mounted yet.
     """
     if settings.models_root:
         return settings
@@ -122,7 +122,7 @@ def with_models(settings: Settings) -> Settings:
     unplugged = not there and not folder.is_relative_to(Path.home())
     if unplugged or (there and _may_have_models(folder, settings)):
         return replace(settings, models_root=(folder,))
-    from mlxproxy.demo import provide  # rich and its bars, on the first start at most
+    from mlxproxy.demo import provide  # imports rich for its bars: needed on the first start at most
 
     own = settings.instance.models
     try:
@@ -134,14 +134,14 @@ def with_models(settings: Settings) -> Settings:
 
 
 def _may_have_models(folder: Path, settings: Settings) -> bool:
-    """Return whether it has an MLX model, or is too slow or too full to tell right away."""
+    """Return whether the folder has an MLX model, or is too slow or full to tell right away."""
     catalog = catalog_of(settings, (folder,))
     found = any(model.compatibility_type == "mlx" for model in catalog.models())
     return found or not catalog.known
 
 
 def _announce(services: Services) -> None:
-    missing = services.catalog.missing_roots()  # of which the catalogue has warned
+    missing = services.catalog.missing_roots()  # the catalogue has warned of them
     said = banner.lines(
         services.settings,
         [root for root in services.roots if root not in missing],

@@ -1,8 +1,8 @@
-"""What the person has set for each model: load options, request defaults, and further names.
+"""The user's settings for each model: load options, request defaults, and further names.
 
-Three settings in ``config.py`` say it: `MODELS` (options for an id or a pattern), `PROFILES` (a new
-name for a model with options) and `ALIASES` (other names, or patterns of them, for a model, a
-profile, or whatever is loaded). All of it is checked when the proxy starts, so a wrong value is one
+They are three settings in ``config.py``: `MODELS` (options for an id or a pattern), `PROFILES` (a
+new name for a model with options) and `ALIASES` (other names, or patterns of names, for a model, a
+profile, or whatever is loaded). They are checked when the proxy starts, so a wrong value is one
 sentence then and not a failed request later.
 """
 
@@ -58,7 +58,7 @@ def _kv_bits(value: Any) -> int:
     return int(value)
 
 
-# What a load may be told, beside a profile's and a request's own values.
+# The options of a load, besides a profile's and a request's own values.
 LOAD_OPTIONS: Mapping[str, Callable[[Any], Any]] = {
     "enable_thinking": _boolean,
     "ttl": _ttl,
@@ -70,7 +70,7 @@ LOAD_OPTIONS: Mapping[str, Callable[[Any], Any]] = {
     "prompt_cache_bytes": byte_size,
     "decode_concurrency": _whole(1, 256),
 }
-# What a request that does not say is given; checked as a request is.
+# Defaults for the fields that a request does not set; they are checked like a request.
 REQUEST_DEFAULTS = (
     "temperature",
     "top_p",
@@ -89,12 +89,12 @@ _TUNING = {item.name for item in fields(Tuning)}
 
 @dataclass(frozen=True)
 class Options:
-    """What is set for a model or a profile.
+    """The options that are set for a model or a profile.
 
     Attributes:
         load: for `ModelSpec`, by its fields' names.
         tuning: for `Tuning`, by its fields' names.
-        request: fields of a request that does not have them; `system` is a system message.
+        request: defaults for the fields of a request; `system` is a system message.
     """
 
     load: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Options:
     request: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, below: Options) -> Options:
-        """Return both together; where both say something, this one counts."""
+        """Return both combined; if both set an option, this one takes precedence."""
         return Options(
             {**below.load, **self.load},
             {**below.tuning, **self.tuning},
@@ -110,7 +110,7 @@ class Options:
         )
 
     def tuned(self) -> Tuning:
-        """Return the options that make another process."""
+        """Return the options that require a process of their own."""
         return Tuning(**self.tuning)
 
 
@@ -119,7 +119,7 @@ class Profile:
     """A name for a model with options.
 
     Attributes:
-        model: the model's id, path or short name, as it is set.
+        model: the model's id, path or short name, as set.
     """
 
     name: str
@@ -128,10 +128,10 @@ class Profile:
 
 
 class Preferences:
-    """The person's options and names, checked.
+    """The user's options and names, checked.
 
     Args:
-        rules: what requests may say, for the defaults of requests.
+        rules: those for requests, to check the defaults of requests.
 
     Raises:
         SettingError: an unknown option, a value that is not allowed, or names in a circle.
@@ -154,7 +154,7 @@ class Preferences:
             self._followed(name)
 
     def of(self, model_id: str) -> Options:
-        """Return what is set for a model: patterns in their order, then its id, later ones win."""
+        """Return the options of a model: patterns in order, then its id; later ones win."""
         found = Options()
         for pattern, options in self._models.items():
             if pattern != model_id and fnmatchcase(model_id.lower(), pattern.lower()):
@@ -163,7 +163,7 @@ class Preferences:
         return exact.over(found) if exact else found
 
     def meaning(self, name: str) -> str | None:
-        """Return what an alias stands for (a model, a profile, `LOADED`); None if it is none."""
+        """Return the target of an alias (a model, a profile, `LOADED`); None if it is not an alias."""
         if name in self._aliases:
             return self._followed(name)
         lowered = name.lower()
@@ -200,8 +200,8 @@ def _options(
     """Return the options of one entry.
 
     Args:
-        thinking_of_load: whether `enable_thinking` belongs to the load. A profile's belongs to its
-            requests, so that two profiles of one model share its process.
+        thinking_of_load: whether `enable_thinking` belongs to the load. In a profile it belongs to
+            the requests, so that two profiles of one model share its process.
     """
     load: dict[str, Any] = {}
     tuning: dict[str, Any] = {}
@@ -226,10 +226,10 @@ def _options(
 
 
 def _require_allowed(where: str, request: Mapping[str, Any], rules: Mapping[Kind, Rules]) -> None:
-    """Return if a request with these fields would be taken.
+    """Return if a request with these fields would be accepted.
 
     Raises:
-        SettingError: it would not.
+        SettingError: it would not be accepted.
     """
     fields = dict(request)
     messages = [{"role": "user", "content": "Hi"}]

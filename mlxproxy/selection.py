@@ -1,4 +1,4 @@
-"""Which model a request or a load means, and with which options."""
+"""The selection of the model, and of its options, that a request or a load means."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mlxproxy.settings import Settings
 log = logging.getLogger("mlxproxy.selection")
 
 SUGGESTIONS = 3  # models that an error names
-PRELOAD_RETRY_SECONDS = 2.0  # between looks for a model whose disk is not there yet
+PRELOAD_RETRY_SECONDS = 2.0  # between checks for a model whose disk is not mounted yet
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Names, as clients and settings write them, and the models that they mean."""
+    """The mapping from names, as clients and settings write them, to the models that they mean."""
 
     settings: Settings
     engines: Mapping[str, Engine]  # by their names, the preferred one first
@@ -39,15 +39,15 @@ class Selection:
     preferences: Preferences
 
     def spec_for(self, name: str, fresh: bool = True, **options: Any) -> ModelSpec:
-        """Return what a load of that name asks for, with the settings' defaults.
+        """Return the load that a name means, with the settings' defaults.
 
         Args:
             name: an id, a path, the unambiguous end of an id, or a profile.
-            fresh: look at the disk, so that a model that has changed there is loaded again. A chat
-                that names a known model does without, because that would cost each chat too much.
+            fresh: check the disk, so that a model that has changed there is loaded again. A chat
+                that names a known model skips this, because it would cost each chat too much.
 
         Raises:
-            ProxyError: no model has that name, several have, or it cannot be loaded.
+            ProxyError: no model has that name, several have it, or it cannot be loaded.
         """
         profile = self.preferences.profiles.get(name)
         model = self.catalog.find(profile.model if profile else name, fresh=fresh)
@@ -68,7 +68,7 @@ class Selection:
         return ModelSpec(model, tuning=tuning, files=files, **options)
 
     def named_spec(self, name: object) -> ModelSpec | None:
-        """Return the model that a request names, None if its name is not that of a model.
+        """Return the model that a request names; None if the name is not that of a model.
 
         Raises:
             ProxyError: several models have that name, or it cannot be loaded.
@@ -87,14 +87,14 @@ class Selection:
             return None
 
     def profile(self, name: object) -> Profile | None:
-        """Return the profile that a request names, by an alias or not."""
+        """Return the profile that a request names, directly or by an alias."""
         if not isinstance(name, str):
             return None
         profiles = self.preferences.profiles
         return profiles.get(name) or profiles.get(self.preferences.meaning(name) or "")
 
     def profiles(self) -> list[tuple[Profile, Model]]:
-        """Return the profiles whose models are on disk, with these."""
+        """Return the profiles whose models are on disk, each with its model."""
         found = []
         for profile in self.preferences.profiles.values():
             with contextlib.suppress(ProxyError):
@@ -108,7 +108,7 @@ class Selection:
         )
 
     def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
-        """Return what is set for a model: options of its load, and defaults of its requests."""
+        """Return the effective settings of a model: its load options and request defaults."""
         options = self.preferences.of(model.id)
         if profile is not None:
             options = profile.options.over(options)
@@ -122,8 +122,8 @@ class Selection:
     def fallback(self) -> Fallback:
         """Return what to load for a request that names no model while nothing is loaded.
 
-        That is the model that was loaded last, else the only one on disk; nothing where somebody
-        has asked for an unload since, or where there are several and none was ever loaded.
+        That is the model that was loaded last, else the only one on disk; nothing if a client has
+        requested an unload since, or if there are several models and none was ever loaded.
         """
         if self.settings.model_selection != "requested":
             return Fallback()
@@ -136,7 +136,7 @@ class Selection:
             if len(loadable) == 1 and self.history.is_empty:
                 return Fallback(self.spec_for(str(loadable[0].path)))
         except ProxyError:
-            pass  # it has gone, or cannot be loaded any more
+            pass  # it is gone, or cannot be loaded any more
         names = [model.id for model in loadable[:SUGGESTIONS]]
         if not names:
             return Fallback()
@@ -148,7 +148,7 @@ class Selection:
         )
 
     def engine_of(self, spec: ModelSpec | None) -> Engine:
-        """Return the engine of this model; None: the preferred one."""
+        """Return the engine of this model, or the preferred one (None)."""
         return self.engines[spec.model.engine] if spec else next(iter(self.engines.values()))
 
     def resident(self, name: object) -> ModelSpec | None:
@@ -157,8 +157,8 @@ class Selection:
         return next((spec for spec in loaded if name in (spec.path, spec.model_id)), None)
 
     def expected(self, name: object) -> ModelSpec | None:
-        """Return what will most likely answer a request with that name; None where nothing is
-        loaded.
+        """Return the model that will most likely answer a request with that name; None if nothing
+        is loaded.
 
         Raises:
             ProxyError: several models have that name, or it cannot be loaded.
@@ -171,21 +171,22 @@ class Selection:
         """Return the path of a model that is loaded, is being loaded, or is on disk.
 
         Raises:
-            ProxyError: no model has that name, or several have.
+            ProxyError: no model has that name, or several have it.
         """
         resident = self.resident(name)
         return resident.path if resident is not None else str(self.catalog.find(name).path)
 
     def terms(self, spec: ModelSpec | None, profile: Profile | None = None) -> Terms:
-        """Return what a request to this model may say; None: to any, as far as that is known.
+        """Return what a request to this model may say.
 
         Args:
-            profile: what the request names it by.
+            spec: the model; None: any model, as far as that is known.
+            profile: the profile by which the request names it, if any.
         """
         return Terms(self.engine_of(spec).rules, self._limits(spec), self._defaults(spec, profile))
 
     def _defaults(self, spec: ModelSpec | None, profile: Profile | None) -> Mapping[str, Any]:
-        """Return what a request is given: of the model itself, then of the person's settings."""
+        """Return the defaults of requests: those of the model, overridden by the user's settings."""
         if spec is None:
             return {}
         requests: dict[str, Any] = self.in_force(spec.model, profile)["requests"]
@@ -205,10 +206,10 @@ class Selection:
         )
 
     def preload(self, closed: Callable[[], bool]) -> None:
-        """Load what PRELOAD names, in the background; wait for a disk that is mounted late.
+        """Load the model that PRELOAD names, in the background; wait for a disk that is mounted late.
 
         Args:
-            closed: whether the proxy is about to end.
+            closed: returns whether the proxy is shutting down.
         """
         name = self.settings.preload
         options: dict[str, Any] = {}
@@ -240,9 +241,9 @@ class Selection:
 
 
 def as_it_is_now(spec: ModelSpec, catalog: Catalog) -> ModelSpec:
-    """Return the load of what is at its path now: it may have changed since it was asked for.
+    """Return the load with the model that is at its path now, which may have changed meanwhile.
 
-    What has gone is left to the backend, which says what is wrong with it.
+    A model that is gone is left to the backend, which reports what is wrong with it.
     """
     try:
         model = catalog.find(spec.path)
@@ -252,8 +253,8 @@ def as_it_is_now(spec: ModelSpec, catalog: Catalog) -> ModelSpec:
 
 
 def files_of(model: Model) -> Fingerprint | None:
-    """Return what tells the model's files from those of another day; None where its disk is silent,
-    on which a look might hang."""
+    """Return a fingerprint of the model's files, which detects changes; None if its disk does not
+    respond, because reading it might hang."""
     if model.stale:
         return None
     try:

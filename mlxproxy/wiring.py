@@ -32,15 +32,15 @@ from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
 from mlxproxy.settings import Settings
 
-BODIES = 8  # of the largest size may be in memory at once
+BODIES = 8  # of the largest size may be in memory at the same time
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy: what its blueprints call, and what its end must close.
+    """One proxy: the services that its blueprints call, and the resources to close at its end.
 
     Attributes:
-        log_files: of the backends, one for each slot.
+        log_files: those of the backends, one for each slot.
     """
 
     services: Services
@@ -48,7 +48,7 @@ class Proxy:
     log_files: tuple[LogFile, ...]
 
     def close(self) -> None:
-        """Let answers finish, stop the backends, give the ports up."""
+        """Let answers finish, stop the backends, release the ports."""
         self.services.bus.close()
         self.services.controller.shutdown()
         for log_file in self.log_files:
@@ -57,14 +57,14 @@ class Proxy:
 
 
 def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
-    """Return all parts for these settings; take the backend ports.
+    """Build all parts for these settings; lock the backend ports.
 
     Args:
-        engines: the kinds of backends; none: those of :func:`engines_of`.
+        engines: the kinds of backends; empty: those of :func:`engines_of`.
 
     Raises:
-        AlreadyRunning: another proxy has one of the ports.
-        SettingError: the key file is not as it should be.
+        AlreadyRunning: another proxy holds one of the ports.
+        SettingError: the key file is not acceptable.
     """
     instance = settings.instance
     engines = engines or engines_of(settings)
@@ -132,23 +132,23 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
-    """The kinds of backends that there are, the preferred one first."""
+    """Return the available kinds of backends, the preferred one first."""
     return (MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),)
 
 
 def memory_of(settings: Settings) -> Memory:
-    """The machine's memory, as these settings let it be used."""
+    """Return the machine's memory, as far as these settings allow its use."""
     return Memory(settings.memory_budget, settings.slots)
 
 
 def inspector_of(engines: Sequence[Engine]) -> Inspectors:
-    """What reads model folders for these engines."""
+    """Return the inspectors that read model folders for these engines."""
     return Inspectors([engine.inspector for engine in engines])
 
 
 def catalog_of(
     settings: Settings, roots: Sequence[Path], engines: Sequence[Engine] = ()
 ) -> Catalog:
-    """The catalogue of these folders, with what earlier starts have read of them."""
+    """Return the catalogue of these folders, with what earlier runs have read of them."""
     inspector = inspector_of(engines or engines_of(settings))
     return Catalog(roots, inspector, cache_file=settings.instance.catalog)

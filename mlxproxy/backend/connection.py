@@ -20,14 +20,14 @@ from typing import Any
 from mlxproxy.backend.protocol import Address
 from mlxproxy.errors import BackendFailed
 
-# Room for dozens of events. For 64 KB the allocator would ask the kernel for memory, and give it
-# back, at each event.
+# Room for dozens of events. For 64 KB the allocator would request memory from the kernel, and
+# return it, for each event.
 RECV_BYTES = 1 << 14
 HEAD_LIMIT = 1 << 16
-LINE_LIMIT = 1 << 12  # of a line of a chunk's frame
+LINE_LIMIT = 1 << 12  # of a line in a chunk's framing
 CONNECT_SECONDS = 10.0
 # The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after
-# a second. A fresh try after 20 ms gets through as soon as the backend has accepted the others.
+# a second. A new attempt after 20 ms gets through as soon as the backend has accepted the others.
 CONNECT_RETRY_SECONDS = 0.02
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -37,7 +37,7 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", re.DOTALL)
 
 
 class BrokenConnection(BackendFailed):
-    """The backend does not accept a connection, or does not keep to HTTP on it.
+    """The backend does not accept a connection, or violates HTTP on it.
 
     Attributes:
         what: what the backend does or did ("closed the connection without an answer").
@@ -49,7 +49,7 @@ class BrokenConnection(BackendFailed):
 
 
 class ReadTimeout(Exception):
-    """Nothing came for the interval that the connection was opened with."""
+    """Nothing arrived for the interval that the connection was opened with."""
 
 
 class Sized:
@@ -67,30 +67,30 @@ class Sized:
         return not self.left
 
     def take(self, data: bytes) -> bytes:
-        """Return what of these bytes belongs to the body."""
+        """Return the part of these bytes that belongs to the body."""
         body = data[: self.left]
         self.left -= len(body)
         return body
 
 
 class Chunked:
-    """A body in the chunked transfer coding (RFC 9112, section 7.1), decoded as it comes.
+    """A body in the chunked transfer coding (RFC 9112, section 7.1), decoded as it arrives.
 
     Attributes:
-        ended: whether the last chunk and the trailers have come.
+        ended: whether the last chunk and the trailers have arrived.
     """
 
     def __init__(self) -> None:
         self.ended = False
-        self._left = 0  # bytes of the chunk under way
-        self._line = bytearray()  # one that has not ended yet
+        self._left = 0  # bytes of the current chunk
+        self._line = bytearray()  # a line that has not ended yet
         self._read_line = self._read_size
 
     def take(self, data: bytes) -> bytes:
-        """Return what of these bytes belongs to the body, without its frames.
+        """Return the part of these bytes that belongs to the body, without the chunks' framing.
 
         Raises:
-            BrokenConnection: they are no chunks.
+            BrokenConnection: they are not chunks.
         """
         body = []
         position = 0
@@ -135,9 +135,9 @@ class BackendConnection:
     Args:
         address: where the backend answers.
         interval: seconds of silence after which a read or a write raises :class:`ReadTimeout`.
-        lets_go: whether the backend, once our side is shut, ends the request and then closes the
-            connection; otherwise nobody can tell when its place is free.
-        connect_seconds: for which a backend may not accept; None: see CONNECT_SECONDS.
+        lets_go: whether the backend, once our side is shut down, ends the request and then closes
+            the connection; otherwise nobody can tell when the request's place is free.
+        connect_seconds: how long to wait for the backend to accept; None: CONNECT_SECONDS.
 
     Raises:
         BrokenConnection: nothing accepts connections there.
@@ -154,16 +154,16 @@ class BackendConnection:
         self._closed = False
         self._interval = interval
         self._pending = b""
-        self._head = bytearray()  # as far as it has come, with those of interim answers before it
-        self._begin = self._searched = 0  # the indexes where it begins, and where its end may be
-        self._frame: Sized | Chunked | None = None  # None: the connection's end is the body's
+        self._head = bytearray()  # what has arrived of it, after those of interim answers
+        self._begin = self._searched = 0  # indexes: where it begins, where to look for its end
+        self._frame: Sized | Chunked | None = None  # None: the body ends with the connection
         self._unsent = memoryview(b"")
         self._lets_go = lets_go
         self.status = 0
         self.headers: dict[str, str] = {}
         self._host = f"{address.host}:{address.port}"
         self._socket = _connect(address, connect_seconds or CONNECT_SECONDS)
-        # Timeouts of the kernel's: Python's own cost a poll() before every recv().
+        # The kernel's timeouts: Python's own cost a poll() before every recv().
         whole = int(interval)
         timeval = struct.pack("@ll", whole, int((interval - whole) * 1_000_000))
         try:
@@ -188,18 +188,19 @@ class BackendConnection:
         self._unsent = memoryview(head.encode("ascii") + (body or b""))
 
     def read_head(self) -> None:
-        """Waits for the status line and the headers (names in lower case).
+        """Wait for the status line and the headers (names in lower case).
 
         May be called again after a :class:`ReadTimeout`.
 
         Raises:
-            ReadTimeout: nothing was taken, or the head did not come to its end, for the interval.
-            BrokenConnection: the connection ended before the head, or it is not HTTP.
+            ReadTimeout: the backend accepted nothing, or the head was not complete, within the
+                interval.
+            BrokenConnection: the connection ended before the head did, or the head is not HTTP.
         """
         try:
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
-            self._unsent = memoryview(b"")  # an empty view would keep all of the body in memory
+            self._unsent = memoryview(b"")  # an empty view would keep the whole body in memory
         except BlockingIOError:
             raise ReadTimeout from None
         except OSError as error:
@@ -226,8 +227,8 @@ class BackendConnection:
             head += data
 
     def _understand(self, head: str) -> bool:
-        """Sets the status, the headers and the body's frame; whether the head is the answer's, and
-        not that of an interim answer (1xx)."""
+        """Set the status, the headers and the body's framing; return whether the head is that of
+        the answer, not of an interim answer (1xx)."""
         first, *lines = head.split("\n")
         match = _STATUS.match(first.removesuffix("\r"))
         if match is None:
@@ -258,16 +259,16 @@ class BackendConnection:
 
     @property
     def whole(self) -> bool:
-        """Whether the body has come to the end that the head announced, if it did."""
+        """Whether the body has reached the end that the head announced, if it announced one."""
         return self._frame is None or self._frame.ended
 
     def read(self) -> bytes:
-        """What has arrived of the body; ``b""`` at its end, or when the backend has closed the
-        connection.
+        """Return what has arrived of the body; ``b""`` at its end, or once the backend has closed
+        the connection.
 
         Raises:
-            ReadTimeout: nothing came for the interval.
-            BrokenConnection: what came are no chunks, where there should be some.
+            ReadTimeout: nothing arrived for the interval.
+            BrokenConnection: the body should consist of chunks, but does not.
         """
         if self._frame is not None:
             return self._framed(self._frame)
@@ -277,7 +278,7 @@ class BackendConnection:
         return self._recv()
 
     def read_rest(self, limit: int, seconds: float) -> bytes:
-        """Return the body's first `limit` bytes, or what comes of them in that time.
+        """Return the body's first `limit` bytes, or as many of them as arrive in that time.
 
         Raises:
             BrokenConnection: see :meth:`read`.
@@ -297,7 +298,7 @@ class BackendConnection:
                 break
             if body := frame.take(data):
                 return body
-            if time.monotonic() > deadline:  # chunks' frames come, and nothing in them
+            if time.monotonic() > deadline:  # only framing arrives, without content
                 raise ReadTimeout
         return b""
 
@@ -307,13 +308,13 @@ class BackendConnection:
         except BlockingIOError:
             raise ReadTimeout from None
         except OSError:
-            return b""  # reset: the same to us as an end, only `data: [DONE]` proves a whole answer
+            return b""  # reset: treated as an end; only `data: [DONE]` proves a whole answer
 
     def abort(self, backend_lives: bool = True) -> None:
-        """End the request, from any thread, without waiting.
+        """Abort the request, from any thread, without waiting.
 
-        A read in progress returns ``b""`` as soon as the backend has let go of the request; at
-        once where it cannot tell, or lives no more.
+        A read in progress returns ``b""`` as soon as the backend has released the request, or
+        immediately if the backend cannot tell or no longer lives.
         """
         how = socket.SHUT_WR if self._lets_go and backend_lives else socket.SHUT_RDWR
         with self._lock:
@@ -322,7 +323,7 @@ class BackendConnection:
                     self._socket.shutdown(how)
 
     def wait_released(self, timeout: float) -> None:
-        """Wait until the backend has let go of an aborted request, for seconds at most."""
+        """Wait until the backend has released an aborted request, for at most `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._lets_go and time.monotonic() < deadline:
             with contextlib.suppress(ReadTimeout):
@@ -330,7 +331,7 @@ class BackendConnection:
                     return
 
     def close(self) -> None:
-        """Closes the connection; the backend stops generating at its next write."""
+        """Close the connection; the backend stops generating at its next write."""
         with self._lock:
             self._closed = True
             self._socket.close()
@@ -362,7 +363,7 @@ def parsed(data: bytes) -> Any:
     """Return the value of JSON that the backend sent.
 
     Raises:
-        ValueError: it is none, or nested more deeply than can be read.
+        ValueError: it is not JSON, or is nested too deeply to be read.
     """
     try:
         return json.loads(data)

@@ -20,10 +20,10 @@ class AlreadyRunning(Exception):
 
 
 class PortLock:
-    """The right to run backends on a range of ports, as files in the instance folder.
+    """The right to run backends on a range of ports, as lock files in the instance folder.
 
     Args:
-        instance: the instance folder; made if missing.
+        instance: the instance folder; created if missing.
         ports: one for each slot.
     """
 
@@ -35,20 +35,20 @@ class PortLock:
         self._locks = {port: FileLock(files.lock(port)) for port in ports}
 
     def require_alone(self) -> None:
-        """Return if no other proxy is known to have one of the ports; take nothing.
+        """Return if no other proxy is known to hold one of the ports; lock nothing.
 
         Raises:
-            AlreadyRunning: another proxy has one of them.
+            AlreadyRunning: another proxy holds one of them.
         """
         holder = self.holder()
         if holder is not None:
             raise _taken(next(iter(self._locks)), holder.pid)
 
     def acquire(self) -> None:
-        """Take all the ports for this process.
+        """Lock all the ports for this process.
 
         Raises:
-            AlreadyRunning: another proxy has one of them.
+            AlreadyRunning: another proxy holds one of them.
             OSError: a lock cannot be used.
         """
         try:
@@ -66,7 +66,7 @@ class PortLock:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise _taken(port, Record.read(self._holders[port]).pid) from None
-        # Somebody may have deleted the file of another proxy's lock.
+        # Somebody may have deleted another proxy's lock file.
         holders = [self.holder(), *self._orphans.masters()]
         for holder in holders:
             if holder is not None and holder.pid != os.getpid():
@@ -77,7 +77,7 @@ class PortLock:
         return next(_living(self._holders.values()), None)
 
     def release(self) -> None:
-        """Give the ports up."""
+        """Release the ports."""
         for path in self._holders.values():
             remove(path)
         self._let_go()
@@ -88,7 +88,7 @@ class PortLock:
 
 
 def holder(instance: Path, ports: range) -> psutil.Process | None:
-    """Return the living proxy that has recorded one of the ports; touch nothing."""
+    """Return the living proxy that has recorded one of the ports; change nothing."""
     return next(_living(Instance(instance).proxy(port) for port in ports), None)
 
 
@@ -98,7 +98,7 @@ def any_proxy(instance: Path) -> psutil.Process | None:
 
 
 def _living(records: Iterable[Path]) -> Iterator[psutil.Process]:
-    """Yield the other proxies of these records that live."""
+    """Yield the living proxies of these records, except this process."""
     for path in records:
         process = Record.read(path).process()
         if process is not None and process.pid != os.getpid():

@@ -1,4 +1,4 @@
-"""Will it fit? What a load takes, what the machine has, and when that runs out."""
+"""Memory: how much a load needs, how much the machine has, and whether it is running out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Fit:
-    """An estimate of a load against the memory there is, in bytes."""
+    """The estimate for a load, and the available memory, in bytes."""
 
     needed: int
     available: int
@@ -30,30 +30,30 @@ class Fit:
         return self.needed <= self.available
 
     def sentence(self) -> str:
-        """The numbers, for a person."""
+        """Return the numbers as a sentence for a person."""
         return (
             f"It needs about {self.needed / _GB:.1f} GB (estimated from its weights and a "
             f"context), but {self.available / _GB:.1f} GB are available."
         )
 
 
-SHARE = 0.8  # of a machine's memory that several models may hold together, if nobody says more
-SCARCE_SHARE = 0.05  # of the memory, that is left where it runs out
-STALLED_PERCENT = 20.0  # of the last ten seconds, in which nothing went on for want of memory
+SHARE = 0.8  # of the machine's memory, that several models may hold together by default
+SCARCE_SHARE = 0.05  # of the memory; with less left, it is running out
+STALLED_PERCENT = 20.0  # of the last ten seconds, in which all tasks stalled on memory
 CRITICAL = 4  # kern.memorystatus_vm_pressure_level, of 1, 2 and 4
 SMALLEST_CACHE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The machine's memory, as one proxy's models may use it.
+    """The part of the machine's memory that one proxy's models may use.
 
-    One model may have all that is free, as its estimate counts a context of its own. Of several,
-    each may grow beyond what was estimated: without a setting, a part is left for that.
+    A single model may use all free memory, as its estimate includes a context. If there are
+    several, each may grow beyond its estimate: without a setting, a part is reserved for that.
 
     Attributes:
         budget: the setting MEMORY_BUDGET: bytes, or a share of the machine's memory (a float).
-        models: how many may be loaded at a time.
+        models: the number of models that may be loaded at a time.
     """
 
     budget: int | float | None = None
@@ -62,14 +62,14 @@ class Memory:
     def available(self, held: int = 0) -> int:
         """Return the bytes that all models together may use.
 
-        On macOS what the budget or else Metal says; elsewhere no more than is free, besides, and
-        without bounds where the system does not tell.
+        On macOS, that is the budget or else what Metal recommends; elsewhere, it is also no more
+        than is free. There is no bound if the system does not report its memory.
 
         Args:
-            held: bytes that the present models hold, and give back when they are stopped.
+            held: bytes that the loaded models hold, and that stopping them would free.
         """
         memory = ask(psutil.virtual_memory)
-        if memory is None:  # a refusal should be certain
+        if memory is None:  # reject only when certain
             return self.budget if isinstance(self.budget, int) else sys.maxsize
         most = self._most(memory.total)
         if sys.platform == "darwin":
@@ -79,11 +79,11 @@ class Memory:
     def cache_bytes(self, needed: int) -> int:
         """Return the bytes that a model's prompt cache may hold.
 
-        Half of what is left beside one such model for each that may be loaded: the other half is
-        for the contexts of the answers in flight.
+        That is half of what remains of a model's share of the memory; the other half is for the
+        contexts of the answers in flight.
 
         Args:
-            needed: the bytes that the model takes.
+            needed: the bytes that the model itself takes.
         """
         memory = ask(psutil.virtual_memory)
         most = self._most(memory.total) if memory is not None else 0
@@ -100,7 +100,7 @@ class Memory:
 
 
 def shortage() -> str | None:
-    """Return how the system says that memory is running out; None where it is not."""
+    """Return how the system reports that memory is running out; None if it is not."""
     if sys.platform == "darwin":
         level = _sysctl(b"kern.memorystatus_vm_pressure_level", ctypes.c_uint32)
         return "memory pressure is critical" if (level or 0) >= CRITICAL else None
@@ -111,7 +111,7 @@ def shortage() -> str | None:
 
 
 def scarcity(total: int, available: int, pressure: str) -> str | None:
-    """Return why these figures of Linux mean that memory is running out; None if they do not.
+    """Return why these Linux figures mean that memory is running out; None if they do not.
 
     Args:
         pressure: `/proc/pressure/memory` (the kernel's documentation, "PSI"); empty if unknown.
@@ -125,8 +125,8 @@ def scarcity(total: int, available: int, pressure: str) -> str | None:
 
 
 def oom_kills() -> int:
-    """Return how many processes the system has killed for want of memory since it started; 0 where
-    it does not count them."""
+    """Return how many processes the system has killed since boot because memory ran out; 0 if it
+    does not count them."""
     found = re.search(r"^oom_kill ([0-9]{1,18})$", _read("/proc/vmstat"), re.MULTILINE)
     return int(found[1]) if found is not None else 0
 
@@ -135,7 +135,7 @@ def ran_out(kills_before: int) -> bool:
     """Return whether memory has most likely run out.
 
     Args:
-        kills_before: what :func:`oom_kills` said earlier.
+        kills_before: what :func:`oom_kills` returned earlier.
     """
     return oom_kills() > kills_before or shortage() is not None
 
@@ -143,7 +143,8 @@ def ran_out(kills_before: int) -> bool:
 def footprint(pid: int) -> int | None:
     """Return the bytes that a process holds; None if it is gone.
 
-    On macOS its physical footprint, which counts what Metal holds; elsewhere its resident memory.
+    On macOS, that is its physical footprint, which includes Metal's memory; elsewhere, its resident
+    memory.
     """
     if sys.platform == "darwin":
         return _physical_footprint(ctypes.CDLL(None).proc_pid_rusage, pid)
@@ -151,7 +152,7 @@ def footprint(pid: int) -> int | None:
 
 
 _RUSAGE_INFO_V0 = struct.Struct("16s10Q")  # <sys/resource.h>: ri_uuid, then ten numbers
-_PHYS_FOOTPRINT = 8  # its place among the fields
+_PHYS_FOOTPRINT = 8  # its index among the fields
 
 
 def _physical_footprint(proc_pid_rusage: Callable[..., int], pid: int) -> int | None:
@@ -162,12 +163,12 @@ def _physical_footprint(proc_pid_rusage: Callable[..., int], pid: int) -> int | 
 
 
 def fit(model: Model, available: int, context: int = DEFAULT_CONTEXT) -> Fit:
-    """Whether a model with a context of that many tokens fits into that many bytes."""
+    """Return the fit of a model with a context of `context` tokens into `available` bytes."""
     return Fit(model.memory_bytes(context), available)
 
 
 def working_set(total: int, wired_limit_mb: int) -> int:
-    """The GPU's share of a Mac's memory in bytes, as Metal recommends it.
+    """Return the GPU's share of a Mac's memory in bytes, as Metal recommends it.
 
     Args:
         total: the machine's memory in bytes.
@@ -179,7 +180,7 @@ def working_set(total: int, wired_limit_mb: int) -> int:
 
 
 def _sysctl(name: bytes, kind: type[ctypes.c_uint32] | type[ctypes.c_uint64]) -> int | None:
-    """Return a number of the kernel's; None where it has none of that name."""
+    """Return a number that the kernel keeps; None if it has none of that name."""
     value = kind(0)
     size = ctypes.c_size_t(ctypes.sizeof(value))
     found = ctypes.CDLL(None).sysctlbyname(

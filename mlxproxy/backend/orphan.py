@@ -1,8 +1,8 @@
-"""The records of our backends, and the end of those that a killed proxy has left behind.
+"""Records of the proxy's backends, and cleanup of the backends that a killed proxy left behind.
 
-`mlx_lm.server` notices nothing of its parent's death. A proxy that was killed leaves its backends
+`mlx_lm.server` does not notice that its parent has died. A killed proxy leaves its backends
 running, with their memory and their ports. The next proxy finds each by the mark in its environment
-(`processes.Mark`) or, where the system shows no environment, by its record here.
+(`processes.Mark`) or, if the system does not show the environment, by its record here.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from mlxproxy.instance import Instance
 log = logging.getLogger("mlxproxy.backend.orphan")
 
 CLOCK_TOLERANCE = 2.0  # seconds; Linux derives a start time from the boot time, which NTP may move
-KILL_TIMEOUT = 10.0  # seconds from SIGKILL to an orphan's end
+KILL_TIMEOUT = 10.0  # seconds from SIGKILL to an orphan's exit
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a process: of a proxy, or of its child.
+    """The known facts about a process: a proxy, or a child of one.
 
     Attributes:
         pid: None before the start.
-        created: when the process began, in Unix seconds; None where the system does not tell.
+        created: when the process started, in Unix seconds; None if the system does not tell.
         command: its command line, for a child.
         since: when this was recorded.
-        first_port: of the backends of the proxy that started it; None for a proxy.
+        first_port: the first backend port of the proxy that started it; None for a proxy.
     """
 
     pid: int | None = None
@@ -49,7 +49,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Return what is in the file, an empty record where it is none of ours."""
+        """Return the record in the file, or an empty one if the file holds no valid record."""
         found = read_record(path)
         pid, first_port = found.get("pid"), found.get("first_port")
         command = found.get("command")
@@ -72,21 +72,22 @@ class Record:
         return process if begun and abs(begun - self.created) < CLOCK_TOLERANCE else None
 
     def is_of(self, process: psutil.Process) -> bool:
-        """Whether that process was started with the command (a script shows its interpreter)."""
+        """Return whether that process was started with the command (a script shows its interpreter
+        first)."""
         words = self.command[1:]
         return bool(words) and tuple(ask(process.cmdline) or ())[-len(words) :] == words
 
 
 class ChildRecord:
-    """The record of the backend in one slot, for the case that this proxy is killed.
+    """The record of the backend in one slot, in case this proxy is killed.
 
     Args:
         instance: the instance folder.
         first_port: the port of the first slot.
-        slot: the slot's number; its backend has the port that many further on.
+        slot: the slot's number; its backend's port is `first_port + slot`.
 
     Attributes:
-        mark: what the backend is to carry in its environment.
+        mark: what the backend carries in its environment.
     """
 
     def __init__(self, instance: Path, first_port: int, slot: int = 0) -> None:
@@ -94,10 +95,10 @@ class ChildRecord:
         self._path = Instance(instance).backend(self.mark.port)
 
     def starting(self, command: Sequence[str]) -> None:
-        """Record what is about to start, so that no moment leaves a process nobody knows.
+        """Record what is about to start, so that there is never an unrecorded process.
 
         Raises:
-            LoadFailed: it cannot be recorded, so nothing must be started.
+            LoadFailed: it cannot be recorded, so nothing may be started.
         """
         try:
             write_record(self._path, self._told(command))
@@ -110,12 +111,12 @@ class ChildRecord:
             ) from None
 
     def started(self, command: Sequence[str], pid: int) -> None:
-        """Record the pid; where that fails, the record before the start is still there."""
+        """Record the pid; if that fails, the record from before the start remains."""
         created = ask(lambda: psutil.Process(pid).create_time())
         note(self._path, {**self._told(command), "pid": pid, "created": created})
 
     def stopped(self) -> None:
-        """Forget the child: it has been reaped."""
+        """Remove the record of the child, which has been reaped."""
         remove(self._path)
 
     def _told(self, command: Sequence[str]) -> dict[str, Any]:
@@ -124,14 +125,14 @@ class ChildRecord:
 
 
 class Orphans:
-    """The backends of killed proxies that had this instance folder and one of these ports.
+    """The backends of killed proxies that used this instance folder and one of these ports.
 
     A predecessor with the same first port may have had more slots: its backends are found, too. A
-    backend whose proxy lives is nobody's orphan, whatever has become of the lock's file.
+    backend whose proxy lives is no orphan, even if the lock file has been deleted.
 
     Args:
         instance: the instance folder.
-        ports: of this proxy's backends.
+        ports: those of this proxy's backends.
         stop_timeout: seconds between SIGTERM and SIGKILL.
     """
 
@@ -142,7 +143,7 @@ class Orphans:
         self._instance = Mark.own(ports.start, instance).instance
 
     def find(self) -> list[psutil.Process]:
-        """Return what still runs of a killed proxy: told by its mark, or by its record."""
+        """Return the processes of killed proxies that still run, found by their mark or record."""
         found = {process for process, mark in self._marked() if mark.master(process) is None}
         for _, record in self._records():
             if (recorded := _recorded(record)) is not None:
@@ -155,7 +156,7 @@ class Orphans:
         return [master for master in masters if master is not None]
 
     def reclaim(self) -> None:
-        """End the orphans and what they have started, so that memory and ports are back."""
+        """Stop the orphans and all processes that they started, to free their memory and ports."""
         records = [path for path, _ in self._records()]
         orphans = self.find()
         if orphans:
@@ -172,7 +173,7 @@ class Orphans:
             remove(path)
 
     def _marked(self) -> Iterator[tuple[psutil.Process, Mark]]:
-        """Yield the processes that were started as backends on these ports, by whatever proxy."""
+        """Yield the processes that any proxy started as backends on these ports."""
         for process in processes.every():
             mark = Mark.of(process)
             if mark and mark.instance == self._instance and self._has(mark.port, mark.first_port):
@@ -192,7 +193,7 @@ class Orphans:
 
 
 def _recorded(record: Record) -> psutil.Process | None:
-    """Return the orphan that a record tells of."""
+    """Return the orphan that a record describes, if it still runs."""
     if record.pid is not None:
         process = record.process()
         return process if process and record.is_of(process) and not _has_proxy(process) else None
@@ -205,14 +206,14 @@ def _recorded(record: Record) -> psutil.Process | None:
 
 
 def _has_proxy(process: psutil.Process) -> bool:
-    """Whether the parent is a proxy that lives (an orphan's is `init`)."""
+    """Return whether the parent is a living proxy (an orphan's parent is `init`)."""
     parent = ask(process.parent)
     words = (ask(parent.cmdline) or []) if parent is not None else []
     return "serve" in words and any(Path(word).name == "mlxproxy" for word in words)
 
 
 def _number(value: object) -> float | None:
-    """Return a number that can be computed with, None for another: JSON's may be NaN or endless."""
+    """Return a finite number; None for another value: JSON numbers may be NaN or infinite."""
     if isinstance(value, (int, float)) and abs(value) < 1e15:
         return float(value)
     return None

@@ -1,9 +1,8 @@
-"""The backend's output: drained whatever happens, its last lines in memory, the rest in a file.
+"""The backend's output: always drained, with its last lines in memory and the rest in a file.
 
-A pipe that nobody reads stops its writer (`mlx_lm.server` after 136 requests), and a write that
-fails (a full disk) may cost it an answer. So one thread does nothing but empty the pipe, and
-another, behind a bounded queue, writes the file: a slow or full disk costs log lines, never an
-answer.
+A pipe that nobody reads blocks its writer (`mlx_lm.server` after 136 requests), and a write that
+fails (a full disk) may cost it an answer. So one thread only drains the pipe, and another one,
+behind a bounded queue, writes the file: a slow or full disk costs log lines, never an answer.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ Listener = Callable[[str], None]
 
 
 class OutputPump:
-    """Empties one backend's output pipe until its end.
+    """The thread that drains one backend's output pipe until its end.
 
     Args:
         pipe: the read end; closed here.
-        file: where the output is kept.
-        on_output: called with each block of whole lines, as they are.
-        on_lines: called with each block as text, for those who follow the log.
+        file: where the output is stored.
+        on_output: called with each block of whole lines, unchanged.
+        on_lines: called with each block as text, for clients that follow the log.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class OutputPump:
         self._thread.start()
 
     def tail(self) -> list[str]:
-        """The last lines, oldest first."""
+        """Return the last lines, oldest first."""
         with self._lock:
             return list(self._tail)
 
     def join(self, timeout: float) -> None:
-        """Waits for the end of the output, in seconds at most."""
+        """Wait for the end of the output, for at most `timeout` seconds."""
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -73,7 +72,7 @@ class OutputPump:
 
     @staticmethod
     def _whole_lines(data: bytes) -> tuple[bytes, bytes]:
-        """What ends with a line's end, and the begun line (cut where it grows without end)."""
+        """Return the whole lines, and the unfinished one (an overlong line counts as whole)."""
         end = data.rfind(b"\n") + 1
         if not end and len(data) > PIPE_BYTES:
             end = len(data)
@@ -82,7 +81,7 @@ class OutputPump:
     def _take(self, block: bytes) -> None:
         text = harmless(block.decode("utf-8", "replace"))  # it may quote a model or a client
         with self._lock:
-            # Of a flood only the end can be of use; splitting all of it would cost a core.
+            # Only the end of a flood can be useful; splitting all of it would occupy a core.
             for line in text[-TAIL_LINES * 100 :].splitlines():
                 self._tail.append(line[:LINE_BYTES])
         self._file.put(text)

@@ -1,4 +1,4 @@
-"""Who holds a TCP port of this machine."""
+"""The TCP ports of this machine, and the processes that hold them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mlxproxy.backend.processes import ask, at, every
 
 
 def is_free(port: int) -> bool:
-    """Whether a server may be bound to 127.0.0.1:`port` now.
+    """Return whether a server may be bound to 127.0.0.1:`port` now.
 
-    SO_REUSEADDR makes TIME_WAIT no obstacle. On macOS it would also let us bind beside a listener
-    on all addresses, so that nobody may answer a connection either.
+    With SO_REUSEADDR, TIME_WAIT is no obstacle. On macOS it would also let us bind next to a
+    listener on all addresses, so it is also required that nothing answers a connection.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -26,21 +26,21 @@ def is_free(port: int) -> bool:
 
 
 def answers(port: int, timeout: float = 0.5) -> bool:
-    """Whether something accepts a connection on 127.0.0.1:`port`."""
+    """Return whether something accepts a connection on 127.0.0.1:`port`."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout) as connection:
-            # With nobody there, the system may connect a socket of that very port to itself.
+            # If nothing listens, the system may connect a socket with that very port to itself.
             return bool(connection.getsockname() != connection.getpeername())
     except OSError:
         return False
 
 
 def listener(port: int) -> psutil.Process | None:
-    """The process that listens on the port, where this user may know it."""
+    """Return the process that listens on the port, if this user may see it."""
     connections = ask(lambda: psutil.net_connections("tcp"))
     if connections is not None:
         return next((at(it.pid) for it in connections if it.pid and _listens(it, port)), None)
-    # macOS shows the sockets of all processes to root alone, but each user his own processes'.
+    # macOS shows the sockets of all processes to root only, but to each user those of their own.
     for process in every():
         if any(_listens(it, port) for it in _connections(process)):
             return process
@@ -48,7 +48,7 @@ def listener(port: int) -> psutil.Process | None:
 
 
 def describe(process: psutil.Process | None) -> str:
-    """The process in words for an error message: its name and pid."""
+    """Describe the process for an error message, by its name and pid."""
     if process is None:
         return "a process of another user"
     name = ask(process.name)

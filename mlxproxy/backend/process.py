@@ -1,6 +1,6 @@
-"""One backend process, whatever it serves: its start, readiness, end.
+"""One backend process of any engine: its start, its readiness, its end.
 
-All that is particular to its program comes from its engine (`backend/protocol.py`).
+Everything specific to its program comes from its engine (`backend/protocol.py`).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ log = logging.getLogger("mlxproxy.backend")
 
 LOG_LINES_IN_ERRORS = 12
 MAKE_VARIABLES = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
-KILL_SECONDS = 5.0  # from SIGKILL to the end; a process that waits for a lost disk has none
+KILL_SECONDS = 5.0  # from SIGKILL to the exit; a process that waits for a lost disk never exits
 POLL_SECONDS = 0.05
-PROBE_INTERVAL_SECONDS = 0.1  # between two looks at what may end the wait for an answer
+PROBE_INTERVAL_SECONDS = 0.1  # between two checks of what may end the wait for an answer
 HEALTH_SECONDS = 2.0
-EXIT_REASON_SECONDS = 0.5  # in which the reason of an exit follows the end of a connection
+EXIT_REASON_SECONDS = 0.5  # in which the reason of an exit arrives after the end of a connection
 ANSWER_BYTES = 1 << 20  # of an answer to a probe
 _FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
 _PORT_TAKEN = os.strerror(errno.EADDRINUSE).lower()
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """The settings of a backend, and where its output goes."""
+    """The settings of a backend, and the destination of its output."""
 
     load_timeout: float
     stop_timeout: float
@@ -65,18 +65,18 @@ class BackendConfig:
 
 
 class Backend:
-    """One process that serves one load, from its start to its reaping.
+    """One process that serves one load, from its start until it is reaped.
 
     Args:
-        spec: what it is started for.
-        engine: what kind of backend it is.
-        address: where it is to answer, on this machine.
-        on_end: called once, from any thread, when the process has ended or can no longer
-            generate, with the reason; not called for an end that :meth:`stop` brought about.
+        spec: the load that it is started for.
+        engine: its kind of backend.
+        address: the address on this machine at which it will answer.
+        on_end: called once, from any thread, when the process has exited or can no longer
+            generate, with the reason; not called for an exit that :meth:`stop` caused.
 
     Attributes:
         last_byte_at: when the last byte of any answer came, in monotonic seconds.
-        hung: whether it was taken for dead because it sent nothing.
+        hung: whether it was declared dead because it sent nothing.
     """
 
     def __init__(
@@ -102,19 +102,19 @@ class Backend:
         self._read_before: int | None = None
         self._launch: Command | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._leader: psutil.Process | None = None  # the same, as psutil knows it
+        self._leader: psutil.Process | None = None  # the same process, for psutil
         self._output: OutputPump | None = None
         self._link: Link | None = None
-        self._oom_kills = 0  # of the system, before its start
-        self._serving = False  # clients' requests may be in what it logs from now on
+        self._oom_kills = 0  # the system's count before the start
+        self._serving = False  # from now on, its log may contain clients' requests
         self._checking = threading.Lock()
         self._probing = threading.Lock()
 
-    # -- what others may ask
+    # -- queries
 
     @property
     def port(self) -> int:
-        """Where it answers."""
+        """The port at which it answers."""
         return self.address.port
 
     @property
@@ -123,23 +123,23 @@ class Backend:
 
     @property
     def wire(self) -> Wire:
-        """How its engine spells requests and answers."""
+        """The wire format of its engine's requests and answers."""
         return self.engine.wire(self.has)
 
     @property
     def ended(self) -> str | None:
-        """Why the backend can no longer generate, or None while it can."""
+        """The reason why the backend can no longer generate; None while it can."""
         return self._ended
 
     def has(self, feature: str) -> bool:
-        """Return whether the process has armed a feature; see `protocol.Link`."""
+        """Return whether the process has a feature enabled; see `protocol.Link`."""
         return self._link is not None and self._link.has(feature)
 
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
-        """Return why the process hangs, as it says itself; None while it lives.
+        """Return why the process hangs, as it reports itself; None while it lives.
 
         Args:
-            waiting_since: since when the request has waited that asks, in monotonic seconds.
+            waiting_since: since when the asking request has waited, in monotonic seconds.
             stall_timeout: seconds that one step of its work may take.
         """
         if self._link is None:
@@ -149,7 +149,7 @@ class Backend:
     def last_words(self) -> list[str]:
         """Return the last lines of a load's log, fit for a client: no traceback, no paths.
 
-        Once requests are served there are none: the log may hold what others said.
+        Once requests are served, return none: the log may contain other clients' texts.
         """
         if self._output is None or self._serving:
             return []
@@ -171,7 +171,7 @@ class Backend:
         return self._launch
 
     def bytes_read(self) -> int | None:
-        """Bytes read since the load began, where the system tells (Linux)."""
+        """Return the bytes read since the load began, if the system tells (Linux)."""
         counted = self._counted()
         if counted is None:
             return None
@@ -184,10 +184,10 @@ class Backend:
         return ask(lambda: int(psutil.Process(pid).io_counters().read_chars))
 
     def memory(self) -> int | None:
-        """Return the bytes that it holds, None if it is gone."""
+        """Return the bytes that the process holds; None if it is gone."""
         return memory.footprint(self.pid) if self.pid else None
 
-    # -- its life
+    # -- lifecycle
 
     def start(self) -> None:
         """Start the process.
@@ -239,22 +239,22 @@ class Backend:
             stdout=output,
             stderr=output,
             env={**_environment(), **command.environment, **self.config.mark.environment()},
-            # A session of its own: Ctrl-C at the terminal is ours to handle, and a stop reaches
-            # whatever the backend has started (`mlx.launch` does).
+            # A session of its own: the proxy handles Ctrl-C at the terminal, and a stop reaches
+            # whatever the backend has started (`mlx.launch` starts processes).
             start_new_session=True,
         )
 
     def wait_ready(
         self, cancelled: threading.Event, on_phase: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Return when our own process has answered all that its engine asks for.
+        """Wait until this process has answered all the probes of its engine.
 
         Args:
             cancelled: set by others to end the wait.
-            on_phase: told ``starting``, ``loading`` and ``warming``.
+            on_phase: called with ``starting``, ``loading`` and ``warming``.
 
         Raises:
-            LoadFailed, LoadTimeout, LoadCancelled, PortInUse: why it will not be ready.
+            LoadFailed, LoadTimeout, LoadCancelled, PortInUse: it will not become ready.
         """
         deadline = time.monotonic() + self.config.load_timeout
 
@@ -279,19 +279,19 @@ class Backend:
             self._link.let_clients_in()
 
     def stop(self) -> None:
-        """End the process and all it has started, and reap it: SIGTERM, then SIGKILL.
+        """Stop the process and all processes that it started, and reap it: SIGTERM, then SIGKILL.
 
-        Children with a session of their own, or whose parent has left them, are ended too. What
-        the system cannot end stays behind, with a line in the log.
+        Children with a session of their own, or whose parent has exited, are stopped, too. A
+        process that the system cannot end stays behind, with a line in the log.
         """
         with self._lock:
             self._stopping = True
         process = self._process
         if process is None:
             return
-        family = self._family()  # now: once its parent has ended, a child may not be found
+        family = self._family()  # now: once its parent has exited, a child may not be found
         deadline = time.monotonic() + self.config.stop_timeout
-        process.terminate()  # beside psutil, which may see no process at all
+        process.terminate()  # besides psutil, which may see no process at all
         processes.terminate(family)
         ended = self._exited.wait(self.config.stop_timeout)
         if processes.wait(family, deadline) or not ended:
@@ -315,9 +315,10 @@ class Backend:
         return processes.family(self._leader, self.config.mark)
 
     def check(self) -> str | None:
-        """Ask the process whether it can generate; return why it cannot, if so.
+        """Ask the process whether it can generate; return why it cannot, or None.
 
-        For a connection that ended without a reason: what generates in it may have ended alone.
+        This is for a connection that ended without a reason: the generating thread may have died
+        while the process lives on.
         """
         if self._ended is None:
             try:
@@ -325,13 +326,13 @@ class Backend:
                 if fault is not None and fault.is_final:
                     self._ends(fault.reason)
             except (BrokenConnection, ReadTimeout):
-                self._end.wait(EXIT_REASON_SECONDS)  # going down: the thread that reaps it tells
+                self._end.wait(EXIT_REASON_SECONDS)  # going down: the reaping thread reports why
         return self._ended
 
     def answers_probe(self, patience: float) -> bool:
-        """Return whether the model itself answers within so many seconds.
+        """Return whether the model itself answers within `patience` seconds.
 
-        One at a time is asked: while another thread waits for that answer, return True at once.
+        Only one probe runs at a time: while another thread waits for it, return True immediately.
         """
         if not self._probing.acquire(blocking=False):
             return True
@@ -347,25 +348,25 @@ class Backend:
         return answered
 
     def declare_hung(self, reason: str) -> None:
-        """Take the process for dead, for a reason that only its clients can observe: it hangs."""
+        """Declare the process dead, for a reason that only its clients can observe: it hangs."""
         self.hung = True
         self._ends(reason)
 
-    # -- inside
+    # -- internals
 
     def _wait(self) -> None:
         assert self._process is not None
         code = self._process.wait()
         self._exited.set()
         if self._output and not self._stopping:
-            self._output.join(EXIT_REASON_SECONDS)  # its last words
+            self._output.join(EXIT_REASON_SECONDS)  # its last lines of output
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
         if code == -signal.SIGKILL and not self._stopping and memory.ran_out(self._oom_kills):
             how += ", most likely because memory ran out"
         self._ends(f"it {how}")
 
     def _look_for_death(self, output: bytes) -> None:
-        """Take whole lines of the output, which may say that the process can no longer generate."""
+        """Search whole lines of the output for a sign that the process can no longer generate."""
         reason = self.engine.death_in(output)
         if reason is None:
             return
@@ -403,7 +404,11 @@ class Backend:
             )
 
     def _check_owner(self) -> None:
-        """The process that answers on the port must be our child or one that it has started."""
+        """Require that the process that answers on the port is our child or one of its descendants.
+
+        Raises:
+            PortInUse: it is another process.
+        """
         holder = ports.listener(self.port)
         if holder is None or holder.pid == self.pid or Mark.of(holder) == self.config.mark:
             return
@@ -414,13 +419,13 @@ class Backend:
             "or set MLX_BACKEND_PORT to a free port."
         )
 
-    # -- requests of our own
+    # -- the proxy's own requests
 
     def _fault(self, probe: Probe, check: Callable[[], None]) -> Fault | None:
-        """Return what is wrong with the answer to a probe of the load.
+        """Return what is wrong with the answer to a probe of the load; None if nothing is.
 
         Raises:
-            ProxyError: by `check`, or as there is no answer.
+            ProxyError: raised by `check`, or because there is no answer.
         """
         try:
             while True:
@@ -430,15 +435,15 @@ class Backend:
                 check()
                 self._end.wait(POLL_SECONDS)
         except BrokenConnection as error:
-            self._end.wait(2 * EXIT_REASON_SECONDS)  # if it has just ended, its own words come
+            self._end.wait(2 * EXIT_REASON_SECONDS)  # if it has just exited, its own reason arrives
             check()
             raise self.failure(f"it {error.what}") from None
 
     def _ask(self, probe: Probe, seconds: float) -> Fault | None:
-        """Return what is wrong with the answer to a probe of a process that serves.
+        """Return what is wrong with the answer to a probe of a serving process; None if nothing is.
 
         Raises:
-            BrokenConnection, ReadTimeout: there is none, or none within that time.
+            BrokenConnection, ReadTimeout: there is no answer, or none within that time.
         """
         deadline = time.monotonic() + seconds
 
@@ -452,13 +457,13 @@ class Backend:
     def _exchange(
         self, probe: Probe, check: Callable[[], None], connect_seconds: float | None = None
     ) -> tuple[int, bytes]:
-        """Send a probe; return status and body of the answer.
+        """Send a probe; return the status and body of the answer.
 
         Args:
-            check: called again and again; raises to give up.
+            check: called repeatedly; raises to give up.
 
         Raises:
-            BrokenConnection: the process does not accept it, or the answer is cut off or no HTTP.
+            BrokenConnection: the process does not accept it, or the answer is cut off or not HTTP.
         """
         connection = BackendConnection(
             self.address, PROBE_INTERVAL_SECONDS, connect_seconds=connect_seconds
@@ -475,7 +480,7 @@ class Backend:
             connection.close()
 
     def failure(self, reason: str) -> ProxyError:
-        """Return a failed load in words, with the last lines of the backend's log."""
+        """Return the error for a failed load, with the last lines of the backend's log."""
         lines = self.last_words()
         if any(_PORT_TAKEN in line.lower() for line in lines):
             return PortInUse(
@@ -487,7 +492,7 @@ class Backend:
 
 
 def explain(engine: Engine, reason: str, lines: Sequence[str]) -> str:
-    """Return the reason as a sentence, with advice where the engine knows the failure."""
+    """Return the reason as a sentence, with advice if the engine knows the failure."""
     for text in (reason, "\n".join(lines)):
         for pattern, advice in engine.advice:
             if match := re.search(pattern, text):
@@ -496,7 +501,7 @@ def explain(engine: Engine, reason: str, lines: Sequence[str]) -> str:
 
 
 def _patiently(read: Callable[[], T], check: Callable[[], None]) -> T:
-    """Return what has been read; see whether to wait on whenever nothing has come for a while."""
+    """Return what was read; call `check`, which may raise, before each attempt."""
     while True:
         check()
         try:
@@ -506,7 +511,7 @@ def _patiently(read: Callable[[], T], check: Callable[[], None]) -> T:
 
 
 def _environment() -> dict[str, str]:
-    """Return our environment without our settings (the keys)."""
+    """Return the proxy's environment without its settings (which include the keys)."""
     return {
         name: value
         for name, value in os.environ.items()

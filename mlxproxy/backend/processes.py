@@ -1,7 +1,7 @@
-"""This machine's processes, as far as the system shows them, and the end of those that are ours.
+"""This machine's processes, as far as the system shows them, and how backends are ended.
 
-The system may refuse any question: a process is gone or another user's, or there is no /proc. All
-such refusals are caught here, in :func:`ask`.
+The system may refuse any query: a process is gone or belongs to another user, or there is no /proc.
+All such refusals are caught here, in :func:`ask`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import psutil
 
 T = TypeVar("T")
 
-# In the environment of a backend and, by inheritance, of whatever it starts: the one thing that a
-# process keeps when it leaves its parent, its group and its session.
+# In the environment of a backend and, by inheritance, of whatever it starts. The environment is the
+# one thing that a process keeps when it leaves its parent, its group and its session.
 MARK = "BACKEND_OF_MLXPROXY"
 _MARK = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:\+([0-9]{1,9}))?:(.+)", re.DOTALL)
 POLL = 0.02
 
 
 def ask(question: Callable[[], T]) -> T | None:
-    """Return what psutil answers; None where the system does not tell."""
+    """Return what psutil answers; None if the system does not tell."""
     try:
         return question()
     except (psutil.Error, OSError, NotImplementedError, RuntimeError, ValueError):
@@ -45,7 +45,7 @@ def at(pid: int | None) -> psutil.Process | None:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Return whether it runs: a zombie has ended, and a pid may have been given anew."""
+    """Return whether it runs: a zombie has exited, and a pid may have been reused."""
     return bool(
         ask(lambda: process.is_running() and process.status() != psutil.STATUS_ZOMBIE),
     )
@@ -53,7 +53,7 @@ def lives(process: psutil.Process) -> bool:
 
 @dataclass(frozen=True)
 class Mark:
-    """Whose backend a process belongs to.
+    """The mark of the backend that a process belongs to.
 
     Attributes:
         proxy: the pid of the proxy that started it.
@@ -69,12 +69,12 @@ class Mark:
 
     @property
     def port(self) -> int:
-        """Return the backend's port."""
+        """The backend's port."""
         return self.first_port + self.slot
 
     @classmethod
     def of(cls, process: psutil.Process) -> Mark | None:
-        """Return the mark that the process carries, None if it shows none."""
+        """Return the mark that the process carries; None if it shows none."""
         value = (ask(process.environ) or {}).get(MARK, "")
         found = _MARK.fullmatch(value)
         if found is None:
@@ -83,18 +83,18 @@ class Mark:
 
     @classmethod
     def own(cls, first_port: int, instance: Path, slot: int = 0) -> Mark:
-        """Return the mark of this process's backend in that slot."""
+        """Return the mark for this process's backend in that slot."""
         return cls(os.getpid(), first_port, os.path.realpath(instance), slot)
 
     def environment(self) -> dict[str, str]:
-        """Return the variable that a backend is to have."""
+        """Return the environment variable that a backend is started with."""
         place = f"{self.first_port}+{self.slot}" if self.slot else str(self.first_port)
         return {MARK: f"{self.proxy}:{place}:{self.instance}"}
 
     def master(self, process: psutil.Process) -> psutil.Process | None:
         """Return the proxy that started a process with this mark, if it still lives.
 
-        Nothing that was given the pid of a dead proxy can be older than what that had started.
+        A process that reuses a dead proxy's pid is younger than those that the proxy started.
         """
         proxy = at(self.proxy)
         born, begun = ask(process.create_time), proxy and ask(proxy.create_time)
@@ -104,7 +104,7 @@ class Mark:
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
-    """Return its children, and theirs."""
+    """Return all descendants of a process: its children, their children, and so on."""
     return ask(lambda: process.children(recursive=True)) or []
 
 
@@ -119,7 +119,7 @@ def family(leader: psutil.Process | None, mark: Mark) -> set[psutil.Process]:
 
 
 def _session(leader: psutil.Process) -> list[psutil.Process]:
-    """Return who is in the leader's session, if that is still his: his pid may be another's."""
+    """Return the processes of the leader's session; none if its pid has been reused."""
     if ask(leader.is_running) is False and ask(lambda: psutil.pid_exists(leader.pid)):
         return []
     return [it for it in every() if _session_of(it) == leader.pid]
@@ -130,16 +130,16 @@ def _session_of(process: psutil.Process) -> int | None:
 
 
 def terminate(processes: Collection[psutil.Process]) -> None:
-    """Send SIGTERM to each; a pid that was given anew is left alone (psutil compares its start)."""
+    """Send SIGTERM to each; leave a reused pid alone (psutil compares start times)."""
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
             process.terminate()
 
 
 def wait(processes: Collection[psutil.Process], deadline: float) -> list[psutil.Process]:
-    """Wait for their end until that moment of the monotonic clock; return those that live on.
+    """Wait until the processes exit, or until `deadline` (monotonic); return those that live on.
 
-    psutil's own wait would reap our children, and takes a zombie that nobody reaps for alive.
+    psutil's own wait would reap our children, and considers a zombie that nobody reaps alive.
     """
     left = [process for process in processes if lives(process)]
     while left and time.monotonic() < deadline:
@@ -152,8 +152,7 @@ def kill(find: Callable[[], Collection[psutil.Process]], seconds: float) -> list
     """Send SIGKILL to all that are found, and to what they start meanwhile, until none is left.
 
     Returns:
-        Those that live on after so many seconds: a process that waits for a lost disk cannot be
-        ended.
+        Those that live on after `seconds`: a process that waits for a lost disk cannot be killed.
     """
     deadline = time.monotonic() + seconds
     while True:

@@ -1,7 +1,7 @@
-"""What a kind of backend says of itself, and what everything else knows of it.
+"""The interface between the kinds of backends (engines) and the rest of mlxproxy.
 
-A kind of backend is a folder of `engines/`, with all that is known of its program. The rest of
-mlxproxy starts, watches, asks and stops a process through what stands here, whatever it serves.
+A kind of backend is a folder of `engines/`, which contains everything specific to its program. The
+rest of mlxproxy starts, watches, queries and stops processes only through this interface.
 """
 
 from __future__ import annotations
@@ -17,47 +17,48 @@ from mlxproxy.guard.check import Kind, Rules
 
 
 class Address(NamedTuple):
-    """Where a backend answers."""
+    """The address at which a backend answers."""
 
     host: str
     port: int
 
 
 class Unmet(NamedTuple):
-    """A field that is not honoured, and what that means, as a sentence in ASCII."""
+    """A field that is not honoured, and the consequence, as a sentence in ASCII."""
 
     field: str
     sentence: str
 
 
 class Link(Protocol):
-    """A channel to a process beside its HTTP, over which it tells how it is."""
+    """A channel to a process besides HTTP, over which the process reports its state."""
 
     def fileno(self) -> int:
-        """Return the process's end, which it gets as its standard input."""
+        """Return the process's end of the channel, which becomes its standard input."""
 
     def open(self) -> None:
-        """Begin to read: the process has its end."""
+        """Start reading: the process has its end."""
 
     def close(self) -> None:
-        """Give up both ends: there is no process."""
+        """Close both ends: there is no process."""
 
     def let_clients_in(self) -> None:
         """Tell the process that clients' requests come from now on."""
 
     def has(self, feature: str) -> bool:
-        """Return whether the process has armed a feature.
+        """Return whether the process has a feature enabled.
 
-        The program asks for two by name: ``departures`` (once our side of a connection is shut, the
-        process ends the request and then closes the connection) and ``heartbeat`` (:meth:`hang` can
-        tell). Of others only the engine itself knows, see :meth:`Engine.is_exclusive`.
+        mlxproxy asks for two by name: ``departures`` (once our side of a connection is shut down,
+        the process ends the request and then closes the connection) and ``heartbeat``
+        (:meth:`hang` can tell). Only the engine itself knows others: see
+        :meth:`Engine.is_exclusive`.
         """
 
     def hang(self, waiting_since: float, stall_timeout: float, load_timeout: float) -> str | None:
-        """Return why the process hangs; None while it lives, or where that is not told.
+        """Return why the process hangs; None while it lives, or if that is not reported.
 
         Args:
-            waiting_since: since when the request has waited that asks, in monotonic seconds.
+            waiting_since: since when the asking request has waited, in monotonic seconds.
             stall_timeout: seconds that one step of its work may take.
             load_timeout: seconds that a load within its work may take.
         """
@@ -65,13 +66,13 @@ class Link(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """How a process is started.
+    """The command that starts a process.
 
     Attributes:
         argv: the program, by its path, and its arguments.
-        environment: what it gets beside the proxy's own, without mlxproxy's settings.
-        link: makes the channel to it, given whom to call with the reason when the process tells
-            that it can no longer generate; None where there is no channel.
+        environment: variables besides the proxy's own, without mlxproxy's settings.
+        link: makes the channel to it; takes a function to call with the reason when the process
+            reports that it can no longer generate. None if there is no channel.
         remedy: what to do if the program cannot be executed, as a sentence.
     """
 
@@ -82,12 +83,12 @@ class Command:
 
 
 class Fault(NamedTuple):
-    """What is wrong with an answer to a probe.
+    """The fault of an answer to a probe.
 
     Attributes:
         reason: a phrase about the process ("its first chat failed").
-        is_final: whether the process can no longer generate; its own last words may say more, and
-            count for more.
+        is_final: whether the process can no longer generate; the reason that it gives itself may
+            say more, and takes precedence.
     """
 
     reason: str
@@ -96,13 +97,13 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """A request of our own.
+    """A request that the proxy itself sends.
 
     Attributes:
-        path: where it is sent.
+        path: the path it is sent to.
         body: its JSON; None for a GET.
-        judge: takes status and body of the answer; returns what is wrong with it.
-        not_yet: statuses that say nothing but that it is too early: the request is sent again.
+        judge: takes the status and body of the answer; returns what is wrong with it.
+        not_yet: statuses that only mean that it is too early: the request is sent again.
     """
 
     path: str
@@ -112,7 +113,7 @@ class Probe:
 
 
 class Stage(NamedTuple):
-    """A step to readiness: what the process is doing until it has answered the probe."""
+    """A step to readiness: the phase that lasts until the process has answered the probe."""
 
     phase: Literal["loading", "warming"]
     probe: Probe
@@ -123,33 +124,33 @@ Fields = Mapping[str, Any]
 
 
 class Completion(Protocol):
-    """A whole answer, put together from the events of a stream."""
+    """A whole answer, assembled from the events of a stream."""
 
     @property
     def usage(self) -> Mapping[str, Any]:
-        """The engine's count of tokens, in OpenAI's shape; empty until it has come."""
+        """The engine's token count, in OpenAI's shape; empty until it has arrived."""
 
     def add(self, events: bytes) -> None:
-        """Take one or several whole events.
+        """Add one or more whole events.
 
         Raises:
-            BackendFailed: they are none of the engine's.
+            BackendFailed: they are not events of this engine.
         """
 
     def answer(self) -> bytes:
         """Return the JSON of the whole answer.
 
         Raises:
-            BackendFailed: the events amount to none.
+            BackendFailed: the events do not make up an answer.
         """
 
 
 class Wire(Protocol):
-    """How an engine spells OpenAI's requests, events, answers and errors.
+    """The wire format of an engine: its variant of OpenAI's requests, events, answers and errors.
 
     Attributes:
-        chunk_end: the end of an event that carries nothing but a part of the text. Such events are
-            passed on without another look; the one that counts the tokens must end otherwise.
+        chunk_end: the end of an event that carries only a part of the text. Such events are passed
+            on without being parsed; the event that carries the token count must end differently.
     """
 
     @property
@@ -159,48 +160,48 @@ class Wire(Protocol):
         """Return the body of a request.
 
         Args:
-            fields: what the client asks for.
+            fields: those of the client's request.
             model: the path of the model.
-            streamed: ask for a stream that ends with the count of tokens; else for a whole answer.
+            streamed: ask for a stream that ends with the token count; else for a whole answer.
         """
 
     def streams_all(self, fields: Fields) -> bool:
-        """Return whether a stream carries all that belongs into the whole answer."""
+        """Return whether a stream carries everything that belongs in the whole answer."""
 
     def model_field(self, name: str) -> bytes:
-        """Return how an answer says which model it is of, key and value.
+        """Return the key and value with which an answer names its model.
 
-        The same for the whole of an answer, and unlike anything that a text in it can hold.
+        They are the same throughout an answer, and no text in the answer can contain them.
         """
 
     def completion(self) -> Completion:
-        """Return a whole answer that is still to be put together."""
+        """Return an empty whole answer, to be assembled."""
 
     def usage_of(self, answer: bytes) -> Mapping[str, Any]:
-        """Return the count of tokens in a whole answer of the engine's own, in OpenAI's shape.
+        """Return the token count in a whole answer that the engine sent, in OpenAI's shape.
 
         Raises:
-            BackendFailed: it is no answer.
+            BackendFailed: it is not an answer.
         """
 
     def prompt_tokens(self, data: bytes) -> int | None:
         """Return the length of the prompt, cached tokens included, if the beginning of a stream
-        gives it away."""
+        reveals it."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
-        """Return the engine's error in the contract's shape, with a status that tells the truth.
+        """Return the engine's error in the contract's shape, with the correct status.
 
         A `BackendFailed` may mean that the engine can no longer generate.
         """
 
 
 class Examined(NamedTuple):
-    """What `mlxproxy doctor` says of a program.
+    """The findings of `mlxproxy doctor` about a program.
 
     Attributes:
-        subject: what was looked at, in a word.
+        subject: what was examined, in a word.
         sentence: what was found.
-        fix: the command that mends it; None where nothing is wrong.
+        fix: the command that repairs it; None if nothing is wrong.
     """
 
     subject: str
@@ -213,38 +214,38 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """Its program, as users know it."""
+        """The name of its program, as users know it."""
 
     @property
     def inspector(self) -> Inspector:
-        """Finds out which models it can load, and what they need in memory."""
+        """The inspector that finds out which models it can load, and how much memory they need."""
 
     @property
     def health(self) -> Probe:
-        """Finds out whether a process can still generate, without generating. Only a final fault
-        counts, and a process that does not answer is not judged."""
+        """The probe that finds out whether a process can still generate, without generating. Only a
+        final fault counts, and a process that does not answer is not judged."""
 
     @property
     def trusts_output(self) -> bool:
-        """Whether :meth:`death_in` can be believed once clients are served. If they or a model can
-        bring about such a line, the process is asked instead."""
+        """Whether :meth:`death_in` can be trusted once clients are served. If they or a model can
+        cause such a line, the process is asked instead."""
 
     @property
     def advice(self) -> Sequence[tuple[str, str]]:
-        """What a person can do about a failed load: a pattern of the reason or of the log, and a
-        sentence with the pattern's groups as fields; the first that fits counts."""
+        """Advice about failed loads: patterns for the reason or the log, each with a sentence that
+        has the pattern's groups as fields; the first match counts."""
 
     def command(self, spec: ModelSpec, address: Address) -> Command:
-        """Return how a process for that load is started.
+        """Return the command that starts a process for this load.
 
         Raises:
             LoadFailed: the program is missing.
         """
 
     def stages(self, spec: ModelSpec) -> Sequence[Stage]:
-        """Return what proves a process ready, once its port is open.
+        """Return the stages that prove a process ready, once its port is open.
 
-        The last probe is answered by the model itself; it is sent to a silent process, too, to see
+        The model itself answers the last probe, which is also sent to a silent process to find out
         whether it still lives.
         """
 
@@ -256,34 +257,34 @@ class Engine(Protocol):
         """
 
     def wire(self, has: Callable[[str], bool]) -> Wire:
-        """Return how a process spells requests and answers.
+        """Return the wire format of a process's requests and answers.
 
         Args:
-            has: whether a feature is armed in the process.
+            has: returns whether the process has a feature enabled.
         """
 
     @property
     def rules(self) -> Mapping[Kind, Rules]:
-        """What requests may say."""
+        """The rules for requests, by kind of endpoint."""
 
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
         """Return whether a checked request must have a process to itself.
 
         Args:
-            has: whether a feature is armed in the process.
+            has: returns whether the process has a feature enabled.
         """
 
     def unmet(
         self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
     ) -> Iterable[Unmet]:
-        """Return what of a checked request the answer does without.
+        """Return the fields of a checked request that the answer does not honour.
 
-        Only what is certainly wrong is refused (:attr:`rules`). What is left to chance, or rests on
-        a guess from the model's files, is answered, and the client is told.
+        Only what is certainly wrong is rejected (:attr:`rules`). What depends on chance, or on a
+        guess from the model's files, is answered, and the client is informed.
 
         Args:
-            spec: what answers it.
-            has: whether a feature is armed in the process.
+            spec: the load that answers it.
+            has: returns whether the process has a feature enabled.
         """
 
     def examine(self) -> Examined:

@@ -1,4 +1,4 @@
-"""What is to be loaded: a model and the options it is loaded with."""
+"""A load: a model and the options it is loaded with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Tuning:
 
     Attributes:
         context: tokens of prompt and answer together, at most.
-        draft_model: path of a small model that guesses ahead.
+        draft_model: path of a small model for speculative decoding.
         adapter: path of an adapter that is fused in.
         kv_bits: bits of a quantized key-value cache.
         prompt_cache_bytes: memory for the prompts of earlier requests.
-        decode_concurrency: answers that are generated together.
+        decode_concurrency: answers that are generated at the same time.
     """
 
     context: int | None = None
@@ -31,15 +31,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model and the options it is loaded with; equal loads are the same process.
+    """A model and the options it is loaded with; equal loads share one process.
 
     Attributes:
-        ttl: seconds without a request until it is unloaded; None: the setting's.
-        force: load it even if it does not fit into memory by our estimate.
+        ttl: seconds without a request until it is unloaded; None: the setting.
+        force: load it even if, by the estimate, it does not fit into memory.
         pin: never evict it for another model.
         adapters: adapter folders that requests may name.
         draft_models: draft models that requests may name.
-        files: what was on disk at its path; None: not looked at, whatever it is.
+        files: what was on disk at its path; None: not checked, anything will do.
     """
 
     model: Model = field(compare=False)
@@ -62,21 +62,21 @@ class ModelSpec:
 
     @property
     def needed_bytes(self) -> int:
-        """Return the memory it takes: an estimate."""
+        """The memory that it needs, estimated."""
         return self.model.needed_bytes
 
     @property
     def max_context(self) -> int | None:
-        """Tokens of prompt and answer together, as far as there is a limit."""
+        """The limit of tokens in prompt and answer together; None if there is none."""
         limits = (self.model.max_context_length, self.tuning.context)
         return min((limit for limit in limits if limit), default=None)
 
     def is_met_by(self, loaded: ModelSpec) -> bool:
-        """Whether a process that was started for `loaded` is what this load asks for."""
+        """Return whether a process that was started for `loaded` is what this load requests."""
         return self == loaded and (self.files is None or self.files == loaded.files)
 
     def options(self) -> dict[str, object]:
-        """What a client chose, as JSON."""
+        """Return the options that a client chose, as JSON."""
         return {
             "enable_thinking": self.enable_thinking,
             "ttl": self.ttl,

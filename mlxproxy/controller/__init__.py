@@ -1,7 +1,7 @@
-"""What is loaded, and who is answered by it: a lock around a pure core.
+"""Loads, unloads and leases of the backends: a lock around a pure core.
 
-`plan.py` decides with the rules of `policy.py` about the objects of `state.py`, and does nothing
-else. `controller.py` holds the lock while it decides, and acts once the lock is released.
+`plan.py` applies the rules of `policy.py` to the objects of `state.py`, and does nothing else.
+`controller.py` holds the lock while the core decides, and acts once it has released the lock.
 """
 
 from mlxproxy.controller.controller import Controller

@@ -1,10 +1,10 @@
 """The lock around the core: takes an event, asks the core, releases the lock, performs the effects.
 
-Nothing is logged, sent or waited for under the lock. What is slow (a start until it answers, a
-stop) is done by one worker thread a slot, which comes back with an event; one more thread, the
-timer, brings the events of deadlines. Effects of two events may be performed out of order by two
-threads: the core's state is the truth, and what must not overtake each other (the jobs of a slot;
-what is told to subscribers and the log) goes through a queue.
+Nothing is logged, sent or waited for under the lock. Slow work (starting a backend until it
+answers, stopping it) is done by one worker thread per slot, which reports back with an event; one
+more thread, the timer, brings the events of deadlines. Two threads may perform the effects of two
+events out of order: the core's state is the truth, and effects that must stay in order (the jobs of
+a slot; the messages to subscribers and the log) go through a queue.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from mlxproxy.text import without_paths
 
 log = logging.getLogger("mlxproxy.controller")
 
-# What a shutdown may take beyond its drain and two stops: Python's own start of a process, a kill.
+# What a shutdown may take beyond its drain and two stops: Python's start of a process, a kill.
 SHUTDOWN_MARGIN_SECONDS = 30.0
-WATCH_SECONDS = 2.0  # between two looks at the memory: a few system calls
+WATCH_SECONDS = 2.0  # between two checks of the memory, which cost a few system calls
 
 Launch = Callable[[int, ModelSpec, Callable[[str], None]], Process]
 Subscriber = Callable[[Event], None]
@@ -66,15 +66,15 @@ class Controller:
     """Loads, unloads, and leases of the backends.
 
     Args:
-        limits: how long and how many.
-        launch: makes the (not yet started) backend for a slot and a load; told whom to call at its
-            end.
-        records: one for each slot, of its child for the case that we are killed.
+        limits: the timeouts and counts.
+        launch: makes the (not yet started) backend for a slot and a load; its last argument is
+            called when the backend exits.
+        records: one for each slot, which records its child in case the proxy is killed.
         history: remembers what was loaded and how long it took.
-        emit: told of every change, for events and metrics; must not block.
-        available: the bytes that all models together may use, given those that the present ones
-            hold; None: without bounds.
-        shortage: says why memory is running out; None while it is not.
+        emit: called with every change, for events and metrics; must not block.
+        available: returns the bytes that all models together may use, given the bytes that the
+            loaded ones hold; None: there is no bound.
+        shortage: returns why memory is running out; None while it is not.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Controller:
         self._shortage = shortage
 
         self._lock = threading.Lock()
-        self._sooner = threading.Condition(self._lock)  # a deadline that the timer does not know
+        self._sooner = threading.Condition(self._lock)  # a new earliest deadline
         self._core = Scheduler(limits, len(records), unix=time.time())
-        self._cancels: dict[int, threading.Event] = {}  # of the start under way in each slot
+        self._cancels: dict[int, threading.Event] = {}  # by slot, of the start in progress
         self._timer_wakes: float | None = None
         self._outbox: deque[Emit | Log] = deque()
         self._telling = threading.Lock()
@@ -118,12 +118,12 @@ class Controller:
     # -- loads and unloads
 
     def load(self, spec: ModelSpec, claim: Claim | None = None) -> Claim:
-        """Ask for a load, or join an equal one; the claim's `wait` returns when it has ended.
+        """Ask for a load, or join an equal one; the claim's `wait` returns when the load has ended.
 
         Raises:
-            ShuttingDown: the proxy is about to end.
+            ShuttingDown: the proxy is shutting down.
             TooManyRequests: the client waits for too many loads, or too many clients wait.
-            InsufficientMemory: the model cannot fit, and is not forced to.
+            InsufficientMemory: the model cannot fit, and the load is not forced.
         """
         claim = claim or Claim()
         measured = self._measure()
@@ -131,25 +131,25 @@ class Controller:
         return claim
 
     def unload(self, claim: Claim | None = None, path: str | None = None) -> Claim:
-        """Ask for the unload of a model; cancel the loads of it that were asked for before.
+        """Ask for the unload of a model; cancel earlier loads of it.
 
         Args:
-            path: the model's; None: what answers requests without a name.
+            path: the model's; None: the model that answers requests without a model name.
 
         Raises:
-            ShuttingDown: the proxy is about to end.
-            TooManyRequests: too many wait for an unload.
+            ShuttingDown: the proxy is shutting down.
+            TooManyRequests: too many clients wait for an unload.
         """
         claim = claim or Claim()
         self._decide(lambda core, now: core.on_unload(claim, now, path))
         return claim
 
     def leave(self, claim: Claim) -> None:
-        """The client of a claim is gone. Called any number of times, from any thread."""
+        """Drop a claim whose client has left; may be called repeatedly, from any thread."""
         self._decide(lambda core, now: core.on_leave(claim, now))
 
     def progress(self, claim: Claim) -> Progress:
-        """Return how far the load of a claim is."""
+        """Return the progress of a claim's load."""
         assert claim.operation is not None
         return self._progress(claim.operation)
 
@@ -163,13 +163,13 @@ class Controller:
         exclusive: bool = False,
         fallback: Callable[[], Fallback] = Fallback,
     ) -> Lease:
-        """Return a place for one request: granted at once if the model is there and a place free.
+        """Return a lease for one request; it is granted immediately if model and place are there.
 
         Args:
-            client: who asks, for a fair share.
-            presence: the client's; when it leaves, the place is given up.
+            client: whose request it is, for fair sharing.
+            disconnect: the client's; when the client disconnects, the place is given up.
             target: finds the load for the model that the request names (None: whatever is
-                loaded). Called without the lock, and only where it matters.
+                loaded). Called without the lock, and only if it matters.
             exclusive: whether the request must have the backend to itself.
             fallback: finds what to load for a request that names no model while nothing is
                 loaded. Called without the lock, and only then.
@@ -192,18 +192,18 @@ class Controller:
             if lease.target is None and not residents:
                 lease.fallback, lease.advice = fallback()
             if not residents or lease.target not in (None, *residents):
-                measured = self._measure()  # a load may come of it
+                measured = self._measure()  # this may lead to a load
         if isinstance(lease.error, TooManyRequests):
             raise lease.error
         disconnect.on_leave(lambda: self._left(lease))
         return lease
 
     def release(self, lease: Lease) -> None:
-        """See Lease.release."""
+        """Give a lease's place back: see Lease.release."""
         self._decide(lambda core, now: core.on_released(lease, now))
 
     def waiting_for(self, lease: Lease) -> str:
-        """See Lease.waiting_for."""
+        """Return what a lease waits for: see Lease.waiting_for."""
         seconds = int(time.monotonic() - lease.since)
         with self._lock:
             current = self._core.awaited(lease)
@@ -221,9 +221,9 @@ class Controller:
     # -- the end
 
     def shutdown(self) -> None:
-        """Refuse new work, let answers finish (`shutdown_timeout`), stop the processes, return.
+        """Reject new work, let answers finish (`shutdown_timeout`), stop the processes, return.
 
-        It returns in bounded time, even where the system cannot end a process.
+        This returns in bounded time, even if the system cannot end a process.
         """
         self._decide(lambda core, now: core.on_shutdown(now))
         limits = self.limits
@@ -242,22 +242,22 @@ class Controller:
                 thread.join(SHUTDOWN_MARGIN_SECONDS)
 
     def force_stop(self) -> None:
-        """End the wait for answers in flight: somebody asked twice for the stop."""
+        """End the wait for answers in flight, because the stop was requested twice."""
         self._decide(lambda core, now: core.on_force_stop(now))
 
-    # -- what others may know
+    # -- queries
 
     def current(self) -> ModelSpec | None:
-        """Return what is loaded and answers; without the lock, as it is asked at each request."""
+        """Return the main slot's model, if it answers; without the lock: every request asks."""
         slot = self._core.main_slot()
         return slot.spec if slot.answers else None
 
     def residents(self) -> tuple[ModelSpec, ...]:
-        """Return what is loaded and answers; without the lock, as it is asked at each request."""
+        """Return all models that answer; without the lock, because every request asks."""
         return tuple(slot.spec for slot in self._core.slots if slot.answers and slot.spec)
 
     def has(self, feature: str) -> bool:
-        """Return whether all backends that answer have armed a feature."""
+        """Return whether every backend that answers has a feature enabled."""
         answering = [slot.process for slot in self._core.slots if slot.answers and slot.process]
         return bool(answering) and all(process.has(feature) for process in answering)
 
@@ -267,7 +267,7 @@ class Controller:
             return self._core.is_untouched()
 
     def memory(self) -> dict[int, int]:
-        """Return the bytes that each slot's process holds, and would give back."""
+        """Return the bytes that each slot's process holds, and that its exit would free."""
         return {slot: backend.memory() or 0 for slot, backend in self._processes().items()}
 
     def describe(self) -> Snapshot:
@@ -282,7 +282,7 @@ class Controller:
 
     def _measure(self) -> Measured | None:
         """Return the bytes for all models together, and those that each slot's process holds; None
-        where there are no bounds."""
+        if there is no bound."""
         if self._available is None:
             return None
         held = self.memory()
@@ -295,10 +295,10 @@ class Controller:
         event: Callable[[Scheduler, Moment], list[Effect] | None],
         measured: Measured | None = None,
     ) -> bool:
-        """Let the core decide about an event, and act; return False if the event was put off.
+        """Let the core decide about an event, and act; return False if the event was postponed.
 
         Raises:
-            ProxyError: the core refuses it.
+            ProxyError: the core rejects the event.
         """
         effects: list[Effect] = []
         try:
@@ -317,7 +317,7 @@ class Controller:
         return decided is not None
 
     def _note(self, effects: list[Effect]) -> None:
-        """Do what must be in one step with the decision: a few assignments, no more."""
+        """Do what must be atomic with the decision: a few assignments, no more."""
         for effect in effects:
             if isinstance(effect, Grant):
                 _lease(effect).backend = effect.process
@@ -354,8 +354,8 @@ class Controller:
         self._tell()
 
     def _tell(self) -> None:
-        """Tell subscribers and the log what is in the outbox, in its order; whoever comes while
-        another thread does it leaves it to that one."""
+        """Deliver the outbox to the subscribers and the log, in order. A thread that arrives while
+        another one delivers leaves it to that one."""
         while self._outbox and self._telling.acquire(blocking=False):
             try:
                 while self._outbox:
@@ -376,10 +376,10 @@ class Controller:
         self._outbox.append(Emit(event))
         self._tell()
 
-    # -- the ends of processes
+    # -- exits of processes
 
     def notice_exits(self) -> None:
-        """Tell the core of the processes that have ended, whoever has seen it."""
+        """Report the processes that have exited to the core, whichever thread noticed."""
         self._decide(lambda core, now: [])
 
     def _exits(self, now: Moment) -> list[Effect]:
@@ -411,7 +411,7 @@ class Controller:
         self._jobs[effect.slot].put(lambda: self._stop(effect.slot, effect.process))
 
     def _start(self, slot: int, spec: ModelSpec, cancelled: threading.Event) -> None:
-        """Start a backend and wait until it has answered; tell the core how it ended."""
+        """Start a backend and wait until it has answered; report the outcome to the core."""
         began = time.monotonic()
         backend: Process | None = None
         error: ProxyError | None = None
@@ -425,7 +425,7 @@ class Controller:
             backend.wait_ready(cancelled, lambda phase: self._on_phase(slot, Phase(phase)))
             seconds = time.monotonic() - began
             self._decide(lambda core, now: core.on_started(slot, launched, seconds, now))
-            self.notice_exits()  # between its first answer and now
+            self.notice_exits()  # it may have exited since its first answer
             return
         except ProxyError as failure:
             error = failure
@@ -492,7 +492,7 @@ class Controller:
                 self._decide(lambda core, now: core.on_tick(now))
             except Exception:
                 log.exception("a deadline failed unexpectedly")
-                time.sleep(1.0)  # it is still due: not at full speed
+                time.sleep(1.0)  # the deadline is still due: do not spin
 
     def _watch_memory(self) -> None:
         while not self._closed.wait(WATCH_SECONDS):

@@ -1,4 +1,4 @@
-"""What was loaded last, and how long each model took, kept across starts of the proxy."""
+"""The last load and each model's load time, kept across restarts of the proxy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlxproxy.files import note, read_record
 from mlxproxy.settings import seconds
 
 KEPT = 200
-FLAGS = ("force", "pin")  # of a load, kept where they are set
+FLAGS = ("force", "pin")  # of a load, stored only if they are set
 
 
 class History:
@@ -25,20 +25,20 @@ class History:
         self._last = _last(stored.get("last"))
 
     def seconds(self, spec: ModelSpec) -> float | None:
-        """How long the model took to load the last time, in seconds."""
+        """Return how long the model's last load took, in seconds; None if that is not known."""
         return self._seconds.get(spec.path)
 
     def last(self) -> dict[str, Any] | None:
-        """The model path and options that `PRELOAD=last` brings back."""
+        """Return the model path and options that `PRELOAD=last` restores."""
         return self._last
 
     @property
     def is_empty(self) -> bool:
-        """Whether no load has ever ended well."""
+        """Whether no load has ever succeeded."""
         return not self._seconds and self._last is None
 
     def loaded(self, spec: ModelSpec, seconds: float) -> None:
-        """The load succeeded after so many seconds."""
+        """Record that the load succeeded, and how many seconds it took."""
         with self._lock:
             self._seconds.pop(spec.path, None)
             self._seconds[spec.path] = round(seconds, 2)
@@ -53,7 +53,7 @@ class History:
             self._store()
 
     def unloaded(self, path: str | None = None) -> None:
-        """Somebody asked for that model, or any (None), not to be loaded."""
+        """Record that a client unloaded this model, or all of them (None)."""
         with self._lock:
             if path is None or (self._last is not None and self._last["model_id"] == path):
                 self._last = None
@@ -64,13 +64,13 @@ class History:
 
 
 def _seconds(stored: object) -> dict[str, float]:
-    """Return what is a duration of that which was stored."""
+    """Return the valid durations among the stored values."""
     found = stored if isinstance(stored, dict) else {}
     return {path: value for path, it in found.items() if (value := _duration(it)) is not None}
 
 
 def _last(stored: object) -> dict[str, Any] | None:
-    """Return the load that was stored, None if it is none."""
+    """Return the stored load; None if it is not a valid one."""
     if not isinstance(stored, dict) or not isinstance(stored.get("model_id"), str):
         return None
     return {
@@ -82,7 +82,7 @@ def _last(stored: object) -> dict[str, Any] | None:
 
 
 def _duration(stored: object) -> float | None:
-    """Return seconds, None if they are none: JSON's numbers may be NaN, negative or endless."""
+    """Return the stored seconds; None if invalid: JSON numbers may be NaN, negative or infinite."""
     try:
         return seconds(stored)
     except ValueError:

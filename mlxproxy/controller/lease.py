@@ -1,4 +1,4 @@
-"""What a waiting thread holds: a request's place, and a claim on a load or unload.
+"""The objects that waiting threads hold: a request's lease, and a claim on a load or unload.
 
 Both are the core's own objects (`state.Request`, `state.Claim`) with an event to wait on and, for a
 request, the connection to its backend.
@@ -19,12 +19,13 @@ from mlxproxy.errors import ProxyError
 if TYPE_CHECKING:
     from mlxproxy.controller.controller import Controller
 
-# What was sent to the backend cannot be called back: until it has let go of it, but no longer.
+# A request that was sent to the backend cannot be recalled: its place stays taken until the backend
+# has released it, but at most this long.
 RELEASE_SECONDS = 30.0
 
 
 class Claim(state.Claim):
-    """What one client wants of a load or an unload, and how it ended."""
+    """One client's interest in a load or an unload, and the outcome."""
 
     def __init__(self, client: str = "", waits: bool = True) -> None:
         super().__init__(client, waits)
@@ -37,10 +38,10 @@ class Claim(state.Claim):
         return self.operation is None or self.operation.changed
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, at most `timeout` seconds; return whether it has come.
+        """Wait for the end, for at most `timeout` seconds; return whether it has come.
 
         Raises:
-            ProxyError: the load failed, or is not waited for any longer.
+            ProxyError: the load failed, or the claim was dropped.
         """
         if not self.done.wait(timeout):
             return False
@@ -49,7 +50,7 @@ class Claim(state.Claim):
         return True
 
     def end(self, error: ProxyError | None) -> None:
-        """Wake whoever waits. Only the first call counts."""
+        """Wake the waiting threads. Only the first call counts."""
         if not self.done.is_set():
             self.error = error
             self.done.set()
@@ -77,12 +78,12 @@ class Lease(state.Request):
 
     @property
     def spec(self) -> ModelSpec:
-        """What answers this request; there once :meth:`wait` has returned True."""
+        """The model that answers this request; set once :meth:`wait` has returned True."""
         assert self.backend is not None
         return self.backend.spec
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the place, at most `timeout` seconds; return whether it has been granted.
+        """Wait for the place, for at most `timeout` seconds; return whether it has been granted.
 
         Raises:
             ProxyError: it will not be granted (the load failed, shutdown, nothing loaded).
@@ -94,10 +95,10 @@ class Lease(state.Request):
         return True
 
     def attach(self, connection: BackendConnection) -> None:
-        """Take over the connection to the backend: whoever ends the lease ends it, too.
+        """Take over the connection to the backend: ending the lease then ends the connection, too.
 
         Raises:
-            ProxyError: the lease has been ended; the connection is closed.
+            ProxyError: the lease has already been ended; the connection is closed.
         """
         with self._lock:
             if self.error is None:  # or else `end` comes later, and finds the connection
@@ -107,22 +108,22 @@ class Lease(state.Request):
         raise self.error
 
     def fault(self, seen: ProxyError) -> ProxyError:
-        """Return why an answer ended early: what the lease was ended for, else what was seen."""
+        """Return why an answer ended early: the lease's own error, else the one that was seen."""
         backend = self.backend
         if self.error is None and backend is not None and backend.check():
-            self._controller.notice_exits()  # not told yet by the thread that saw it
+            self._controller.notice_exits()  # the thread that saw it has not reported it yet
         return self.error or seen
 
     def waiting_for(self) -> str:
-        """Return what a request that has no place waits for, and since when, in words."""
+        """Describe what a request without a place is waiting for, and for how long."""
         return self._controller.waiting_for(self)
 
     def release(self, finished: bool = True) -> None:
         """Give the place back, or leave the queue. May be called any number of times.
 
         Args:
-            finished: whether the backend has sent all of its answer. Otherwise the place is taken
-                until the backend has let go of the request: it may be in the middle of a step.
+            finished: whether the backend has sent its whole answer. Otherwise the place stays
+                taken until the backend has released the request: it may be in the middle of a step.
         """
         self.disconnect.on_leave(None)
         connection, backend = self._connection, self.backend
@@ -136,15 +137,15 @@ class Lease(state.Request):
         if connection is not None:
             connection.close()
 
-    # -- by the controller, which has decided it under its lock
+    # -- called by the controller, which has decided under its lock
 
     def grant(self) -> None:
-        """Wake whoever waits for the place."""
+        """Wake the thread that waits for the place."""
         self.granted = time.monotonic()
         self._decided.set()
 
     def end(self) -> None:
-        """Wake whoever waits, and end the connection: the error is set already."""
+        """Wake the waiting thread, and end the connection; the error is already set."""
         self._decided.set()
         with self._lock:
             connection = self._connection

@@ -1,24 +1,24 @@
-"""The core: what is loaded, who is answered, what is to be done about it.
+"""The core: decides what is loaded, which requests are granted, and which effects follow.
 
-Each `on_…` method takes an event and its moment, changes the state, and returns what is to be done,
-in order. Nothing here waits, starts, sends, logs or looks at a clock, so every decision sees a
-whole state. The core is not thread-safe: `controller.py` holds its lock around each call, and
-performs the effects when it has let go of it.
+Each `on_…` method takes an event and its moment, changes the state, and returns the effects to
+perform, in order. Nothing here waits, starts, sends, logs or reads a clock, so every decision sees
+a consistent state. The core is not thread-safe: `controller.py` holds its lock around each call,
+and performs the effects after it has released the lock.
 
-Loads are carried out in the order in which they were asked for; those that compete neither for a
-slot nor for memory go on side by side. What bounds the wait behind them:
+Loads are carried out in the order in which they were requested; loads that compete neither for a
+slot nor for memory run in parallel. These rules bound the wait behind them:
 
-- A client may wait for MAX_LOADS loads at a time, and of those that it does not wait for
+- A client may wait for MAX_LOADS loads at a time, and of the loads that it does not wait for
   (`"wait": false`) only the last counts.
 - A load that nobody wants any more (its clients have left, or asked for another) is withdrawn, as
-  long as no answer was cut and nothing was stopped for it. The old model answers on.
-- Where two models do not fit together and requests name both, they take turns. While the one that
-  is loaded is in use, requests for it are answered together, and those for the other wait until its
-  turn is over (`policy.turn_ends`). Then it is drained, whoever still asks.
-- When a load has ended, the requests that wait and that the loaded model may answer get the free
-  places, once, before the next load drains it. So a request waits for the load that is under way,
-  and behind its own queue, but not for all the loads behind that one; and a load waits for the
-  answers of one such turn at most.
+  long as no answer was aborted and nothing was stopped for it. The old model keeps answering.
+- If two models do not fit together and requests name both, they take turns. While the loaded one
+  is in use, requests for it are answered together, and those for the other wait until its turn is
+  over (`policy.turn_ends`). Then it is drained, even if requests for it keep coming.
+- When a load has ended, the waiting requests that the loaded model may answer get the free places,
+  once, before the next load drains it. So a request waits for the load in progress and for its
+  place in the queue, but not for all the loads behind that one; and a load waits for the answers of
+  one such turn at most.
 """
 
 from __future__ import annotations
@@ -84,24 +84,24 @@ NOTHING_LOADED_ADVICE = (
 MAX_LOADS = 4  # that one client may wait for at a time
 LEAST_ROOM = 8  # requests that may wait for loads at least, and for unloads at most
 
-NAMES_KEPT = 64  # of the models that loads have named
+NAMES_KEPT = 64  # paths of models that loads have named
 
 INFO, WARNING, ERROR = 20, 30, 40  # the levels of `logging`
 
 
 class Scheduler:
-    """Decides about slots, operations and requests.
+    """The decisions about slots, operations and requests.
 
     Args:
-        limits: how long and how many.
-        slots: how many processes there may be.
+        limits: the timeouts and counts.
+        slots: the number of processes that may run.
 
     Attributes:
         budget: bytes for all models together; see :meth:`on_memory`.
-        named: the paths that loads have named, the latest with the greatest number: what answers a
-            request without a name (:meth:`main_slot`).
-        exits: when the processes of each path ended by themselves, in monotonic seconds. What has
-            ended too often stays down until a load is asked for.
+        named: the paths that loads have named, the latest with the greatest number. It decides
+            which model answers a request without a name (:meth:`main_slot`).
+        exits: when the processes of each path crashed, in monotonic seconds. A model that has
+            crashed too often stays down until a load is requested.
     """
 
     def __init__(self, limits: Limits, slots: int = 1, unix: float = 0.0) -> None:
@@ -124,16 +124,16 @@ class Scheduler:
     # -- events: requests
 
     def needs_target(self) -> bool:
-        """Return whether a request's model matters to what is decided about it now."""
+        """Return whether the model that a request names matters to the decision about it now."""
         settled = not self.operations and any(slot.may_grant for slot in self.slots)
         several = sum(slot.is_occupied for slot in self.slots) > 1
         return self.limits.swap_on_request or several or not settled
 
     def on_request(self, request: Request, now: Moment) -> list[Effect]:
-        """Queue a request, and grant it if its model is there and a place is free.
+        """Queue a request, and grant it if its model is loaded and a place is free.
 
         Raises:
-            ShuttingDown: the proxy is about to end.
+            ShuttingDown: the proxy is shutting down.
         """
         self._refuse_if_closing()
         request.turn = next(self._turns)
@@ -146,7 +146,7 @@ class Scheduler:
         return self._decided()
 
     def on_released(self, request: Request, now: Moment) -> list[Effect]:
-        """Give a request's place back, or take it out of the queue."""
+        """Give a request's place back, or remove the request from the queue."""
         slot = self._slot_of(request)
         if slot is not None:
             slot.requests.remove(request)
@@ -159,8 +159,8 @@ class Scheduler:
         return self._decided()
 
     def on_disconnected(self, request: Request, now: Moment) -> list[Effect]:
-        """The client is gone: out of the queue, or its answer is ended. A granted request keeps its
-        place until it is released."""
+        """Remove a disconnected client's request from the queue, or abort its answer. A granted
+        request keeps its place until it is released."""
         error = BackendFailed("The client disconnected.")
         if request in self.queue:
             self._leave_queue(request, now)
@@ -176,7 +176,7 @@ class Scheduler:
         """Load a model, or join an equal load.
 
         Raises:
-            ShuttingDown: the proxy is about to end.
+            ShuttingDown: the proxy is shutting down.
             TooManyRequests: the client waits for too many loads, or too many clients wait.
             InsufficientMemory: the model cannot fit, whatever is stopped for it.
         """
@@ -186,7 +186,7 @@ class Scheduler:
         if not joins and (error := self._misfit(spec)) is not None:
             raise error
         self._admit(claim, joins)
-        operation = self._equal(spec, now)  # not before: what it joins may have been given up
+        operation = self._equal(spec, now)  # `_admit` may have ended what it joins
         self.asked = True
         self.exits.clear()
         if operation is None:
@@ -195,7 +195,7 @@ class Scheduler:
             loaded.ttl, loaded.pinned = spec.ttl, spec.pin
         else:
             operation.cause = Cause.ASKED
-            operation.spec = spec  # equal, but for the ttl and the pin
+            operation.spec = spec  # equal except for the ttl and the pin
         self._name(spec)
         if not claim.waits:
             self._supersede(claim.client)
@@ -207,12 +207,12 @@ class Scheduler:
         """Unload a model; cancel the loads of it.
 
         Args:
-            path: the model's. None: what answers requests without a name, or is about to; with one
-                slot, whatever is loaded, and all loads.
+            path: the model's. None: the model that answers requests without a name, or is about to;
+                with one slot, whatever is loaded, and all loads.
 
         Raises:
-            ShuttingDown: the proxy is about to end.
-            TooManyRequests: too many wait for an unload.
+            ShuttingDown: the proxy is shutting down.
+            TooManyRequests: too many clients wait for an unload.
         """
         self._refuse_if_closing()
         claim.since = now.monotonic
@@ -241,7 +241,7 @@ class Scheduler:
         return self._decided()
 
     def _unload(self, path: str | None, cancelled: bool, now: Moment) -> Operation:
-        """Return the unload of a model, the one that is under way if there is one."""
+        """Return the unload of a model: the one in progress, if there is one."""
         for item in reversed(self.operations):
             if item.spec is None and item.path in (None, path):
                 item.cause = Cause.ASKED
@@ -261,7 +261,7 @@ class Scheduler:
         return operation
 
     def _place_of(self, path: str) -> int | None:
-        """Return the slot that a model has, or that a load of it is about to get."""
+        """Return the slot that holds a model, or that a load of it is about to fill."""
         for slot in self.slots:
             if slot.spec is not None and slot.spec.path == path:
                 return slot.id
@@ -269,7 +269,7 @@ class Scheduler:
         return next((item.slot for item in coming if item.slot is not None), None)
 
     def _unnamed_path(self) -> str | None:
-        """Return what answers requests without a name, or is about to."""
+        """Return the path of the model that answers requests without a name, or is about to."""
         coming = [item.spec.path for item in self.operations if item.spec and not item.cancelled]
         present = [slot.spec.path for slot in self.slots if slot.spec is not None]
         if asked := [path for path in present + coming if path in self.named]:
@@ -278,7 +278,7 @@ class Scheduler:
         return main.path if main is not None else next(iter(coming), None)
 
     def on_leave(self, claim: Claim, now: Moment) -> list[Effect]:
-        """The client of a claim is gone. May be called any number of times."""
+        """Drop a claim whose client has left. May be called any number of times."""
         self._drop(claim, LoadCancelled("The client disconnected."))
         self._settle(now)
         return self._decided()
@@ -286,7 +286,7 @@ class Scheduler:
     # -- events: processes
 
     def on_launched(self, slot_id: int, process: Process) -> list[Effect]:
-        """A slot's process is about to start."""
+        """Record the process that is about to start in a slot."""
         slot = self.slots[slot_id]
         assert slot.state is SlotState.LOADING
         slot.process = process
@@ -295,7 +295,7 @@ class Scheduler:
         return []
 
     def on_phase(self, slot_id: int, phase: Phase) -> list[Effect]:
-        """A start has come so far."""
+        """Record the phase that a start has reached."""
         operation = self.slots[slot_id].operation
         if operation is not None and operation.slot == slot_id and not operation.is_over:
             operation.phase = phase
@@ -304,7 +304,7 @@ class Scheduler:
     def on_started(
         self, slot_id: int, process: Process, seconds: float, now: Moment
     ) -> list[Effect]:
-        """A slot's process has answered a first chat, so many seconds after its start."""
+        """Mark a slot as ready: its process answered a first chat, `seconds` after its start."""
         slot = self.slots[slot_id]
         operation = slot.operation
         assert slot.state is SlotState.LOADING
@@ -312,7 +312,7 @@ class Scheduler:
         assert operation.spec
         slot.process, slot.spec = process, process.spec
         slot.operation = None
-        slot.ttl, slot.pinned = operation.spec.ttl, operation.spec.pin  # of the last that joined
+        slot.ttl, slot.pinned = operation.spec.ttl, operation.spec.pin  # the last that joined
         slot.ready_at, slot.load_seconds = now.monotonic, seconds
         slot.loaded_at = now.unix
         slot.last_use = now.monotonic
@@ -329,7 +329,7 @@ class Scheduler:
         return self._decided()
 
     def on_failed(self, slot_id: int, error: ProxyError, now: Moment) -> list[Effect]:
-        """A start has failed or was given up; nothing of it is left."""
+        """Empty a slot whose start has failed or was cancelled; its process is gone."""
         slot = self.slots[slot_id]
         operation = slot.operation
         assert slot.state is SlotState.LOADING
@@ -355,11 +355,11 @@ class Scheduler:
         return self._decided()
 
     def on_stopped(self, slot_id: int, now: Moment) -> list[Effect]:
-        """A slot's process has been stopped and reaped."""
+        """Go on with the operation that stopped a slot's process, now that it has been reaped."""
         slot = self.slots[slot_id]
         assert slot.state is SlotState.STOPPING
         assert slot.operation is not None
-        # Who still writes to a slow client has no process any more.
+        # A request that still writes to a slow client has no process any more.
         slot.requests.clear()
         self._forget_process(slot)
         if slot.operation.slot != slot_id or slot.operation.cancelled is not None:
@@ -370,13 +370,13 @@ class Scheduler:
     def on_exited(
         self, slot_id: int, reason: str, now: Moment, hung: bool = False, log: Sequence[str] = ()
     ) -> list[Effect]:
-        """A process that was ready has ended by itself, or can no longer generate.
+        """Handle the crash of a ready process: it has exited, or can no longer generate.
 
-        Whoever sees it may tell: only the first time counts. A start sees its own end.
+        Any thread may report it: only the first report counts. A start notices its own failure.
 
         Args:
-            hung: whether it was taken for dead because it sent nothing.
-            log: its last words.
+            hung: whether it was declared dead because it sent nothing.
+            log: the last lines of its log.
         """
         slot = self.slots[slot_id]
         spec = slot.spec
@@ -407,10 +407,11 @@ class Scheduler:
     # -- events: time, memory, the end
 
     def on_memory(self, budget: int, held: Mapping[int, int] | None = None) -> None:
-        """So many bytes are there for all models together.
+        """Record the memory budget, and what the processes hold.
 
         Args:
-            held: bytes that the process of each slot was just seen to hold.
+            budget: bytes for all models together.
+            held: bytes that the process of each slot held at the last measurement.
         """
         self.budget = budget
         for slot_id, memory in (held or {}).items():
@@ -418,12 +419,12 @@ class Scheduler:
                 self.slots[slot_id].memory = memory
 
     def on_pressure(self, why: str | None, now: Moment) -> list[Effect]:
-        """Unload the longest unused idle model if memory runs out and several may be loaded.
+        """Unload the model that has been idle longest if memory runs out and several may be loaded.
 
-        With one slot its model stays: whoever streams from the backend's own port relies on it.
+        With one slot its model stays: clients of the backend's own port rely on it.
 
         Args:
-            why: what the system says; None while it says nothing.
+            why: the shortage that the system reports; None if it reports none.
         """
         held = sum(slot.memory for slot in self.slots)
         if why is None and held > self.budget:
@@ -445,12 +446,12 @@ class Scheduler:
         return self._decided()
 
     def on_tick(self, now: Moment) -> list[Effect]:
-        """Time has passed: decide what was waiting for it."""
+        """Take the decisions that were waiting for a deadline."""
         self._settle(now)
         return self._decided()
 
     def on_shutdown(self, now: Moment) -> list[Effect]:
-        """Refuse new work, let answers finish for `shutdown_timeout`, empty all slots."""
+        """Reject new work, let answers finish for `shutdown_timeout`, empty all slots."""
         if not self.closing:
             self.closing = True
             error = ShuttingDown("mlxproxy is stopping. Try again once it has restarted.")
@@ -470,13 +471,13 @@ class Scheduler:
         return self._decided()
 
     def on_force_stop(self, now: Moment) -> list[Effect]:
-        """Wait for no answers any more: somebody asked twice for the stop."""
+        """Stop waiting for answers, because the stop was requested twice."""
         self.forced = True
         self._settle(now)
         return self._decided()
 
     def next_deadline(self) -> float | None:
-        """Return when :meth:`on_tick` is next needed, in monotonic seconds; None: never so far."""
+        """Return when :meth:`on_tick` is needed next, in monotonic seconds; None: not for now."""
         waits = [
             operation.deadline
             for operation in self.operations
@@ -485,7 +486,7 @@ class Scheduler:
         ends = (*map(self._idle_deadline, self.slots), self._turn_ends)
         return min((*waits, *(moment for moment in ends if moment is not None)), default=None)
 
-    # -- questions
+    # -- queries
 
     def snapshot(self, now: Moment) -> Snapshot:
         """Return the whole state."""
@@ -504,8 +505,9 @@ class Scheduler:
         )
 
     def main_slot(self) -> Slot:
-        """Return the slot whose model answers requests without a name: what a load has named last,
-        if it is there, else the last used; of the ready, else of those that are at work."""
+        """Return the slot whose model answers requests without a name: the model that a load named
+        last, else the one used last. Ready slots come first, then those that still answer, then
+        those that are not empty."""
         granting = [slot for slot in self.slots if slot.may_grant]
         answering = granting or [slot for slot in self.slots if slot.answers]
         busy = answering or [slot for slot in self.slots if slot.state is not SlotState.EMPTY]
@@ -520,7 +522,7 @@ class Scheduler:
         return self.queue.index(request) + 1 if request in self.queue else 0
 
     def awaited(self, request: Request) -> Operation | None:
-        """Return the operation that a request in the queue waits for, if it waits for one."""
+        """Return the operation that a queued request waits for, if it waits for one."""
         loads = (item for item in self.operations if item.spec)
         own = next((item for item in loads if item.spec and self._suits(request, item.spec)), None)
         first = self.operations[0] if self.operations and len(self.slots) == 1 else None
@@ -534,7 +536,7 @@ class Scheduler:
     def _slot_snapshot(self, slot: Slot, now: Moment) -> SlotSnapshot:
         shown = slot.answers
         deadline = self._idle_deadline(slot)
-        # A process that has not answered yet, or has been stopped, is none that anybody may use.
+        # Nobody may use a process that has not answered yet, or has been stopped.
         process = slot.process if slot.state is not SlotState.LOADING else None
         return SlotSnapshot(
             slot.id,
@@ -554,7 +556,7 @@ class Scheduler:
             None if deadline is None else max(0.0, deadline - now.monotonic),
         )
 
-    # -- decisions: until nothing is left to decide
+    # -- decisions, repeated until nothing is left to decide
 
     def _decided(self) -> list[Effect]:
         effects, self._effects = self._effects, []
@@ -566,7 +568,7 @@ class Scheduler:
             self._turn_ends = None
 
     def _step(self, now: Moment) -> bool:
-        """Take the first of the steps that is due; return whether one was."""
+        """Take the first step that is due; return whether there was one."""
         return (
             self._withdraw(now)
             or any(self._advance(item, now) for item in self.operations if item.is_placed)
@@ -575,7 +577,7 @@ class Scheduler:
         )
 
     def _take_next(self, now: Moment) -> bool:
-        """Begin the next operation; before a load, whoever waits has a turn."""
+        """Begin the next operation; before a load, grant free places to the waiting requests."""
         waiting = next((item for item in self.operations if not item.is_placed), None)
         if waiting is not None and waiting.spec is None:
             if self._place_unload(waiting, now):
@@ -591,7 +593,7 @@ class Scheduler:
         return not self.closing and self._load_for_requests(now)
 
     def _grant(self, slot: Slot, now: Moment) -> bool:
-        """Grant the slot's free places, a fair share to each client; return whether any was."""
+        """Grant the slot's free places fairly among clients; return whether any was granted."""
         assert slot.process is not None
         assert slot.spec is not None
         held = Counter(request.client for request in slot.requests)
@@ -600,7 +602,7 @@ class Scheduler:
         while waiting and len(slot.requests) < self.limits.max_concurrent:
             request = policy.next_in_turn(waiting, held)
             if held[request.client] >= policy.most_places(self.limits.max_concurrent):
-                break  # and so does each other client that waits
+                break  # every other waiting client holds at least as many
             waiting.remove(request)
             if not policy.may_go(request, slot.requests):
                 if policy.has_waited_enough(request, now.monotonic):
@@ -615,10 +617,10 @@ class Scheduler:
         return len(slot.requests) > before
 
     def _load_for_requests(self, now: Moment) -> bool:
-        """Load what the first request needs that no slot serves or will serve.
+        """Load the model for the first request that no slot serves or will serve.
 
-        While that one waits for its turn, a later one may go before it, if nothing is evicted for
-        it and if it takes nothing of what the first one needs.
+        While that load waits for the turn of a model in use to end, a load for a later request may
+        go first, if it evicts nothing and takes nothing that the first one needs.
         """
         if any(not item.is_placed for item in self.operations):
             return False
@@ -629,7 +631,7 @@ class Scheduler:
             wanted = self._wanted(request)
             if wanted is None:
                 if self.operations:
-                    continue  # what is on its way decides it
+                    continue  # the operations in progress decide it
                 self.queue.remove(request)
                 self._reject(request, self._not_loaded(request))
                 return True
@@ -653,11 +655,11 @@ class Scheduler:
         return False
 
     def _turn_of(self, placement: policy.Placement) -> float:
-        """Return until when requests let the models be that would be evicted."""
+        """Return when the turns of the models to evict are over, in monotonic seconds."""
         return max((policy.turn_ends(slot) for slot in self._slots(placement.victims)), default=0.0)
 
     def _fits_beside(self, spec: ModelSpec, first: Operation, placement: policy.Placement) -> bool:
-        """Whether a load would fit if that one had taken its place, too."""
+        """Return whether a load would still fit once the first one has taken its place."""
         taken = {placement.slot, *placement.victims}
         rest = [slot for slot in self.slots if slot.id not in taken]
         reserved = [*self._reserved(), first]
@@ -665,13 +667,13 @@ class Scheduler:
         return beside is not None and not beside.victims
 
     def _present_or_coming(self) -> list[ModelSpec]:
-        """What answers requests now, or will without another operation."""
+        """Return the models that answer requests now, or will without another operation."""
         present = [slot.spec for slot in self.slots if slot.spec is not None and slot.may_grant]
         coming = [item.spec for item in self.operations if item.spec and not item.cancelled]
         return present + coming
 
     def _wanted(self, request: Request) -> ModelSpec | None:
-        """What to load for a request that no slot serves: as it was, where it is the same."""
+        """Return the load for a request that no slot serves: the former one, if it still suits."""
         former = sorted(
             (slot for slot in self.slots if slot.restore is not None),
             key=lambda slot: -slot.last_use,
@@ -684,11 +686,11 @@ class Scheduler:
         return wanted
 
     def _place_load(self, operation: Operation, now: Moment) -> bool:
-        """Begin a load if its slot is there; end it where that is not needed or not possible."""
+        """Begin a load if a slot is available; end it if it is not needed or not possible."""
         spec = operation.spec
         assert spec is not None
         if (slot := self._loaded_in(spec)) is not None:
-            operation.changed = False  # what was between has been withdrawn
+            operation.changed = False  # the operations in between have been withdrawn
             slot.ttl, slot.pinned = spec.ttl, spec.pin
             self._finish(operation, None, now)
         elif (equal := self._on_its_way(spec)) is not None:
@@ -703,16 +705,16 @@ class Scheduler:
         return True
 
     def _placement(self, spec: ModelSpec) -> policy.Placement | None:
-        """Return where a load goes now."""
+        """Return where a load goes now; None while it has to wait."""
         placement = policy.place(
             spec, self.slots, self._reserved(), self.budget, self.limits.max_loaded
         )
-        # What an unload gives back may do: nobody else is evicted before that is known.
+        # An unload in progress may free enough: evict nothing else before that is known.
         leaving = any(item.is_placed and item.spec is None for item in self.operations)
         return None if placement is not None and placement.victims and leaving else placement
 
     def _reserved(self) -> list[Operation]:
-        """Return the loads that have their slots and have not started yet."""
+        """Return the loads that have been given their slots but have not started yet."""
         return [
             item
             for item in self.operations
@@ -732,7 +734,7 @@ class Scheduler:
         return True
 
     def _begin(self, operation: Operation, placement: policy.Placement, now: Moment) -> None:
-        """Give the operation its slots: nothing is granted on them any more."""
+        """Give the operation its slots, on which nothing is granted any more."""
         limit = self._drain_limit(operation)
         operation.deadline = now.monotonic + limit
         operation.victims = placement.victims
@@ -752,7 +754,7 @@ class Scheduler:
         )
 
     def _advance(self, operation: Operation, now: Moment) -> bool:
-        """Take an operation that has its slots one step further; return whether it went."""
+        """Advance an operation that has its slots by one step; return whether it advanced."""
         if operation.phase is Phase.DRAINING:
             waits = any(self._is_waited_for(slot, operation) for slot in self._victims(operation))
             if waits and not self.forced and now.monotonic < operation.deadline:
@@ -779,7 +781,7 @@ class Scheduler:
         return True
 
     def _cut(self, operation: Operation, now: Moment) -> None:
-        """End the answers that are still in flight: too late to withdraw it."""
+        """Abort the answers still in flight; the operation can no longer be withdrawn."""
         operation.phase = Phase.STOPPING
         operation.deadline = now.monotonic + self.limits.ended_grace
         error = self._ending_for(operation)
@@ -797,11 +799,11 @@ class Scheduler:
             )
 
     def _emptied(self, operation: Operation, now: Moment) -> None:
-        """Start the load, or end the operation, now that all it had to stop is gone."""
+        """Start the load, or end the operation, now that all its victims are gone."""
         if operation.spec is None:
             if operation.cause is Cause.ASKED:
                 for slot in self._about(operation.only):
-                    slot.restore = None  # it may have ended while it drained
+                    slot.restore = None  # set if the process crashed while draining
                 self._effects.append(Forget(operation.path))
             self._finish(operation, None, now)
             if operation.cause is Cause.SHUTDOWN:
@@ -826,7 +828,7 @@ class Scheduler:
         self._effects.append(Start(slot.id, operation.spec))
 
     def _reap_or_idle(self, now: Moment) -> bool:
-        """Empty a slot whose process has ended, or that nobody has used for long enough."""
+        """Begin to empty a slot whose process has exited, or that has been idle for long enough."""
         for slot in self.slots:
             if slot.operation is not None:
                 continue
@@ -852,7 +854,7 @@ class Scheduler:
         if not slot.may_grant or slot.requests or self.queue or self.closing:
             return None
         if any(not item.is_placed for item in self.operations):
-            return None  # which decide about it
+            return None  # those operations decide about the slot
         default = 0.0 if slot.pinned else self.limits.idle_ttl
         return policy.idle_deadline(slot.last_use, slot.ttl, default)
 
@@ -863,7 +865,8 @@ class Scheduler:
         return operation
 
     def _equal(self, spec: ModelSpec, now: Moment) -> Operation | None:
-        """What a load joins: one that nothing will undo, or what is loaded."""
+        """Return the operation that a load joins: a load that nothing will undo, or a finished one
+        if the model is already loaded."""
         for operation in reversed(self.operations):
             if operation.serves(spec) and operation.cancelled is None:
                 return operation
@@ -882,7 +885,7 @@ class Scheduler:
         return next((item for item in placed if item.serves(spec)), None)
 
     def _join(self, operation: Operation, equal: Operation) -> None:
-        """Let a load that has not begun become part of an equal one that has."""
+        """Merge a load that has not begun into an equal one that has."""
         self.operations.remove(operation)
         operation.phase = Phase.DONE
         equal.spec, equal.cause = operation.spec, operation.cause
@@ -903,7 +906,7 @@ class Scheduler:
             self._effects.append(Finish(claim, error))
 
     def _supersede(self, client: str) -> None:
-        """Forget what the client wanted without waiting for it: only its last word counts."""
+        """Drop the client's earlier claims that it does not wait for: only the last one counts."""
         error = LoadCancelled("The same client has asked for another load since.")
         for operation in self.operations:
             for claim in [each for each in operation.claims if not each.waits]:
@@ -912,10 +915,11 @@ class Scheduler:
                     self._effects.append(Finish(claim, error))
 
     def _admit(self, claim: Claim, joins: bool) -> None:
-        """Return if the client may ask for one more load.
+        """Return if the client may request one more load.
 
         Raises:
-            TooManyRequests: it waits for too many, or too many wait and it has the most.
+            TooManyRequests: it waits for too many loads, or too many claims wait and it has the
+                most.
         """
         loads = [item for item in self.operations if item.spec is not None]
         mine = sum(
@@ -932,14 +936,14 @@ class Scheduler:
         self._make_room(claim, claims, max(LEAST_ROOM, self.limits.max_queue))
 
     def _make_room(self, claim: Claim, others: Sequence[Claim], room: int) -> None:
-        """Turn away the newest claim of whoever has the most, if there is one too many.
+        """Reject the newest claim of the client with the most, if there is one too many.
 
         Raises:
-            TooManyRequests: that is the newcomer's.
+            TooManyRequests: that claim is the new one.
         """
         if len(others) < room:
             return
-        # Whoever does not wait has been told that the load goes on.
+        # A client that does not wait already has its answer: the load was accepted.
         waiting = sorted((each for each in others if each.waits), key=lambda each: each.since)
         refused = policy.turned_away([*waiting, claim])
         error = TooManyRequests(
@@ -951,11 +955,11 @@ class Scheduler:
             raise error
         operation = refused.operation
         assert operation is not None
-        operation.claims.remove(refused)  # the newcomer may want the same: not withdrawn here
+        operation.claims.remove(refused)  # not withdrawn here: the new claim may want the same
         self._effects.append(Finish(refused, error))
 
     def _withdraw(self, now: Moment) -> bool:
-        """Cancel a load that nobody wants any more, if nothing was cut or stopped for it."""
+        """Cancel a load that nobody wants any more, if nothing was aborted or stopped for it."""
         for operation in self.operations:
             if operation.may_be_withdrawn() and self._is_needless(operation):
                 self._cancel(
@@ -965,7 +969,7 @@ class Scheduler:
         return False
 
     def _is_needless(self, operation: Operation) -> bool:
-        """Whether it is a load without a claim, and without a request that needs it."""
+        """Return whether it is a load that has no claim and that no request needs."""
         spec = operation.spec
         if spec is None or operation.claims:
             return False
@@ -976,7 +980,7 @@ class Scheduler:
         )
 
     def _before(self, operation: Operation) -> list[ModelSpec]:
-        """What will be loaded when it is the operation's turn, as far as that is known."""
+        """Return what will be loaded when the operation's turn comes, as far as that is known."""
         before = {
             slot.id: slot.spec
             for slot in self.slots
@@ -998,7 +1002,7 @@ class Scheduler:
         return [*before.values(), *coming]
 
     def _cancel(self, operation: Operation, why: ProxyError, now: Moment) -> None:
-        """End a load: at once while nothing was stopped for it, else as soon as it can be."""
+        """Cancel a load: immediately if nothing was stopped for it, else as soon as possible."""
         if operation.may_be_withdrawn():
             for slot in self._victims(operation):
                 slot.operation = None
@@ -1026,13 +1030,13 @@ class Scheduler:
     # -- requests
 
     def _suits(self, request: Request, spec: ModelSpec) -> bool:
-        """Whether a model may answer the request."""
+        """Return whether a model may answer the request."""
         named = request.target if self.limits.swap_on_request else None
         return named is None or named.path == spec.path
 
     def _waiting_for(self, slot: Slot) -> list[Request]:
-        """Return the requests in the queue that a slot may answer: those that name its model, and
-        if it is the main one, those that name none that is there."""
+        """Return the queued requests that a slot may answer: those that name its model and, on the
+        main slot, those that name no model that is ready."""
         spec = slot.spec
         assert spec is not None
         if not self.queue:
@@ -1050,7 +1054,7 @@ class Scheduler:
         ]
 
     def _shed(self) -> None:
-        """The queue is too long by one: the newest of whoever has the most in it has to go."""
+        """Shorten the queue by one: reject the newest request of the client with the most in it."""
         refused = policy.turned_away(self.queue)
         self.queue.remove(refused)
         in_flight = sum(len(slot.requests) for slot in self.slots)
@@ -1068,7 +1072,7 @@ class Scheduler:
                 slot.last_use = now.monotonic
 
     def _reject_waiting(self, spec: ModelSpec, error: ProxyError) -> None:
-        """Reject the requests that only that load could have served."""
+        """Reject the queued requests that only this load could have served."""
         others = [slot.spec for slot in self.slots if slot.may_grant and slot.spec is not None]
         for request in list(self.queue):
             if self._suits(request, spec) and not any(
@@ -1090,7 +1094,7 @@ class Scheduler:
     # -- sentences
 
     def _misfit(self, spec: ModelSpec) -> ProxyError | None:
-        """Why a load cannot fit into memory, with the numbers; None if it can."""
+        """Return why a load cannot fit into memory, with the numbers; None if it can."""
         found = policy.shortage(spec, self.slots, self.budget, self.limits.max_loaded)
         if found is None:
             return None
@@ -1133,7 +1137,7 @@ class Scheduler:
     def _not_loaded(self, request: Request) -> ProxyError:
         if self.failure is not None and any(slot.is_occupied for slot in self.slots):
             wanted = request.target
-            assert wanted is not None  # or the model that is there would answer it
+            assert wanted is not None  # else the loaded model would answer it
             return NoModelLoaded(
                 f"{wanted.model_id} is not loaded, because it has crashed too often. Load it with "
                 "POST /v1/models/load to try again."
@@ -1149,7 +1153,7 @@ class Scheduler:
         self._effects.append(Emit(self.snapshot(now)))
 
     def _vacate(self, slot: Slot, now: Moment) -> None:
-        """Nothing is left in the slot."""
+        """Mark a slot as empty, and forget its process and requests."""
         slot.requests.clear()
         self._forget_process(slot)
         if slot.state is not SlotState.EMPTY:
@@ -1163,12 +1167,12 @@ class Scheduler:
 
     @staticmethod
     def _as_asked(slot: Slot) -> ModelSpec:
-        """Return what is loaded as it was asked for last."""
+        """Return the slot's load with the ttl and pin that were requested last."""
         assert slot.spec is not None
         return replace(slot.spec, ttl=slot.ttl, pin=slot.pinned)
 
     def _name(self, spec: ModelSpec) -> None:
-        """Note that a load has named the model."""
+        """Record that a load has named the model."""
         self.named.pop(spec.path, None)
         self.named[spec.path] = next(self._turns)
         while len(self.named) > NAMES_KEPT:
@@ -1192,7 +1196,7 @@ class Scheduler:
 
     @staticmethod
     def _is_waited_for(slot: Slot, operation: Operation) -> bool:
-        """Whether a slot that is to be emptied still has answers: to end well, as long as its
-        process lives, and then to notice their end."""
+        """Return whether a slot that is to be emptied still has answers to wait for. While it
+        drains, they may finish as long as the process lives; then they have to notice the abort."""
         draining = operation.phase is Phase.DRAINING
         return bool(slot.requests) and slot.answers and not (draining and slot.exited)

@@ -1,9 +1,9 @@
-"""The rules of the core, as functions: whose turn it is, who has to go, what fits, who is evicted.
+"""The rules of the core, as functions: whose turn it is, whom to reject, what fits, what to evict.
 
-Fair share is round-robin among clients. A client's turn is the moment since which it has waited
+Places are shared round-robin among clients. A client's turn is the moment since which it has waited
 without being served, as a number that only grows: the arrival of its request, or the last grant to
-it if that came later. So a client that is served goes behind all who wait at that moment, however
-many requests it has; and nothing need be remembered of a client that has nothing waiting.
+it if that came later. So a client that is served goes behind all that wait at that moment, however
+many requests it has; and nothing needs to be stored about a client that has nothing waiting.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from mlxproxy.backend.memory import Fit
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.state import Operation, Slot
 
-# So many exits within so many seconds, and a slot stays down until a load is asked for.
+# After this many crashes within this many seconds, a model stays down until a load is requested.
 CRASH_LOOP_EXITS, CRASH_LOOP_SECONDS = 3, 300.0
-# A request that must be alone (see guard) lets others overtake it for so long, then has its turn.
+# An exclusive request (see guard) lets others overtake it for this long, then has its turn.
 EXCLUSIVE_PATIENCE_SECONDS = 10.0
-# A model that is in use is not swapped out for a request that names another before its turn is
-# over. A turn lasts so many times as long as the load took, so that swaps take a third of the time
-# at most, but no longer than a minute. A model is in use while it answers and for a moment (as long
-# as its load at most) in which its clients, having read one answer, ask the next.
+# A model in use is not swapped out for a request that names another one before its turn is over. A
+# turn lasts this many times as long as the load took, so that swaps take at most a third of the
+# time, but no longer than a minute. A model is in use while it answers and for a moment afterwards
+# (at most as long as its load), in which a client that has read one answer sends its next request.
 TURN_LOADS, LONGEST_TURN_SECONDS = 2.0, 60.0
 BETWEEN_REQUESTS_SECONDS = 1.0
-# After an unload for want of memory, so long passes before the next one: what the system says of
-# the last ten seconds has to become true first.
+# After an unload because of a memory shortage, this long passes before the next one: the system's
+# figures are averages of the last ten seconds, and have to catch up first.
 RELIEF_PAUSE_SECONDS = 10.0
 
 
@@ -37,8 +37,8 @@ class Waiting(Protocol):
     """A request that waits for a place.
 
     Attributes:
-        client: whose it is.
-        turn: since when that client has waited without being served.
+        client: whose request it is.
+        turn: the moment since which that client has waited without being served.
     """
 
     client: str
@@ -46,13 +46,13 @@ class Waiting(Protocol):
 
 
 class Owned(Protocol):
-    """Anything that waits for a client."""
+    """Anything that waits on behalf of a client."""
 
     client: str
 
 
 class Exclusive(Protocol):
-    """A request that may have to be alone.
+    """A request that may have to be answered alone.
 
     Attributes:
         since: when it came, in monotonic seconds.
@@ -67,8 +67,8 @@ T = TypeVar("T", bound=Owned)
 
 
 def next_in_turn(waiting: Sequence[W], held: Mapping[str, int]) -> W:
-    """Return the request to serve next: of the client that holds the fewest places, and among
-    those of the one that has waited longest; one client's requests stay in their order.
+    """Return the request to serve next: one of the client that holds the fewest places and, among
+    such clients, has waited longest. The requests of one client stay in order.
 
     Args:
         waiting: in the order of their arrival; at least one.
@@ -78,16 +78,16 @@ def next_in_turn(waiting: Sequence[W], held: Mapping[str, int]) -> W:
 
 
 def most_places(max_concurrent: int) -> int:
-    """Return how many places one client may hold: of eight, one is there for other clients' short
-    answers, however long this one's are."""
+    """Return how many places one client may hold: one of every eight is reserved for short answers
+    to other clients, however long this client's are."""
     return max_concurrent - max_concurrent // 8
 
 
 def served(waiting: Sequence[Waiting], client: str, now: int) -> None:
-    """Put a client that has just been served behind all who wait.
+    """Put a client that has just been served behind all that wait.
 
     Args:
-        now: a number greater than every turn given out before.
+        now: a number greater than every turn assigned before.
     """
     for request in waiting:
         if request.client == client:
@@ -95,11 +95,11 @@ def served(waiting: Sequence[Waiting], client: str, now: int) -> None:
 
 
 def turned_away(waiting: Sequence[T]) -> T:
-    """Return who has to go where one too many waits: the newest of the client with the most.
+    """Return whom to reject if one too many waits: the newest of the client with the most.
 
     Args:
-        waiting: in the order of their arrival; the newcomer, who goes if its client is among those
-            with the most, is the last.
+        waiting: in the order of their arrival; the newcomer, which is rejected if its client is
+            among those with the most, is the last.
     """
     counts = Counter(each.client for each in waiting)
     greedy, most = counts.most_common(1)[0]
@@ -108,41 +108,44 @@ def turned_away(waiting: Sequence[T]) -> T:
     return next(each for each in reversed(waiting) if each.client == greedy)
 
 
-# -- an exclusive turn, idleness, crashes
+# -- exclusive requests, idleness, crashes
 
 
 def may_go(request: Exclusive, in_flight: Sequence[Exclusive]) -> bool:
-    """Return whether the request may be answered beside those in flight."""
+    """Return whether the request may be answered alongside those in flight."""
     return not in_flight or not (request.exclusive or any(other.exclusive for other in in_flight))
 
 
 def has_waited_enough(request: Exclusive, now: float) -> bool:
-    """Return whether an exclusive request lets no others overtake it any more."""
+    """Return whether an exclusive request no longer lets others overtake it."""
     return request.exclusive and now - request.since > EXCLUSIVE_PATIENCE_SECONDS
 
 
 def idle_deadline(last_use: float, ttl: float | None, default: float) -> float | None:
-    """Return when a model that nobody uses is to be unloaded; None: never.
+    """Return when an idle model is to be unloaded; None: never.
 
     Args:
-        ttl: seconds, of the load; None: the default. 0 means never.
+        ttl: the load's, in seconds; None: the default. 0 means never.
     """
     seconds = default if ttl is None else ttl
     return last_use + seconds if seconds else None
 
 
 def recent_exits(exits: Sequence[float], now: float) -> list[float]:
-    """Return the exits that still count, the one of this moment among them."""
+    """Return the exits that still count, including one at `now`."""
     return [moment for moment in exits if now - moment < CRASH_LOOP_SECONDS] + [now]
 
 
 def is_crash_loop(exits: Sequence[float]) -> bool:
-    """Return whether a process has ended so often that it is not started again by itself."""
+    """Return whether a process has crashed too often to be restarted automatically."""
     return len(exits) >= CRASH_LOOP_EXITS
 
 
 def turn_ends(slot: Slot) -> float:
-    """Return until when requests for other models let a slot's model be, in monotonic seconds."""
+    """Return when the turn of a slot's model is over, in monotonic seconds.
+
+    Until then, requests for other models do not evict it.
+    """
     end = slot.ready_at + min(TURN_LOADS * slot.load_seconds, LONGEST_TURN_SECONDS)
     if slot.requests:
         return end
@@ -154,7 +157,7 @@ def turn_ends(slot: Slot) -> float:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a load goes, and the slots that are emptied for it."""
+    """The slot that a load goes to, and the slots that are emptied for it."""
 
     slot: int
     victims: tuple[int, ...]
@@ -162,12 +165,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why a load cannot fit, whatever is evicted for it.
+    """The reason why a load cannot fit, whatever is evicted for it.
 
     Attributes:
         fit: the numbers.
-        pinned: the models that are pinned and would have to go.
-        is_full: whether it is not memory that is missing: each place is a pinned model's.
+        pinned: the pinned models that would have to be evicted.
+        is_full: whether places are missing, not memory: pinned models hold all of them.
     """
 
     fit: Fit
@@ -180,7 +183,7 @@ def shortage(
 ) -> Shortage | None:
     """Return why the load cannot fit, whatever is evicted for it; None if it can.
 
-    A load that is forced fits into any memory. A load of a pinned model takes that one's place.
+    A forced load fits into any memory. A load of a pinned model takes that model's place.
     """
     kept = [
         slot for slot in slots if slot.pinned and slot.spec is not None and not _same(slot, spec)
@@ -204,15 +207,15 @@ def place(
     budget: int,
     max_loaded: int,
 ) -> Placement | None:
-    """Return where a load goes now; None while it has to wait for what others do.
+    """Return where a load goes now; None while it has to wait for other operations.
 
-    Evicted are: never a pinned model, never a busy one while an idle one will do, the fewest that
-    suffice, the longest unused first. What another operation empties still counts as there, since
-    that operation may be withdrawn. A model is loaded once: with other options, it takes its own
-    place.
+    Evict never a pinned model, never a busy one if an idle one suffices, as few as possible, and
+    the longest unused first. A slot that another operation empties still counts as occupied, since
+    that operation may be withdrawn. A model is loaded only once: with other options, it takes its
+    own place.
 
     Args:
-        reserved: the loads that have their slots and have not started yet.
+        reserved: the loads that have been given their slots but have not started yet.
         budget: bytes for all models together.
     """
     own = [slot for slot in slots if _same(slot, spec)]
@@ -243,19 +246,19 @@ def place(
         key=lambda victims: (sum(bool(slot.requests) for slot in victims), len(victims)),
         default=None,
     )
-    if best is None and spec.force:  # all that may go goes, once nothing is on its way
+    if best is None and spec.force:  # evict all that may be evicted, once nothing is in progress
         settled = all(slot.operation is None and not slot.exited for slot in slots)
         best = (*own, *candidates) if settled and not reserved else None
     if best is None or not (free or best):
         return None
-    # Its own; of the free ones, one that has nothing else to bring back.
+    # Its own slot; of the free ones, one that has nothing else to restore.
     target = min(own or free or best, key=lambda slot: (slot.restore not in (None, spec), slot.id))
     return Placement(target.id, tuple(slot.id for slot in best))
 
 
 def relief(slots: Sequence[Slot]) -> Slot | None:
-    """Return the model to unload where memory runs out: the longest unused of those that are idle
-    and not pinned."""
+    """Return the slot to empty if memory runs out: of those that are idle and not pinned, the
+    longest unused one."""
     idle = (slot for slot in slots if slot.may_grant and not slot.requests and not slot.pinned)
     return min(idle, key=lambda slot: slot.last_use, default=None)
 

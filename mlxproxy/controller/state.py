@@ -1,7 +1,7 @@
-"""The vocabulary of the core: states, what is asked for, what is decided, what is told.
+"""The vocabulary of the core: states, requests, decisions (effects), and snapshots.
 
 Nothing here acts. The core (`plan.py`) changes these objects under the controller's lock; the
-frozen ones are handed out.
+frozen ones are given to others.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Moment(NamedTuple):
-    """The time of an event: all arithmetic is on `monotonic`; `unix` is only told to people."""
+    """The time of an event: all arithmetic uses `monotonic`; `unix` is only shown to people."""
 
     monotonic: float
     unix: float
 
 
 class SlotState(str, Enum):
-    """What a slot is doing. The values are part of the HTTP contract."""
+    """The state of a slot. The values are part of the HTTP contract."""
 
     EMPTY = "empty"
     LOADING = "loading"
@@ -39,7 +39,7 @@ class SlotState(str, Enum):
 
 
 class Phase(str, Enum):
-    """How far an operation is. The values are part of the HTTP contract."""
+    """The phase of an operation. The values are part of the HTTP contract."""
 
     WAITING = "waiting"
     DRAINING = "draining"
@@ -52,7 +52,7 @@ class Phase(str, Enum):
 
 
 class Cause(str, Enum):
-    """Why an operation exists. The values are part of the HTTP contract."""
+    """The reason for an operation. The values are part of the HTTP contract."""
 
     ASKED = "asked"
     REQUEST = "request"  # a chat needs the model
@@ -66,22 +66,22 @@ NEXT_STATES: Mapping[SlotState, frozenset[SlotState]] = {
     SlotState.EMPTY: frozenset({SlotState.LOADING}),
     SlotState.LOADING: frozenset({SlotState.READY, SlotState.EMPTY}),
     SlotState.READY: frozenset({SlotState.DRAINING, SlotState.STOPPING}),
-    # Back to READY where the load that it was drained for is withdrawn.
+    # Back to READY if the load that it was drained for is withdrawn.
     SlotState.DRAINING: frozenset({SlotState.READY, SlotState.STOPPING}),
-    # A swap goes from STOPPING straight on to LOADING.
+    # A swap goes directly from STOPPING to LOADING.
     SlotState.STOPPING: frozenset({SlotState.EMPTY, SlotState.LOADING}),
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The settings that the core decides by (seconds, counts): see settings.py.
+    """The settings that the core uses (seconds, counts): see settings.py.
 
     Attributes:
         max_concurrent: answers in flight on each slot.
         max_loaded: models in memory at a time.
-        ended_grace: for answers that were ended to notice it; no setting.
-        stop_timeout: for a process to end before it is killed.
+        ended_grace: in which aborted answers have to notice the abort; not a setting.
+        stop_timeout: in which a process has to exit before it is killed.
     """
 
     drain_timeout: float = 120.0
@@ -96,7 +96,7 @@ class Limits:
 
 
 class Process(Protocol):
-    """A backend process: the controller starts, watches and stops it, the core only hands it on.
+    """A backend process: the controller starts, watches and stops it; the core only passes it on.
 
     Attributes:
         last_byte_at: when the last byte of any answer came, in monotonic seconds.
@@ -106,27 +106,27 @@ class Process(Protocol):
 
     @property
     def spec(self) -> ModelSpec:
-        """What it was started for, as it was on disk then."""
+        """The load that it was started for, as its model was on disk then."""
 
     @property
     def pid(self) -> int | None:
-        """Its number; None before the start."""
+        """The process id; None before the start."""
 
     @property
     def address(self) -> Address:
-        """Where it answers."""
+        """The address at which it answers."""
 
     @property
     def wire(self) -> Wire:
-        """How its engine spells requests and answers."""
+        """The wire format of its engine's requests and answers."""
 
     @property
     def ended(self) -> str | None:
-        """Why it can no longer generate, or None while it can."""
+        """The reason why it can no longer generate; None while it can."""
 
     @property
     def hung(self) -> bool:
-        """Whether it was taken for dead because it sent nothing."""
+        """Whether it was declared dead because it sent nothing."""
 
     def command(self) -> list[str]:
         """Return its command line."""
@@ -138,36 +138,36 @@ class Process(Protocol):
         """Return when it has answered."""
 
     def stop(self) -> None:
-        """End and reap it."""
+        """Stop and reap it."""
 
     def check(self) -> str | None:
         """Ask it whether it can generate; return why it cannot."""
 
     def declare_hung(self, reason: str) -> None:
-        """Take it for dead."""
+        """Declare it dead."""
 
     def has(self, feature: str) -> bool:
-        """Return whether it has armed a feature."""
+        """Return whether it has a feature enabled."""
 
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
-        """Return why it hangs, as it says itself."""
+        """Return why it hangs, as it reports itself; None while it lives."""
 
     def answers_probe(self, patience: float) -> bool:
-        """Return whether it answers a short chat within so many seconds; True, too, while another
-        thread asks it, which will know."""
+        """Return whether it answers a short chat within `patience` seconds; also return True while
+        another thread is asking it, which will find out."""
 
     def last_words(self) -> list[str]:
         """Return the last lines of its log, fit for a client."""
 
     def bytes_read(self) -> int | None:
-        """Return the bytes read since the load began, where known."""
+        """Return the bytes read since the load began, if known."""
 
     def memory(self) -> int | None:
         """Return its resident memory in bytes."""
 
 
 class Fallback(NamedTuple):
-    """What to load for a request that names no model while nothing is loaded, or what to do."""
+    """The load for a request that names no model while nothing is loaded, or else advice."""
 
     spec: ModelSpec | None = None
     advice: str = ""
@@ -178,13 +178,13 @@ class Request:
     """A request's place: first in the queue, then on a slot, until it is released.
 
     Attributes:
-        target: what it names, if that is a model we have; None: whatever is loaded.
+        target: the model that it names, if that is a known one; None: whatever is loaded.
         fallback: what to load for it if nothing is loaded and nothing is to be restored.
         advice: what its client can do if there is nothing to load, as a sentence.
         exclusive: whether it must have its slot to itself.
         turn: see `policy.next_in_turn`.
         slot: where it was granted; None before.
-        error: why it is not granted, or why its answer is to end. The first one counts.
+        error: why it was rejected, or why its answer was aborted. The first one counts.
     """
 
     client: str
@@ -200,14 +200,14 @@ class Request:
 
 @dataclass(eq=False)
 class Claim:
-    """What one client wants of a load or an unload, from its request until the end.
+    """One client's interest in a load or an unload, from its request until the end.
 
-    A load is carried out for its claims: one that has lost its last is withdrawn.
+    A load is carried out for its claims: a load that has lost its last claim is withdrawn.
 
     Attributes:
-        client: who asks, for a fair share.
-        waits: whether its request waits for the end. A claim that nobody waits with lasts until
-            the end, too, or until its client makes another such claim.
+        client: whose claim it is, for fair sharing.
+        waits: whether its request waits for the end. A claim without a waiting request also lasts
+            until the end, or until its client makes another such claim.
     """
 
     client: str = ""
@@ -218,20 +218,20 @@ class Claim:
 
 @dataclass(eq=False)
 class Operation:
-    """A load or an unload, and how far it is.
+    """A load or an unload, and its progress.
 
     Attributes:
-        load: what is to be loaded; None for an unload.
+        spec: the model to load, with its options; None for an unload.
         only: the slot that an unload is about; None: all.
         path: the model that an unload is about; None: whatever is loaded.
-        claims: of those who asked for it and still want it.
+        claims: those of the clients that requested it and still want it.
         slot: where the load goes, once that is decided.
         victims: the slots that are emptied for it.
-        launched: what its process reads, which may be newer than what was asked for.
+        launched: what its process reads, which may be newer than what was requested.
         deadline: until when it waits for answers, in monotonic seconds.
         changed: whether there was anything to do.
         previous: the id of the model that was stopped for it.
-        cancelled: why it is given up, if it is.
+        cancelled: why it was cancelled, if it was.
     """
 
     spec: ModelSpec | None
@@ -252,7 +252,7 @@ class Operation:
 
     @property
     def is_placed(self) -> bool:
-        """Whether the slots that it needs are its own."""
+        """Whether it has been given the slots that it needs."""
         return self.phase is not Phase.WAITING
 
     @property
@@ -260,11 +260,11 @@ class Operation:
         return self.phase in (Phase.DONE, Phase.FAILED)
 
     def serves(self, spec: ModelSpec) -> bool:
-        """Whether it ends with what that load asks for; its process reads what is on disk then."""
+        """Return whether it ends with what that load requests; its process reads the disk later."""
         return self.spec == spec and (self.launched is None or spec.is_met_by(self.launched))
 
     def may_be_withdrawn(self) -> bool:
-        """Whether it is a load for which nothing has been cut, stopped or started yet."""
+        """Return whether it is a load for which nothing was aborted, stopped or started yet."""
         return self.spec is not None and self.phase in (Phase.WAITING, Phase.DRAINING)
 
 
@@ -273,15 +273,15 @@ class Slot:
     """A place for one backend process.
 
     Attributes:
-        load: what its process is for, from the start to the end; None while it is empty.
-        operation: what is to empty or fill it; nothing is granted on it then.
-        exited: whether its process has ended, or can no longer generate, and is not reaped yet.
-        ttl: of the last load that was asked for, equal ones included.
-        pinned: whether it is never evicted for another; as the last load said, too.
-        memory: bytes that its process was last seen to hold.
+        spec: what its process is for, from the start to the end; None while it is empty.
+        operation: the one that empties or fills it; nothing is granted on it meanwhile.
+        exited: whether its process has exited, or can no longer generate, and is not reaped yet.
+        ttl: that of the last requested load, equal loads included.
+        pinned: whether it is never evicted for another model; also as the last load said.
+        memory: bytes that its process held at the last measurement.
         ready_at: when its process had answered, in monotonic seconds.
         load_seconds: how long that took.
-        restore: what the next request brings back.
+        restore: the load that the next request restores.
     """
 
     id: int
@@ -308,12 +308,12 @@ class Slot:
 
     @property
     def needed_bytes(self) -> int:
-        """What it needs: the larger of the estimate and of what was measured."""
+        """The memory that it needs: the larger of the estimate and the measurement."""
         return 0 if self.spec is None else max(self.spec.needed_bytes, self.memory)
 
     @property
     def answers(self) -> bool:
-        """Whether requests may be under way on its process."""
+        """Whether requests may be in flight on its process."""
         return self.state in (SlotState.READY, SlotState.DRAINING)
 
     @property
@@ -327,12 +327,12 @@ class Slot:
         self.state, self.state_since = state, unix
 
 
-# -- what is told: frozen, and JSON only in `blueprints/`
+# -- snapshots and events: frozen; only `blueprints/` turns them into JSON
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the last load failed, or the last process ended."""
+    """The reason why the last load failed, or why the last process crashed."""
 
     spec: ModelSpec
     code: str
@@ -344,13 +344,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class SlotSnapshot:
-    """One slot. `spec`, `loaded_at` and `ttl` are there while its model answers.
+    """One slot. `spec`, `loaded_at` and `ttl` are set while its model answers.
 
     Attributes:
-        occupant: what holds its memory, whether it answers or not.
+        occupant: the load that holds its memory, whether it answers or not.
         last_use: Unix seconds.
-        memory: bytes that its process was last seen to hold.
-        waiting: requests in the queue that its model may answer.
+        memory: bytes that its process held at the last measurement.
+        waiting: queued requests that its model may answer.
     """
 
     id: int
@@ -372,7 +372,7 @@ class SlotSnapshot:
 
 @dataclass(frozen=True)
 class OperationSnapshot:
-    """A load or an unload that is under way."""
+    """A load or an unload in progress."""
 
     spec: ModelSpec | None
     cause: Cause
@@ -386,7 +386,7 @@ class Snapshot:
 
     Attributes:
         main: the slot that the contract's single-model answers are about.
-        operations: all that are under way, in their order.
+        operations: all that are in progress, in order.
     """
 
     slots: tuple[SlotSnapshot, ...]
@@ -398,13 +398,13 @@ class Snapshot:
 
     @property
     def operation(self) -> OperationSnapshot | None:
-        """Return the first that is under way."""
+        """The first operation in progress, if any."""
         return self.operations[0] if self.operations else None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a load is: only what is known, never an invented percentage.
+    """The progress of a load: only what is known, never an invented percentage.
 
     Attributes:
         slot: where it goes, once that is decided.
@@ -421,7 +421,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A load has ended well."""
+    """The event that a load has succeeded."""
 
     slot: int
     spec: ModelSpec
@@ -430,7 +430,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Exited:
-    """A process has ended by itself."""
+    """The event that a process has crashed."""
 
     slot: int
     spec: ModelSpec
@@ -440,12 +440,12 @@ class Exited:
 Event = Snapshot | Progress | Loaded | Exited
 
 
-# -- what is decided, in the order in which it is to be performed
+# -- effects, performed in the order in which they were decided
 
 
 @dataclass(frozen=True)
 class Grant:
-    """Let the request be answered by that process."""
+    """Let this process answer the request."""
 
     request: Request
     slot: int
@@ -454,7 +454,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Reject:
-    """Tell a request in the queue that it will not be granted."""
+    """Reject a queued request."""
 
     request: Request
     error: ProxyError
@@ -462,7 +462,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class Abort:
-    """End an answer in flight."""
+    """Abort an answer in flight."""
 
     request: Request
     error: ProxyError
@@ -470,7 +470,7 @@ class Abort:
 
 @dataclass(frozen=True)
 class Start:
-    """Start a process for the load; come back with on_started or, once it is gone, on_failed."""
+    """Start a process for the load; report on_started or, once it is gone, on_failed."""
 
     slot: int
     spec: ModelSpec
@@ -478,14 +478,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Give up the start that is under way in a slot."""
+    """Cancel the start in progress in a slot."""
 
     slot: int
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Stop the slot's process; come back with on_stopped."""
+    """Stop the slot's process; report on_stopped."""
 
     slot: int
     process: Process
@@ -493,7 +493,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Finish:
-    """Tell who waits for a load or unload how it ended."""
+    """Report the outcome of a load or unload to a client that waits for it."""
 
     claim: Claim
     error: ProxyError | None
@@ -501,7 +501,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class Remember:
-    """Keep for the next start of the proxy what was loaded, and how many seconds it took."""
+    """Store for the next start of the proxy what was loaded, and how many seconds it took."""
 
     spec: ModelSpec
     seconds: float
@@ -509,14 +509,14 @@ class Remember:
 
 @dataclass(frozen=True)
 class Forget:
-    """Keep for the next start of the proxy that this model, or any (None), is not to be loaded."""
+    """Store for the next start of the proxy not to load this model, or any model (None)."""
 
     path: str | None = None
 
 
 @dataclass(frozen=True)
 class Emit:
-    """Tell the subscribers."""
+    """Send an event to the subscribers."""
 
     event: Event
 
@@ -531,7 +531,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Closed:
-    """Nothing is left to do: the shutdown has ended."""
+    """End the shutdown: nothing is left to do."""
 
 
 Effect = (

@@ -1,8 +1,8 @@
-"""What a request may say: nothing that hurts the backend's other clients or reaches elsewhere.
+"""Checks of requests: nothing may harm the backend's other clients or reach other resources.
 
-What passes, field by field, is a table of the engine's: one wrong value may end every answer in
-flight, others make it load, fetch or compute at everyone's expense. Whatever is in no table passes
-as long as it is plain JSON.
+The engine has a table of what is allowed, field by field: one wrong value may end every answer in
+flight, others make the backend load, fetch or compute at everyone's expense. A field that is in no
+table passes as long as it is plain JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mlxproxy.guard.shapes import DROP, Limits, Shape
 
 Kind = Literal["chat", "text"]
 
-MAX_DEPTH = 64  # of lists and objects; templates and parsers recurse, some frames a level
+MAX_DEPTH = 64  # of lists and objects; templates and parsers recurse, several frames per level
 MIN_INTEGER, MAX_INTEGER = -(1 << 63), (1 << 64) - 1
-CHARACTERS_PER_TOKEN = 16  # far above what any real text has: a longer prompt cannot fit
+CHARACTERS_PER_TOKEN = 16  # far more than any real text has: a longer prompt cannot fit
 
 
 class Rule(NamedTuple):
-    """What one field may be, and what happens to the backend without the rule."""
+    """The shape of one field, and what happens to the backend without the rule."""
 
     shape: Shape
     why: str
@@ -34,12 +34,12 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What the requests of one endpoint may say to an engine.
+    """The rules of one engine for the requests of one endpoint.
 
     Attributes:
-        fields: by their names.
-        required: the field that must be there.
-        combine: applies what one field says about another, to a request whose fields are checked.
+        fields: the rules by the fields' names.
+        required: the field that must be present.
+        combine: applies what one field implies for another, to a request whose fields are checked.
         prompt: the fields whose text has to fit into the context.
     """
 
@@ -50,38 +50,38 @@ class Rules:
 
 
 class Terms(NamedTuple):
-    """What a request may say to what answers it, and what it is given that it does not say."""
+    """The rules and limits for a request to a model, and the defaults of its missing fields."""
 
     rules: Mapping[Kind, Rules]
     limits: Limits
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def check(self, body: object, kind: Kind) -> dict[str, Any]:
-        """Return a new request body that the backend takes and survives; see :func:`check`."""
+        """Return a new request body that the backend accepts and survives; see :func:`check`."""
         if self.defaults and isinstance(body, dict):
             body = completed(body, self.defaults, kind)
         return check(body, self.rules[kind], self.limits)
 
 
 def check(body: object, rules: Rules, limits: Limits) -> dict[str, Any]:
-    """Return a new request body that the backend takes and survives.
+    """Return a new request body that the backend accepts and survives.
 
-    Checking a checked request again changes nothing, except by limits that were not known before.
+    Checking a checked request again changes nothing, except for limits that were not known before.
 
     Args:
-        body: the request's JSON, as parsed; it is left as it is.
-        rules: of the endpoint and the engine.
-        limits: what the model and the settings allow, as far as it is known.
+        body: the request's JSON, as parsed; it is not changed.
+        rules: those of the endpoint and the engine.
+        limits: what the model and the settings allow, as far as that is known.
 
     Raises:
-        InvalidRequest: what the backend cannot take, with the field as `param`.
+        InvalidRequest: the backend cannot accept the request; `param` is the field.
     """
     if not isinstance(body, dict):
         raise InvalidRequest("The request body must be a JSON object.")
     request: dict[str, Any] = {}
     length = 0
     for name, value in body.items():
-        if value is None:  # asks for the default
+        if value is None:  # null asks for the default
             continue
         if rule := rules.fields.get(name):
             value = rule.shape(name, value, limits)
@@ -108,8 +108,8 @@ def require_text(body: Mapping[str, Any]) -> None:
     For bodies that :func:`check` does not see.
 
     Raises:
-        InvalidRequest: lone surrogates, NUL, NaN, numbers beyond 64 bits or deep nesting, with the
-            field as `param`.
+        InvalidRequest: it contains lone surrogates, NUL, NaN, numbers beyond 64 bits or deep
+            nesting; `param` is the field.
     """
     require_plain(body)
     for name, value in body.items():
@@ -118,21 +118,22 @@ def require_text(body: Mapping[str, Any]) -> None:
 
 
 def require_plain(body: Mapping[str, Any]) -> None:
-    """Return if all of a body can be walked through and written.
+    """Return if all of a body can be traversed and written.
 
     Raises:
-        InvalidRequest: lone surrogates, NaN, numbers beyond 64 bits or deep nesting, with the field
-            as `param`.
+        InvalidRequest: it contains lone surrogates, NaN, numbers beyond 64 bits or deep nesting;
+            `param` is the field.
     """
     for name, value in body.items():
         _characters(name, value)
 
 
 def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:
-    """How much text is in a value, all of which can be written as UTF-8 and as JSON.
+    """Return the number of characters in a value that can be written as UTF-8 and as JSON.
 
     Raises:
-        InvalidRequest: lone surrogates, NaN and Infinity, numbers beyond 64 bits, deep nesting.
+        InvalidRequest: it contains lone surrogates, NaN, Infinity, numbers beyond 64 bits or deep
+            nesting.
     """
     kind = type(value)
     if kind is str:
@@ -154,7 +155,7 @@ def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:
             total = _characters(name, "".join(value))
             items = value.values()
         for item in items:
-            if type(item) is str and item.isascii():  # most of what there is: spare it the call
+            if type(item) is str and item.isascii():  # the most frequent case: save the call
                 total += len(item)
             else:
                 total += _characters(name, item, depth - 1)
@@ -163,7 +164,7 @@ def _characters(name: str, value: Any, depth: int = MAX_DEPTH) -> int:
 
 
 def _has_nul(value: Any) -> bool:
-    """Whether a value that is not nested deeply has a NUL in one of its texts."""
+    """Return whether a value that is not nested deeply has a NUL in one of its texts."""
     if isinstance(value, str):
         return "\0" in value
     if isinstance(value, dict):

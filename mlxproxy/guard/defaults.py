@@ -1,4 +1,4 @@
-"""What a request is given that does not say it."""
+"""Defaults for the fields that a request does not set."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def completed(body: Mapping[str, Any], defaults: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return a request with the defaults of whatever it does not say.
+    """Return a request with defaults for the fields that it does not set.
 
     Args:
-        kind: of which endpoint.
-        defaults: fields of a request; `system` becomes a message where the conversation has no
-            system message of its own.
+        kind: the kind of endpoint.
+        defaults: fields of a request; `system` becomes a message if the conversation has no system
+            message of its own.
     """
     filled = dict(body)
     for name, value in defaults.items():
@@ -28,7 +28,7 @@ def completed(body: Mapping[str, Any], defaults: Mapping[str, Any], kind: str) -
 
 def _with_system(messages: Any, text: str) -> Any:
     if not isinstance(messages, list):
-        return messages  # which the guard refuses
+        return messages  # the guard rejects it
     roles = (message.get("role") for message in messages if isinstance(message, dict))
     if any(role in ("system", "developer") for role in roles):
         return messages

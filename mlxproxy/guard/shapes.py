@@ -1,9 +1,9 @@
 """Shapes of a request's fields: what a value must look like, and what the backend gets for it.
 
-A shape is called with the field's name, its value as JSON gave it (never null) and the limits. It
+A shape is called with the field's name, its value from the JSON (never null) and the limits. It
 returns the value for the backend, or :data:`DROP` for a field that the backend must not see, and
-raises :class:`~mlxproxy.errors.InvalidRequest` naming the place. The reasons for each bound stand
-in an engine's table of rules.
+raises :class:`~mlxproxy.errors.InvalidRequest`, which names the field. The reasons for each bound
+are in an engine's table of rules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 ROLES: Final = {
     "system": "system",
-    "developer": "system",  # what OpenAI calls it now; templates know only the old name
+    "developer": "system",  # OpenAI's current name; templates know only the old one
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
@@ -46,10 +46,10 @@ DROP: Final = object()
 
 @dataclass(frozen=True)
 class Limits:
-    """What the loaded model and the settings allow.
+    """The limits that the loaded model and the settings impose.
 
-    None stands for "not known yet": what depends on it is left unchecked, and the request must be
-    checked again, with it, before the backend gets it.
+    None means "not known yet": what depends on it is left unchecked, and the request must be
+    checked again with the actual limit before the backend gets it.
     """
 
     template_kwargs: frozenset[str]
@@ -76,7 +76,7 @@ Shape = Callable[[str, Any, Limits], Any]
 
 
 def refusal(name: str, expected: str) -> InvalidRequest:
-    """The error for the field of that name, with what it must be instead."""
+    """Return the error for the field of that name, with what it must be instead."""
     return InvalidRequest(f"{name} must be {expected}.", param=name)
 
 
@@ -84,26 +84,26 @@ def refusal(name: str, expected: str) -> InvalidRequest:
 
 
 def boolean(name: str, value: Any, limits: Limits) -> bool:
-    """true or false."""
+    """Return the value, which must be true or false."""
     if not isinstance(value, bool):
         raise refusal(name, "true or false")
     return value
 
 
 def string(name: str, value: Any, limits: Limits) -> str:
-    """A text."""
+    """Return the value, which must be a string."""
     if not isinstance(value, str):
         raise refusal(name, "a string")
     return value
 
 
 def drop(name: str, value: Any, limits: Limits) -> Any:
-    """Nothing: the backend does not read it here."""
+    """Drop the field: the backend does not read it here."""
     return DROP
 
 
 def number(low: float, high: float, digits: int) -> Shape:
-    """A finite number within the bounds, rounded to so many decimals, always a float."""
+    """Return a shape: a finite number within the bounds, as a float with `digits` decimals."""
 
     def shape(name: str, value: Any, limits: Limits) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
@@ -114,7 +114,7 @@ def number(low: float, high: float, digits: int) -> Shape:
 
 
 def integer(low: int, high: int) -> Shape:
-    """A whole number within the bounds; 5.0 is one too, true is none."""
+    """Return a shape: a whole number within the bounds. 5.0 counts as one, true does not."""
 
     def shape(name: str, value: Any, limits: Limits) -> int:
         if type(value) is float and value.is_integer():
@@ -127,7 +127,7 @@ def integer(low: int, high: int) -> Shape:
 
 
 def only(allowed: int | bool | str, advice: str) -> Shape:
-    """One value alone: what OpenAI's API has and the backend silently leaves out."""
+    """Return a shape: a single value, for a field of OpenAI's API that the backend ignores."""
 
     def shape(name: str, value: Any, limits: Limits) -> Any:
         if type(value) is not type(allowed) or value != allowed:
@@ -138,7 +138,7 @@ def only(allowed: int | bool | str, advice: str) -> Shape:
 
 
 def absent(advice: str) -> Shape:
-    """Nothing at all: it would change the answer, and the backend leaves it out."""
+    """Return a shape that rejects a field that would change the answer, but is ignored."""
 
     def shape(name: str, value: Any, limits: Limits) -> Any:
         raise InvalidRequest(f"{name}: {advice}", param=name)
@@ -147,7 +147,7 @@ def absent(advice: str) -> Shape:
 
 
 def one_of(names: frozenset[str]) -> Shape:
-    """One of these words."""
+    """Return a shape: one of these words."""
 
     def shape(name: str, value: Any, limits: Limits) -> str:
         if not isinstance(value, str) or value not in names:
@@ -158,7 +158,7 @@ def one_of(names: frozenset[str]) -> Shape:
 
 
 def allowed(choice: Callable[[Limits], frozenset[str]]) -> Shape:
-    """A name that the load allowed."""
+    """Return a shape: a name that the load allows."""
 
     def shape(name: str, value: Any, limits: Limits) -> str:
         if not isinstance(value, str) or value not in choice(limits):
@@ -172,13 +172,13 @@ def allowed(choice: Callable[[Limits], frozenset[str]]) -> Shape:
 
 
 def top_p(name: str, value: Any, limits: Limits) -> float:
-    """Never 0, which stands for "off" with the backend and for "the likeliest only" elsewhere."""
+    """Return a share above 0: the backend takes 0 for "off", others for "the likeliest only"."""
     share: float = number(0, 1, 3)(name, value, limits)
     return max(share, 0.001)
 
 
 def top_k(name: str, value: Any, limits: Limits) -> int:
-    """0 (off) for all that cuts nothing off: -1, and what is not below the vocabulary."""
+    """Return the count, or 0 (off) if it cuts nothing off: -1, or not below the vocabulary size."""
     count: int = integer(-1, (1 << 63) - 1)(name, value, limits)
     if count == -1 or (limits.vocab_size is not None and count >= limits.vocab_size):
         return 0
@@ -186,13 +186,13 @@ def top_k(name: str, value: Any, limits: Limits) -> int:
 
 
 def seed(name: str, value: Any, limits: Limits) -> Any:
-    """64 bits; -1 means "any" (as in llama.cpp), other negative numbers keep their bits."""
+    """Return 64 bits; -1 means "any" (as in llama.cpp), other negative numbers keep their bits."""
     value = integer(-(1 << 63), (1 << 64) - 1)(name, value, limits)
     return DROP if value == -1 else value % (1 << 64)
 
 
 def max_tokens(name: str, value: Any, limits: Limits) -> int:
-    """At least 1, or -1 for as many as possible (as in LM Studio); never more than possible."""
+    """Return at least 1 and at most what is possible, which -1 asks for (as in LM Studio)."""
     if value != -1:
         value = integer(1, (1 << 63) - 1)(name, value, limits)
     most = min(limits.max_tokens, limits.max_context or limits.max_tokens)
@@ -200,7 +200,7 @@ def max_tokens(name: str, value: Any, limits: Limits) -> int:
 
 
 def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
-    """An object from token ids of the vocabulary to numbers from -100 to 100."""
+    """Return an object that maps token ids of the vocabulary to numbers from -100 to 100."""
     if not isinstance(value, dict):
         raise refusal(name, "an object from token ids to numbers")
     if limits.vocab_size == 0 and value:
@@ -218,7 +218,8 @@ def logit_bias(name: str, value: Any, limits: Limits) -> dict[str, float]:
 
 
 def top_logprobs(most: int) -> Shape:
-    """As many alternatives as the backend can give, of the 20 that OpenAI's API allows."""
+    """Return a shape: up to 20 alternatives, as OpenAI's API allows, cut to `most`, the backend's
+    maximum."""
 
     def shape(name: str, value: Any, limits: Limits) -> int:
         count: int = integer(0, 20)(name, value, limits)
@@ -228,7 +229,8 @@ def top_logprobs(most: int) -> Shape:
 
 
 def text_logprobs(most: int) -> Shape:
-    """In text completions a number of alternatives; true and false are the backend's own."""
+    """Return a shape for text completions: a number of alternatives, or the backend's own true and
+    false."""
     alternatives = top_logprobs(most)
 
     def shape(name: str, value: Any, limits: Limits) -> Any:
@@ -238,7 +240,7 @@ def text_logprobs(most: int) -> Shape:
 
 
 def stop(name: str, value: Any, limits: Limits) -> Any:
-    """A text or a list of texts; empty ones, which never match, are left out."""
+    """Return the stop texts, given as one or as a list, without empty ones, which never match."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise refusal(name, "a string or a list of strings")
@@ -251,7 +253,7 @@ def stop(name: str, value: Any, limits: Limits) -> Any:
 
 
 def stream_options(name: str, value: Any, limits: Limits) -> Any:
-    """`include_usage` alone, and only if it is wanted."""
+    """Return only `include_usage`, and only if it is true."""
     if not isinstance(value, dict):
         raise refusal(name, "an object")
     wanted = value.get("include_usage")
@@ -261,7 +263,7 @@ def stream_options(name: str, value: Any, limits: Limits) -> Any:
 
 
 def response_format(name: str, value: Any, limits: Limits) -> Any:
-    """Text alone: nothing makes the backend keep to a format."""
+    """Accept only text: nothing can make the backend keep to a format."""
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise refusal(name, "an object with a type")
     if value["type"] != "text":
@@ -274,7 +276,7 @@ def response_format(name: str, value: Any, limits: Limits) -> Any:
 
 
 def only_text(name: str, value: Any, limits: Limits) -> Any:
-    """`["text"]`, which is the default."""
+    """Accept only `["text"]`, which is the default."""
     if value != ["text"]:
         raise InvalidRequest(f"{name}: the model can only write text.", param=name)
     return DROP
@@ -284,7 +286,7 @@ def only_text(name: str, value: Any, limits: Limits) -> Any:
 
 
 def prompt(name: str, value: Any, limits: Limits) -> str:
-    """One text that is not empty, or a list of one."""
+    """Return one non-empty text; a list of one is accepted."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, list):
@@ -299,7 +301,7 @@ def prompt(name: str, value: Any, limits: Limits) -> str:
 
 
 def messages(name: str, value: Any, limits: Limits) -> list[dict[str, Any]]:
-    """A conversation, in the shape that chat templates read."""
+    """Return a conversation, in the shape that chat templates read."""
     if not isinstance(value, list) or not 0 < len(value) <= MAX_MESSAGES:
         raise refusal(name, f"a list of 1 to {MAX_MESSAGES} messages")
     checked = [_message(f"{name}[{index}]", item, limits) for index, item in enumerate(value)]
@@ -309,7 +311,7 @@ def messages(name: str, value: Any, limits: Limits) -> list[dict[str, Any]]:
 
 
 def images(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The data URLs of checked messages: a content that is still a list has images."""
+    """Return the data URLs of checked messages: only a content that is still a list has images."""
     return [
         part["image_url"]["url"]
         for message in messages
@@ -336,13 +338,13 @@ def _message(name: str, value: Any, limits: Limits) -> dict[str, Any]:
         raise refusal(f"{name}.content", "a string or a list of content parts")
     if "tool_calls" in checked:
         calls = _tool_calls(f"{name}.tool_calls", checked.pop("tool_calls"))
-        if calls:  # templates take the mere presence of an empty list for a call
+        if calls:  # templates treat even an empty list as a call
             checked["tool_calls"] = calls
     return checked
 
 
 def _parts(name: str, parts: list[Any], limits: Limits) -> str | list[dict[str, Any]]:
-    """The text of the parts, or, with images among them, parts in one shape each."""
+    """Return the text of the parts or, if there are images among them, the normalized parts."""
     checked = [_part(f"{name}[{index}]", part, limits) for index, part in enumerate(parts)]
     if all(part["type"] == "text" for part in checked):
         return "".join(part["text"] for part in checked)
@@ -361,7 +363,7 @@ def _part(name: str, part: Any, limits: Limits) -> dict[str, Any]:
 
 
 def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
-    """The data URL of an image, wherever the backend would look for it."""
+    """Return the data URL of an image, from any place where the backend would look for it."""
     name = f"{name}.{'image_url' if 'image_url' in part else 'image'}"
     url = part.get("image_url", part.get("image"))
     if isinstance(url, dict):
@@ -385,17 +387,17 @@ def _image(name: str, part: dict[str, Any], limits: Limits) -> str:
 
 
 def _pixels(name: str, url: str) -> int:
-    """How many pixels an image has, told by what the backend, too, reads it with."""
-    from PIL import Image  # only whoever sends images needs it
+    """Return an image's number of pixels, according to the library that the backend also uses."""
+    from PIL import Image  # needed only for requests with images
 
     file = io.BytesIO(base64.b64decode(url.partition(",")[2]))
     try:
         with Image.open(file, formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
             width, height = image.size
             return int(width * height)
-    except Image.DecompressionBombError:  # more than twice of what that library thinks sane
+    except Image.DecompressionBombError:  # more than twice what that library considers sane
         return 1 << 62
-    except Exception:  # whatever a broken file brings about in there
+    except Exception:  # a broken file may raise anything
         raise refusal(name, "free of damaged images") from None
 
 
@@ -419,7 +421,7 @@ def _tool_call(name: str, call: Any) -> dict[str, Any]:
             arguments = ()
     if arguments is not None and not isinstance(arguments, dict):
         raise refusal(f"{name}.function.arguments", "a JSON object as a string")
-    # Already parsed, as the backend would do, so that what is in it is seen by all checks.
+    # Already parsed, as the backend would do, so that all checks see its content.
     return {**call, "function": {**function, "arguments": arguments or {}}}
 
 
@@ -427,7 +429,7 @@ def _tool_call(name: str, call: Any) -> dict[str, Any]:
 
 
 def tools(name: str, value: Any, limits: Limits) -> Any:
-    """Functions in OpenAI's shape, with parameters that the backend's parsers can read."""
+    """Return functions in OpenAI's shape, with parameters that the backend's parsers can read."""
     if not isinstance(value, list):
         raise refusal(name, "a list of tools")
     for index, tool in enumerate(value):
@@ -451,7 +453,7 @@ def tools(name: str, value: Any, limits: Limits) -> Any:
 
 
 def tool_choice(name: str, value: Any, limits: Limits) -> Any:
-    """A word, one function, or some of the tools (`allowed_tools`)."""
+    """Return a word, one function, or some of the tools (`allowed_tools`)."""
     if not isinstance(value, dict):
         return one_of(TOOL_CHOICES)(name, value, limits)
     if value.get("type") == "allowed_tools":
@@ -474,13 +476,13 @@ def _function(name: str, value: Any) -> dict[str, Any]:
 
 
 def chosen(choice: Mapping[str, Any]) -> set[str]:
-    """Return the names of the tools that a checked `tool_choice` object leaves."""
+    """Return the names of the tools that a checked `tool_choice` object allows."""
     tools = choice["allowed_tools"]["tools"] if "allowed_tools" in choice else [choice]
     return {tool["function"]["name"] for tool in tools}
 
 
 def chat_template_kwargs(name: str, value: Any, limits: Limits) -> Any:
-    """Plain values under the names that the settings allow; null means the load's own value."""
+    """Return plain values for names that the settings allow; null means the load's own value."""
     if not isinstance(value, dict):
         raise refusal(name, "an object")
     checked = {key: item for key, item in value.items() if item is not None}
@@ -498,7 +500,7 @@ def chat_template_kwargs(name: str, value: Any, limits: Limits) -> Any:
 
 
 def role_mapping(name: str, value: Any, limits: Limits) -> dict[str, str]:
-    """Short texts by role, for models without a chat template."""
+    """Return short texts by role, for models without a chat template."""
     if not isinstance(value, dict) or not all(
         isinstance(text, str) and len(text) <= MAX_NAME for text in value.values()
     ):

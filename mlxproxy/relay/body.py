@@ -1,4 +1,4 @@
-"""The body of a client's request, which is checked once for each model that may answer it."""
+"""The body of a client's request, checked once for each model that may answer it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from mlxproxy.guard.check import Kind
 
 
 class Check(Protocol):
-    """What a request may say to a model, or to any."""
+    """The check of requests to a model, or to any model."""
 
     def check(self, body: dict[str, Any], kind: Kind, /) -> dict[str, Any]:
-        """Return its fields, checked.
+        """Return the fields of a request body, checked.
 
         Raises:
-            InvalidRequest: they cannot be taken.
+            InvalidRequest: they are not acceptable.
         """
 
 
 class RequestBody:
-    """A request's JSON, checked for what was loaded when it came.
+    """A request's JSON, checked for the model that was loaded when it came.
 
     Args:
         given: the JSON, as parsed.
-        kind: of which endpoint.
-        known: what is loaded; None where nothing is.
-        terms_of: finds what a request may say to a model, or to any.
+        kind: the kind of endpoint.
+        known: the loaded model; None if nothing is loaded.
+        terms_of: finds what a request may say to a model, or to any model.
 
     Attributes:
-        fields: what is asked for, checked as far as it can be told without the model.
+        fields: those of the request, checked as far as is possible without the model.
 
     Raises:
-        InvalidRequest: no model that may answer takes this.
+        InvalidRequest: no model that may answer accepts this request.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class RequestBody:
         self._terms_of = terms_of
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        """Return the fields for what answers.
+        """Return the fields for the model that answers.
 
         Raises:
-            InvalidRequest: it cannot take them.
+            InvalidRequest: the model cannot accept them.
         """
         if spec is self._known:
             return self.fields

@@ -1,4 +1,4 @@
-"""From a place to an answer: the request is checked and sent, and the answer's head comes."""
+"""The start of an answer: check and send a request that has a place, and wait for the head."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Body(Protocol):
         """Return its fields, checked for this model.
 
         Raises:
-            InvalidRequest: the model cannot take them.
+            InvalidRequest: the model cannot accept them.
         """
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for.
+    """A client's request.
 
     Attributes:
         path: the backend's path.
-        name: what the answer calls its model; None: its id.
+        name: the model's name in the answer; None: its id.
     """
 
     path: str
@@ -46,21 +46,23 @@ class Request:
 class Exchange:
     """A request to the backend, and its answer.
 
-    All that can be refused is refused before there is a connection.
+    Whatever can be rejected is rejected before there is a connection.
 
     Args:
-        lease: the request's place, which has been granted.
-        streamed: the client reads a stream. A whole answer is asked for as a stream, too, if a
-            stream carries all of it: so a client that leaves ends it, and a hang can be told.
+        lease: the request's lease, which has been granted.
+        streamed: whether the client reads a stream. A whole answer is also requested as a stream,
+            if a stream carries all of it: then a client that disconnects ends it, and a hang can be
+            detected.
         connect: opens a connection to an address, with an interval in seconds, and with whether the
-            backend lets go of a request that has been aborted (see `BackendConnection`).
+            backend releases a request that has been aborted (see `BackendConnection`).
 
     Attributes:
         streamed: whether the answer comes as a stream.
-        wants_usage: whether the client asks for the count of tokens at the end of its stream.
+        wants_usage: whether the client asks for the token count at the end of its stream.
 
     Raises:
-        ProxyError: the request is refused, the lease has been ended, or nothing accepts.
+        ProxyError: the request is rejected, the lease has been ended, or nothing accepts the
+            connection.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Exchange:
         """Wait for the answer's head for one interval; return whether it has come.
 
         Raises:
-            ProxyError: the backend refuses the request, hangs, or has ended the connection.
+            ProxyError: the backend rejects the request, hangs, or has ended the connection.
         """
         try:
             self.connection.read_head()
@@ -106,7 +108,7 @@ class Exchange:
         return True
 
     def cut_off(self) -> ProxyError:
-        """Return why the answer ended before it was whole."""
+        """Return why the answer ended before it was complete."""
         return self._lease.fault(
             BackendFailed(
                 "The backend closed the connection before the answer was complete. Try again; if "
@@ -115,10 +117,10 @@ class Exchange:
         )
 
     def usage_of(self, answer: bytes) -> Mapping[str, Any]:
-        """Return the count of tokens in a whole answer of the backend's own.
+        """Return the token count in a whole answer that the backend sent.
 
         Raises:
-            ProxyError: it is no answer.
+            ProxyError: it is not an answer.
         """
         try:
             return self.wire.usage_of(answer)
@@ -126,7 +128,7 @@ class Exchange:
             raise self._lease.fault(error) from None
 
     def shown(self, data: bytes) -> bytes:
-        """Return events, or a whole answer, with the model's name in the place of its path."""
+        """Return events, or a whole answer, with the model's name instead of its path."""
         return data.replace(self.model_field, self.shown_field)
 
     def _refusal(self) -> ProxyError:

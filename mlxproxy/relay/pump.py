@@ -1,4 +1,4 @@
-"""The body of an answer, from the backend's socket to whoever reads it."""
+"""The body of an answer, from the backend's socket to its reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _USAGE = b'"usage"'  # a key: in a text, its quotes are escaped
 
 
 def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
-    """Yield a stream's whole events as they come, up to its `data: [DONE]`; nothing is collected.
+    """Yield a stream's whole events as they arrive, up to `data: [DONE]`, without collecting them.
 
     Raises:
         ProxyError: the answer ends before that.
@@ -38,12 +38,12 @@ def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
             continue
         if not data:
             raise exchange.cut_off()
-        # As nearly always: all there is is one event of one line, a part of the text.
+        # The usual case: exactly one event of one line, which is a part of the text.
         if not pending and data.find(b"\n") + 2 == len(data) and data.endswith(chunk_end):
             data = data.replace(model_field, shown_field, 1)
             count = 1
         else:
-            # With half an event before it, no client could read the error that follows.
+            # After half an event, no client could read an error that follows.
             data = take(data)
             if _USAGE in data:
                 data, usage = _without_usage(data, usage, exchange.wants_usage)
@@ -52,7 +52,7 @@ def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
         if not events:
             _note_opening(data, exchange, stats)
         if data:
-            yield data  # before the rest of what is to be noted
+            yield data  # before the rest of the bookkeeping
         patience.last_byte_at = backend.last_byte_at = monotonic()
         stats.tokens_out = events = events + count
     stats.tokens_out = max(0, events - 1)  # the last chunk carries the finish reason alone
@@ -60,10 +60,10 @@ def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
 
 
 def collect(exchange: Exchange, stats: AnswerStats) -> bytes:
-    """Return a whole answer: what the events amount to, or the backend's own.
+    """Return a whole answer: assembled from events, or as the backend sent it.
 
     Raises:
-        ProxyError: the answer ends before it is whole, or is none.
+        ProxyError: the answer ends before it is complete, or is invalid.
     """
     answer = (_put_together if exchange.streamed else _passed_on)(exchange, stats)
     return exchange.shown(answer)
@@ -88,7 +88,7 @@ def _passed_on(exchange: Exchange, stats: AnswerStats) -> bytes:
 
 
 def _pieces(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
-    """Yield the body as it comes."""
+    """Yield the body as it arrives."""
     while True:
         try:
             data = exchange.connection.read()
@@ -104,7 +104,7 @@ def _pieces(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
 
 
 def _note_opening(data: bytes, exchange: Exchange, stats: AnswerStats) -> None:
-    """Note the prompt's length, when it had been read, and when the first token came."""
+    """Record the prompt's length, when the prompt had been read, and when the first token came."""
     if (tokens := exchange.wire.prompt_tokens(data)) is not None:
         stats.tokens_in = tokens
     if stats.first_byte is not None:
@@ -117,10 +117,10 @@ def _note_opening(data: bytes, exchange: Exchange, stats: AnswerStats) -> None:
 
 
 def _without_usage(events: bytes, usage: Any, kept: bool) -> tuple[bytes, Any]:
-    """Return these events, and the count of tokens: the one in them, if there is one.
+    """Return these events, and the token count: the one in them, if there is one.
 
-    Every stream is asked for it, so the event that carries nothing else goes to those clients only
-    who have asked for it themselves.
+    Every stream is requested with it, so an event that carries nothing else is passed on only to
+    clients that have asked for it themselves.
     """
     passed = []
     for event in events.split(sse.BLANK)[:-1]:
@@ -134,7 +134,7 @@ def _without_usage(events: bytes, usage: Any, kept: bool) -> tuple[bytes, Any]:
 
 
 def _usage_of(event: bytes) -> tuple[dict[str, Any], bool] | None:
-    """Return the count of tokens in an event, and whether there is no text beside it."""
+    """Return the token count in an event, and whether the event contains no text besides it."""
     if _USAGE not in event:
         return None
     try:

@@ -1,8 +1,8 @@
 """One request to the backend and its answer back: wait for a place, open, pump.
 
-A stream is passed on event by event as the socket gives it. A whole answer is asked for as a stream
-too, and put together here, so that a client that leaves ends the generation (the backend never
-notices it by itself), and a hang can be told.
+A stream is passed on event by event as it arrives from the socket. A whole answer is also requested
+as a stream, and assembled here, so that a client that disconnects ends the generation (the backend
+never notices by itself), and a hang can be detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SILENT_WAIT_SECONDS: Final = 2.0
 
 
 class Relay:
-    """Answers requests that have a lease.
+    """The relay between backends and the requests that have a lease.
 
     Args:
         stall_timeout: seconds without a byte from the backend, see `stall.py`.
@@ -41,7 +41,7 @@ class Relay:
         """Return a streamed answer as soon as its status is decided: 200.
 
         Raises:
-            ProxyError: another status; the lease has been released then.
+            ProxyError: it has another status; the lease has been released.
         """
         answer = Stream(self, lease, request, stats)
         answer.open()
@@ -51,7 +51,7 @@ class Relay:
         """Return a whole answer, as the backend itself would send it, and release the lease.
 
         Raises:
-            ProxyError: why there is none.
+            ProxyError: there is none, for this reason.
         """
         outcome = InternalError.code
         try:
@@ -73,7 +73,7 @@ class Relay:
         """Send the request to the backend that the lease was granted on.
 
         Raises:
-            ProxyError: the request is refused, or cannot be sent.
+            ProxyError: the request is rejected, or cannot be sent.
         """
         stats.granted = time.monotonic()
         stats.model = lease.spec.model_id
@@ -81,9 +81,9 @@ class Relay:
 
 
 class Stream:
-    """A streamed answer: :meth:`open` decides its status, iterating gives its body.
+    """A streamed answer: :meth:`open` decides its status, and iteration yields its body.
 
-    :meth:`close` must be called, whether or not it was begun: it gives the place back.
+    :meth:`close` must be called, even if the answer has not begun: it gives the place back.
     """
 
     def __init__(self, relay: Relay, lease: Lease, request: Request, stats: AnswerStats) -> None:
@@ -92,11 +92,11 @@ class Stream:
         self._request = request
         self._stats = stats
         self._exchange: Exchange | None = None
-        self._comment: bytes | None = None  # what there is to tell a client that waits
+        self._comment: bytes | None = None  # for a client that waits
         self._body = self._answer()
 
     def open(self) -> None:
-        """Return once the status is decided: the answer has begun, or the wait for it is long.
+        """Wait until the status is decided: the answer has begun, or the wait for it is long.
 
         Raises:
             ProxyError: the answer is this error. Later ones are the stream's last event.
@@ -116,9 +116,9 @@ class Stream:
         return self._body
 
     def close(self) -> None:
-        """End the answer, however far it is."""
+        """End the answer, whatever its progress."""
         self._body.close()
-        self._end("client_gone")  # where it had not begun
+        self._end("client_gone")  # if it had not begun
 
     def _wait(self, patience: float) -> bytes | None:
         """Wait for one interval; return a comment for the client, or None if the head has come.
@@ -140,7 +140,7 @@ class Stream:
             while self._comment is not None:
                 yield self._comment
                 self._comment = self._wait(INTERVAL_SECONDS)
-            yield OPENING  # carries the head now: the first token may be minutes away
+            yield OPENING  # sends the head now: the first token may be minutes away
             assert self._exchange is not None
             yield from pump(self._exchange, self._stats)
             outcome = "done"
@@ -154,7 +154,7 @@ class Stream:
             self._end(outcome)
 
     def _end(self, outcome: str) -> None:
-        """Give the place back and note how the answer ended; only the first call counts."""
+        """Give the place back and record how the answer ended; only the first call counts."""
         if self._stats.ended is None:
             self._lease.release(finished=outcome == "done")
             self._stats.end(outcome)

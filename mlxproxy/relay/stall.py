@@ -1,4 +1,4 @@
-"""The stall policy: how long the silence of an answer is borne, and what is given up after it."""
+"""The stall policy: how long an answer may be silent, and what is aborted after that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SILENT_FACTOR: Final = 12
 
 
 class Verdict(Enum):
-    """What follows from a silence."""
+    """The consequence of a silence."""
 
     WAIT = "wait"
     PROBE = "probe"  # the backend may hang: ask it for a short answer
@@ -30,16 +30,16 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Silence:
-    """What is known when an answer is silent. All times are monotonic seconds.
+    """The known facts about a silent answer. All times are monotonic seconds.
 
     Attributes:
         granted: when the request got its place.
         last_byte_at: when the last byte of this answer came.
         backend_last_byte_at: when the last byte of any answer of the backend came.
-        alive: whether the backend itself says that its work goes on; one that says otherwise hangs
-            without any look at silences.
-        unstreamed: whether nothing of the answer comes before all of it.
-        exclusive: whether the backend answers nobody else meanwhile, not even a probe.
+        alive: whether the backend itself reports that its work goes on; one that reports otherwise
+            hangs, whatever the silences.
+        unstreamed: whether nothing of the answer comes before all of it does.
+        exclusive: whether the backend answers nothing else meanwhile, not even a probe.
     """
 
     granted: float
@@ -51,11 +51,11 @@ class Silence:
 
 
 def judge(silence: Silence, now: float, stall_timeout: float) -> Verdict:
-    """Return what follows from a silence at `now`.
+    """Return the verdict on a silence at `now`.
 
-    A backend that says that it is alive is believed. Of another one, a silent answer ends alone
-    while the backend feeds others, and one that would be silent anyhow goes on while the backend
-    answers anybody.
+    A backend that reports that it is alive is believed. With any other, a silent answer is aborted
+    alone while the backend sends bytes of others; an answer whose silence is expected goes on while
+    the backend answers anything.
     """
     silent = now - max(silence.last_byte_at, silence.granted)
     if silent < stall_timeout:
@@ -73,10 +73,10 @@ class Patience:
     """The policy, applied to one answer.
 
     Args:
-        lease: the request's place, which has been granted.
-        backend: what answers it.
+        lease: the request's lease, which has been granted.
+        backend: the process that answers it.
         stall_timeout: in seconds.
-        unstreamed: whether nothing of the answer comes before all of it.
+        unstreamed: whether nothing of the answer comes before all of it does.
 
     Attributes:
         interval: seconds of silence after which :meth:`check` is to be called, each time.
@@ -97,7 +97,7 @@ class Patience:
         """Return if the answer is worth waiting for.
 
         Raises:
-            ProxyError: it has been ended, or has been silent for too long.
+            ProxyError: it has been aborted, or has been silent for too long.
         """
         lease, backend, limit = self._lease, self._backend, self._stall_timeout
         if lease.error is not None:

@@ -1,4 +1,4 @@
-"""What is known of one answer, for the log and the metrics."""
+"""The statistics of one answer, for the log and the metrics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class AnswerStats:
     Attributes:
         tokens_in: the length of the prompt, cached tokens included.
         cached_tokens: how many of these were in the backend's prompt cache.
-        tokens_out: while a stream goes on, the events that have come.
+        tokens_out: while a stream is in progress, the number of events that have arrived.
         prompt_read: when the last keepalive before the first token came: from then on, the backend
-            generates. None where there was none.
-        tokens_unmeasured: tokens that had come by then, nobody knows how quickly.
+            generates. None if there was none.
+        tokens_unmeasured: tokens that had arrived by then, at an unknown speed.
         outcome: ``pending``; then ``done``, ``client_gone``, or an error's code.
     """
 
@@ -34,12 +34,12 @@ class AnswerStats:
     outcome: str = "pending"
 
     def end(self, outcome: str) -> None:
-        """Note that the answer has ended, and how."""
+        """Record that the answer has ended, and how."""
         self.ended = time.monotonic()
         self.outcome = outcome
 
     def figures(self) -> dict[str, Any]:
-        """Return counts, and times in seconds, as far as they are known."""
+        """Return the counts, and the times in seconds, as far as they are known."""
         ended = self.ended or time.monotonic()
         return {
             "model": self.model,
@@ -53,14 +53,14 @@ class AnswerStats:
         }
 
     def _tokens_per_second(self, ended: float) -> float | None:
-        # Not from the first byte on: a tool call's come all at once, at its end.
+        # Not from the first byte on: the tokens of a tool call arrive all together, at its end.
         tokens = self.tokens_out - self.tokens_unmeasured
         if self.prompt_read is None or self.prompt_read >= ended or tokens <= 0:
             return None
         return round(tokens / (ended - self.prompt_read), 1)
 
     def usage(self, usage: object) -> None:
-        """Take the backend's own count, which is better than counting events."""
+        """Use the backend's own count, which is better than counting events."""
         if not isinstance(usage, dict):
             return
         details = usage.get("prompt_tokens_details")
