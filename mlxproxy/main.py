@@ -122,7 +122,9 @@ def with_models(settings: Settings) -> Settings:
     unplugged = not there and not folder.is_relative_to(Path.home())
     if unplugged or (there and _may_have_models(folder, settings)):
         return replace(settings, models_root=(folder,))
-    from mlxproxy.demo import provide  # imports rich for its bars: needed on the first start at most
+    from mlxproxy.demo import (
+        provide,  # imports rich for its bars: needed on the first start at most
+    )
 
     own = settings.instance.models
     try:

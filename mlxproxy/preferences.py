@@ -163,7 +163,7 @@ class Preferences:
         return exact.over(found) if exact else found
 
     def meaning(self, name: str) -> str | None:
-        """Return the target of an alias (a model, a profile, `LOADED`); None if it is not an alias."""
+        """Return the target of an alias (a model, a profile, `LOADED`); None for other names."""
         if name in self._aliases:
             return self._followed(name)
         lowered = name.lower()

@@ -186,7 +186,7 @@ class Selection:
         return Terms(self.engine_of(spec).rules, self._limits(spec), self._defaults(spec, profile))
 
     def _defaults(self, spec: ModelSpec | None, profile: Profile | None) -> Mapping[str, Any]:
-        """Return the defaults of requests: those of the model, overridden by the user's settings."""
+        """Return the defaults of requests: the model's, overridden by the user's settings."""
         if spec is None:
             return {}
         requests: dict[str, Any] = self.in_force(spec.model, profile)["requests"]
@@ -206,7 +206,7 @@ class Selection:
         )
 
     def preload(self, closed: Callable[[], bool]) -> None:
-        """Load the model that PRELOAD names, in the background; wait for a disk that is mounted late.
+        """Load the model that PRELOAD names, in the background; wait for a disk mounted late.
 
         Args:
             closed: returns whether the proxy is shutting down.

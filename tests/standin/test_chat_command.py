@@ -270,8 +270,7 @@ def test_the_choice_of_a_model_can_be_left(
     with scripted(script) as url:
         screen = talk(env=environment(tmp_path, url))
         screen.expect("Load which model?")
-        screen.type(key)
-        assert screen.wait() == 0
+        assert screen.leave(key) == 0
     assert "Traceback" not in screen.text
     assert not script.loads
 

@@ -83,6 +83,17 @@ class Terminal:
         """Send Ctrl-C."""
         self.type("\x03")
 
+    def leave(self, key: str) -> int:
+        """Type a key, again if nothing comes of it; return the exit status.
+
+        Python does not notice a Ctrl-C that comes between its prompt and its wait for a key.
+        """
+        for _ in range(5):
+            self.type(key)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.wait(2)
+        return self.wait()
+
     def expect(self, wanted: str, seconds: float = 20) -> str:
         """Wait until it has printed this; return the text before it, and discard it all."""
         deadline = time.monotonic() + seconds
