@@ -59,6 +59,12 @@ def test_a_process_that_waits_for_pages_from_the_disk_does_not_hang() -> None:
     assert hang(beats(200, faults=3), 200) is None
 
 
+def test_a_beat_that_is_a_little_late_is_no_hang_however_short_the_stall_limit() -> None:
+    liveness = beats(10, steps=5, cpu=1)
+    assert liveness.hang(12.5, 0.0, stall_timeout=1, load_timeout=LOAD) is None
+    assert "no sign of life" in str(liveness.hang(13.5, 0.0, stall_timeout=1, load_timeout=LOAD))
+
+
 def test_an_hour_without_requests_is_no_hang() -> None:
     liveness = beats(3)  # the last beat came before the end of the step
     liveness.take(Beat(0, "step", busy=True, cpu=0, faults=0), 3600.0)

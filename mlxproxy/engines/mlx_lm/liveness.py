@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 SILENT_SECONDS: Final = 20.0
+# However short the stall limit: a beat comes each second, and later on a busy machine.
+MISSED_BEATS_SECONDS: Final = 3.0
 """No beat for this long while a request waits: the process stands still as a whole. Beats come
 every second; a machine that pages heavily delays them by some."""
 STUCK_SECONDS: Final = 10.0
@@ -87,7 +89,7 @@ class Liveness:
         """
         last = self._last
         silent = now - max(self._beat_at, waiting_since)
-        if silent > min(SILENT_SECONDS, stall_timeout):
+        if silent > max(MISSED_BEATS_SECONDS, min(SILENT_SECONDS, stall_timeout)):
             return f"its process has shown no sign of life for {silent:.0f} s"
         if last is None or not last.busy:
             return None
