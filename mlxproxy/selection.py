@@ -52,20 +52,20 @@ class Selection:
         profile = self.preferences.profiles.get(name)
         model = self.catalog.find(profile.model if profile else name, fresh=fresh)
         model.require_loadable()
-        chosen = self.preferences.of(model.id)
-        if profile is not None:
-            chosen = profile.options.over(chosen)
-        return self._spec(model, chosen, fresh, **options)
-
-    def _spec(self, model: Model, set_options: Options, fresh: bool, **given: Any) -> ModelSpec:
-        """Return a load: the settings' defaults, then what is set for the model, then `given`."""
-        options = {"enable_thinking": self.settings.enable_thinking, **set_options.load, **given}
-        tuning = set_options.tuned()
+        chosen = self._options(model, profile)
+        tuning = chosen.tuned()
         if tuning.draft_model is not None:
             draft = self.catalog.find(tuning.draft_model, fresh=False)
             tuning = replace(tuning, draft_model=str(draft.path))
         files = files_of(model) if fresh else None
-        return ModelSpec(model, tuning=tuning, files=files, **options)
+        return ModelSpec(model, tuning=tuning, files=files, **{**chosen.load, **options})
+
+    def _options(self, model: Model, profile: Profile | None) -> Options:
+        """Return what is set for a model, from the general to the particular."""
+        own = model.sampling if self.settings.sampling_defaults == "model" else {}
+        general = Options({"enable_thinking": self.settings.enable_thinking}, {}, own)
+        chosen = self.preferences.of(model.id).over(general)
+        return profile.options.over(chosen) if profile else chosen
 
     def named_spec(self, name: object) -> ModelSpec | None:
         """Return the model that a request names; None if the name is not that of a model.
@@ -109,15 +109,8 @@ class Selection:
 
     def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
         """Return the effective settings of a model: its load options and request defaults."""
-        options = self.preferences.of(model.id)
-        if profile is not None:
-            options = profile.options.over(options)
-        sampling = model.sampling if self.settings.sampling_defaults == "model" else {}
-        return {
-            "load": {"enable_thinking": self.settings.enable_thinking, **options.load}
-            | dict(options.tuning),
-            "requests": {**sampling, **options.request},
-        }
+        options = self._options(model, profile)
+        return {"load": {**options.load, **options.tuning}, "requests": options.request}
 
     def fallback(self) -> Fallback:
         """Return what to load for a request that names no model while nothing is loaded.
@@ -183,14 +176,8 @@ class Selection:
             spec: the model; None: any model, as far as that is known.
             profile: the profile by which the request names it, if any.
         """
-        return Terms(self.engine_of(spec).rules, self._limits(spec), self._defaults(spec, profile))
-
-    def _defaults(self, spec: ModelSpec | None, profile: Profile | None) -> Mapping[str, Any]:
-        """Return the defaults of requests: the model's, overridden by the user's settings."""
-        if spec is None:
-            return {}
-        requests: dict[str, Any] = self.in_force(spec.model, profile)["requests"]
-        return requests
+        defaults = self._options(spec.model, profile).request if spec else {}
+        return Terms(self.engine_of(spec).rules, self._limits(spec), defaults)
 
     def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)
