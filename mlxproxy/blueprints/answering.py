@@ -224,10 +224,7 @@ def load(spec: ModelSpec) -> None:
     Raises:
         ProxyError: it could not be loaded.
     """
-    controller, claim = services().controller, Claim(client())
-    controller.load(spec, claim)
-    disconnect().on_leave(lambda: controller.leave(claim))
-    claim.wait()
+    awaited(lambda claim: services().controller.load(spec, claim))
 
 
 def unload(path: str) -> None:
@@ -236,10 +233,20 @@ def unload(path: str) -> None:
     Raises:
         ProxyError: it could not be unloaded.
     """
+    awaited(lambda claim: services().controller.unload(claim, path))
+
+
+def awaited(begin: Callable[[Claim], object]) -> Claim:
+    """Begin a load or an unload for the client of this request; return its claim at the end.
+
+    Raises:
+        ProxyError: the controller rejects it, or it failed.
+    """
     controller, claim = services().controller, Claim(client())
-    controller.unload(claim, path)
+    begin(claim)
     disconnect().on_leave(lambda: controller.leave(claim))
     claim.wait()
+    return claim
 
 
 def _timing(stats: AnswerStats) -> Timing:

@@ -12,6 +12,7 @@ from flask import Blueprint, Response, request
 from mlxproxy import sse
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
+from mlxproxy.blueprints.answering import awaited
 from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, warn
 from mlxproxy.blueprints.services import services
 from mlxproxy.catalog import LONGEST_NAME
@@ -151,9 +152,8 @@ def unload() -> dict[str, Any]:
     parts = services()
     controller, claim = parts.controller, Claim(client())
     named = body.get("model_id", body.get("model")) is not None
-    controller.unload(claim, parts.selection.path_of(_name(body)) if named else None)
-    disconnect().on_leave(lambda: controller.leave(claim))
-    claim.wait()
+    path = parts.selection.path_of(_name(body)) if named else None
+    claim = awaited(lambda claim: parts.controller.unload(claim, path))
     return {"status": "unloaded" if claim.changed else "already_unloaded"}
 
 
