@@ -150,7 +150,6 @@ def unload() -> dict[str, Any]:
     """
     body = _body(required=False)
     parts = services()
-    controller, claim = parts.controller, Claim(client())
     named = body.get("model_id", body.get("model")) is not None
     path = parts.selection.path_of(_name(body)) if named else None
     claim = awaited(lambda claim: parts.controller.unload(claim, path))
@@ -171,23 +170,25 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
         ProxyError: a field is wrong, or the model is unknown or unusable.
     """
     name, parts = _name(body), services()
-    ttl = body.get("ttl")
-    try:
-        ttl = None if ttl is None else seconds(ttl)
-    except ValueError:
-        raise InvalidRequest(
-            'ttl must be seconds or a duration such as "30m"; 0 means never.', param="ttl"
-        ) from None
+    said: dict[str, Any] = {}  # the rest is for the settings to say
+    if (ttl := body.get("ttl")) is not None:
+        try:
+            said["ttl"] = seconds(ttl)
+        except ValueError:
+            raise InvalidRequest(
+                'ttl must be seconds or a duration such as "30m"; 0 means never.', param="ttl"
+            ) from None
+    for flag in ("enable_thinking", "pin"):
+        if body.get(flag) is not None:
+            said[flag] = _flag(body, flag, False)
     missing = parts.catalog.missing_roots()
     try:
         return parts.selection.spec_for(
             name,
-            enable_thinking=_flag(body, "enable_thinking", parts.settings.enable_thinking),
-            ttl=ttl,
             adapters=_names(body, "adapters"),
             draft_models=_names(body, "draft_models"),
             force=_flag(body, "force", False),
-            pin=_flag(body, "pin", False),
+            **said,
         )
     except ProxyError as error:
         if missing and error.code == "model_not_found":

@@ -91,6 +91,17 @@ def test_a_profile_is_listed_answers_under_its_name_and_fills_in_what_a_request_
     assert started["argv"][started["argv"].index("--decode-concurrency") + 1] == "4"
 
 
+def test_a_load_that_does_not_say_gets_what_is_set_for_the_model(
+    serve: Callable[..., tuple[Proxy, Path]],
+) -> None:
+    config = 'MODELS = {"tiny/*": {"enable_thinking": True, "ttl": "30m", "pin": True}}'
+    proxy, _ = serve("alpha", config=config)
+    loaded = proxy.load("tiny/alpha").json()
+    assert (loaded["enable_thinking"], loaded["ttl"], loaded["pin"]) == (True, 1800.0, True)
+    said = proxy.load("tiny/alpha", enable_thinking=False, ttl=60, pin=False).json()
+    assert (said["enable_thinking"], said["ttl"], said["pin"]) == (False, 60.0, False)
+
+
 def test_names_in_a_circle_stop_the_start_with_the_names(
     tmp_path: Path, serve: Callable[..., tuple[Proxy, Path]]
 ) -> None:
