@@ -38,11 +38,6 @@ def chat(stream: bool = False, version: str = "1.1", **fields: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_server.install(tmp_path_factory.mktemp("standin"))
-
-
-@pytest.fixture(scope="module")
 def shared(
     models: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:
@@ -284,18 +279,9 @@ def test_with_few_open_files_all_clients_are_served_one_after_the_other(
 ) -> None:
     scripted_server.change(program, **scripted_server.SCRIPT)
     proxy = Proxy(tmp_path / "instance", models, MLX_SERVER_BIN=program)
-    limited = "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-    limited += "runpy.run_module('mlxproxy', run_name='__main__', alter_sys=True)"
-    with proxy.output.open("a") as output:
-        proxy.process = subprocess.Popen(
-            [sys.executable, "-c", limited, "serve"],
-            env=proxy.environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
     try:
-        until(proxy.answers, 20, "the first answer")
+        proxy.start(prelude=limited)
         assert proxy.load("tiny/alpha").ok
         scripted_server.change(program, events=5, interval=0.1)
         with contextlib.ExitStack() as held, ThreadPoolExecutor(60) as pool:
@@ -316,22 +302,13 @@ def test_a_body_that_finds_no_disk_space_gets_507(
     nowhere = tmp_path / "full"
     nowhere.mkdir()
     code = (
-        "import errno, runpy, tempfile\n"
+        "import errno, tempfile\n"
         "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "tempfile.TemporaryFile = full\n"
-        "runpy.run_module('mlxproxy', run_name='__main__', alter_sys=True)"
+        "tempfile.TemporaryFile = full"
     )
     proxy = Proxy(tmp_path / "instance", models, MLX_SERVER_BIN=program)
-    with proxy.output.open("a") as output:
-        proxy.process = subprocess.Popen(
-            [sys.executable, "-c", code, "serve"],
-            env=proxy.environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
     try:
-        until(proxy.answers, 20, "the first answer")
+        proxy.start(prelude=code)
         for data in (b" " * 2_000_000, iter([b" " * 1_000_000] * 2)):
             answer = requests.post(proxy.url + PATH, data=data, timeout=10)
             assert answer.status_code == 507

@@ -238,11 +238,6 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_server.install(tmp_path_factory.mktemp("standin"))
-
-
-@pytest.fixture(scope="module")
 def shared(
     models: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:

@@ -46,10 +46,17 @@ class Proxy:
         self.process: subprocess.Popen[str] | None = None
         self.output = instance.parent / f"{instance.name}.out"
 
-    def start(self, seconds: float = 20.0) -> Proxy:
+    def start(self, seconds: float = 20.0, prelude: str = "") -> Proxy:
+        """Start it and wait for its first answer.
+
+        Args:
+            prelude: lines of Python that run in its process before it.
+        """
+        run = f"import runpy; runpy.run_module({self.program!r}, None, '__main__', True)"
+        program = ["-c", f"{prelude}\n{run}"] if prelude else ["-m", self.program]
         with self.output.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.program, "serve"],
+                [sys.executable, *program, "serve"],
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -17,11 +17,6 @@ from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_server.install(tmp_path_factory.mktemp("standin"))
-
-
-@pytest.fixture(scope="module")
 def shared(
     models: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:
