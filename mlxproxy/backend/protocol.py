@@ -104,12 +104,14 @@ class Probe:
         body: its JSON; None for a GET.
         judge: takes the status and body of the answer; returns what is wrong with it.
         not_yet: statuses that only mean that it is too early: the request is sent again.
+        authorization: the value of that header; empty: none is sent.
     """
 
     path: str
     judge: Callable[[int, bytes], Fault | None]
     body: Mapping[str, Any] | None = None
     not_yet: frozenset[int] = frozenset()
+    authorization: str = ""
 
 
 class Stage(NamedTuple):
@@ -150,11 +152,16 @@ class Wire(Protocol):
 
     Attributes:
         chunk_end: the end of an event that carries only a part of the text. Such events are passed
-            on without being parsed; the event that carries the token count must end differently.
+            on without being parsed; the event that carries the token count, or an error, must end
+            differently.
+        authorization: the value of that header of a request; empty: none is sent.
     """
 
     @property
     def chunk_end(self) -> bytes: ...
+
+    @property
+    def authorization(self) -> str: ...
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         """Return the body of a request.
@@ -187,6 +194,9 @@ class Wire(Protocol):
     def prompt_tokens(self, data: bytes) -> int | None:
         """Return the length of the prompt, cached tokens included, if the beginning of a stream
         reveals it."""
+
+    def failure(self, event: bytes) -> ProxyError | None:
+        """Return the error with which the engine ends a stream, if this event is one."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the engine's error in the contract's shape, with the correct status.

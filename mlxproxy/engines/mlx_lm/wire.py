@@ -48,6 +48,7 @@ class MlxLmWire:
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
+    authorization: Final = ""
 
     def __init__(self, counts_cached: bool) -> None:
         self._counts_cached = counts_cached
@@ -79,6 +80,9 @@ class MlxLmWire:
         """Return the length of the prompt from a keepalive."""
         match = _PROMPT_TOKENS.match(data) if self._counts_cached else None
         return int(match[1]) if match else None
+
+    def failure(self, event: bytes) -> None:
+        """Return None: it ends a failed stream by closing the connection."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the error of the backend in the contract's shape.
