@@ -16,13 +16,16 @@ from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, History
 from mlxproxy.controller.state import Fallback
 from mlxproxy.errors import ModelNotFound, ModelsRootUnavailable, ProxyError
-from mlxproxy.guard.check import Terms
+from mlxproxy.guard.check import Kind, Rules, Terms
 from mlxproxy.guard.shapes import Limits
 from mlxproxy.preferences import LOADED, Options, Preferences, Profile
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.selection")
 
+WRITTEN: tuple[Kind, ...] = ("chat", "text")
+# What models answer that do not write, by their type.
+ANSWERED: Mapping[str, tuple[Kind, ...]] = {"embedding": ("embed",), "reranker": ("rerank",)}
 SUGGESTIONS = 3  # models that an error names
 PRELOAD_RETRY_SECONDS = 2.0  # between checks for a model whose disk is not mounted yet
 
@@ -177,7 +180,16 @@ class Selection:
             profile: the profile by which the request names it, if any.
         """
         defaults = self._options(spec.model, profile).request if spec else {}
-        return Terms(self.engine_of(spec).rules, self._limits(spec), defaults)
+        return Terms(self._rules(spec), self._limits(spec), defaults)
+
+    def _rules(self, spec: ModelSpec | None) -> Mapping[Kind, Rules]:
+        """Return the rules for what this model answers; None: any, by the preferred engine's."""
+        if spec is None:
+            ranked = reversed([*self.engines.values()])
+            return {kind: rules for engine in ranked for kind, rules in engine.rules.items()}
+        kinds = ANSWERED.get(spec.model.type, WRITTEN)
+        rules = self.engine_of(spec).rules
+        return {kind: rules[kind] for kind in kinds if kind in rules}
 
     def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)

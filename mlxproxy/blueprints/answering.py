@@ -18,12 +18,11 @@ from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard import check
-from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.guard.check import PATHS, Kind, Terms
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
 
-PATHS: Mapping[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
 NO_NAMES: Mapping[str, str] = {}
 NO_DEFAULTS: Mapping[str, Any] = {}
 
