@@ -24,10 +24,11 @@ from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.engines.mlx_vlm.engine import MlxVlm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
-from mlxproxy.preferences import Preferences
+from mlxproxy.preferences import EngineChoice, Preferences
 from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
 from mlxproxy.settings import Settings
@@ -133,7 +134,10 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
     """Return the available kinds of backends, the preferred one first."""
-    return (MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),)
+    return (
+        MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),
+        MlxVlm(settings.vlm_server_bin, settings.max_tokens),
+    )
 
 
 def memory_of(settings: Settings) -> Memory:
@@ -141,14 +145,20 @@ def memory_of(settings: Settings) -> Memory:
     return Memory(settings.memory_budget, settings.slots)
 
 
-def inspector_of(engines: Sequence[Engine]) -> Inspectors:
-    """Return the inspectors that read model folders for these engines."""
-    return Inspectors([engine.inspector for engine in engines])
+def inspector_of(settings: Settings, engines: Sequence[Engine] = ()) -> Inspectors:
+    """Return the inspectors that read model folders for these engines, or those of the settings.
+
+    Raises:
+        SettingError: MODELS names an engine that there is not.
+    """
+    engines = engines or engines_of(settings)
+    chosen = EngineChoice(settings, [engine.name for engine in engines])
+    return Inspectors([engine.inspector for engine in engines], chosen)
 
 
 def catalog_of(
     settings: Settings, roots: Sequence[Path], engines: Sequence[Engine] = ()
 ) -> Catalog:
     """Return the catalogue of these folders, with what earlier runs have read of them."""
-    inspector = inspector_of(engines or engines_of(settings))
+    inspector = inspector_of(settings, engines)
     return Catalog(roots, inspector, cache_file=settings.instance.catalog)

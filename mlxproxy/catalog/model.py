@@ -72,6 +72,8 @@ class Model:
         engine: the name of the engine that serves it, or that says why it cannot.
         loadable: that engine can load it, as far as its files show.
         reason: why it cannot be loaded, as a sentence; None if it can.
+        lacking: why the engine that would do more with it (read images) cannot load it, as a
+            sentence; None if there is no such engine, or it serves the model.
         architecture: the config's ``model_type``.
         quantization: ``name``, ``bits`` and ``group_size``; with ``mixed`` the bits that occur.
         parameters: counted from the weights' headers.
@@ -94,6 +96,7 @@ class Model:
     engine: str = ""
     loadable: bool = False
     reason: str | None = None
+    lacking: str | None = None
     architecture: str | None = None
     quantization: dict[str, Any] | None = None
     parameters: int | None = None
@@ -147,6 +150,8 @@ class Model:
             "compatibility_type": self.compatibility_type,
             "loadable": self.loadable,
             "reason": self.reason,
+            "lacking": self.lacking,
+            "engine": self.engine,
             "architecture": self.architecture,
             "quantization": self.quantization,
             "parameters": self.parameters,

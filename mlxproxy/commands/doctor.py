@@ -234,7 +234,7 @@ def _folder(root: Path, exists: bool, models: Sequence[dict[str, Any]]) -> Folde
 
 
 def _on_disk(found: Settings) -> Iterator[Folder]:
-    inspector = inspector_of(engines_of(found))
+    inspector = inspector_of(found)
     for root in found.models_root or (models_folder(),):
         exists = root.is_dir()
         models = Catalog((root,), inspector, patience=SCAN_SECONDS).models() if exists else []
