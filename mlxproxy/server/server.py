@@ -99,7 +99,8 @@ class Listener(TcpWSGIServer):
             return
         try:
             self.set_socket_options(connection)
-            self.channel_class(self, connection, address, self.adj, map=self._map)
+            channel = self.channel_class(self, connection, address, self.adj, map=self._map)
+            channel.handle_read()  # the request is often there already
         except OSError:  # on macOS, if the client has already disconnected
             connection.close()
 
