@@ -104,7 +104,7 @@ def ask(
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
-    known = selection.expected(given.get("model"))
+    known = selection.expected(given.get("model"), kind)
     profile = selection.profile(given.get("model"))
 
     def fitted(spec: ModelSpec | None) -> Fitted:
@@ -116,16 +116,16 @@ def ask(
     body = RequestBody(given, kind, known, fitted)
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
-    target = _target(body.fields.get("model"), ttl)
+    target = _target(body.fields.get("model"), ttl, kind)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
     return Asked(body, kind, known, lease, stats, profile.name if profile else None)
 
 
-def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
+def _target(name: object, ttl: float | None, kind: Kind = "chat") -> Callable[[], ModelSpec | None]:
     selection = services().selection
 
     def target() -> ModelSpec | None:
-        spec = selection.named_spec(name)
+        spec = selection.meant(name, kind)
         return spec if spec is None or ttl is None else replace(spec, ttl=ttl)
 
     return target

@@ -19,6 +19,7 @@ from mlxproxy.blueprints import (
     ollama,
     openai,
     responses,
+    vectors,
 )
 from mlxproxy.blueprints.services import Services
 
@@ -52,9 +53,11 @@ def create_app(services: Services) -> Flask:
     app.extensions["mlxproxy"] = services
     hooks.install(app)
     house = (front, health, models, openai, observe)
-    for module in (*house, anthropic, responses, ollama, lmstudio):
+    for module in (*house, vectors, anthropic, responses, ollama, lmstudio):
         app.register_blueprint(module.blueprint)
     # For clients whose base URL lacks the /v1.
     app.register_blueprint(openai.blueprint, name="chat_without_v1", url_prefix="/")
+    app.register_blueprint(vectors.blueprint, name="vectors_without_v1", url_prefix="/")
+    app.add_url_rule("/v2/rerank", view_func=vectors.rerank, methods=["POST"])  # Cohere's clients
     app.register_blueprint(models.blueprint, name="models_without_v1", url_prefix="/models")
     return app

@@ -122,6 +122,11 @@ class Model:
         cache = self.kv_cache.bytes(context) if self.kv_cache else 0
         return self.weights_bytes + cache
 
+    @property
+    def writes(self) -> bool:
+        """Whether it generates text, instead of vectors or scores."""
+        return self.type not in ("embedding", "reranker")
+
     @cached_property
     def needed_bytes(self) -> int:
         """The same for DEFAULT_CONTEXT; every listing reads it for every model."""

@@ -244,7 +244,7 @@ def _write_word_pieces(folder: Path, vocabulary: list[str], positions: int) -> N
     _write(
         folder / "tokenizer_config.json",
         {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "BertTokenizer",
             "model_max_length": positions,
             "pad_token": "[PAD]",
             "cls_token": "[CLS]",

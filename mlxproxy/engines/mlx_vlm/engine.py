@@ -20,8 +20,12 @@ KEY_BYTES: Final = 32
 PREFILL_STEP: Final = 512
 
 
+_OPTIONS: Final = {"embedding": "--embedding-model", "reranker": "--reranker-model"}
+_FIRST: Final = {"embedding": readiness.embed, "reranker": readiness.rank}
+
+
 class MlxVlm:
-    """The engine of models that see.
+    """The engine of models that see, embed or rank.
 
     Its server would unload models, read folders, write files and fetch addresses for anybody who
     reaches its port, pages in a browser included: it demands a key that only this process knows.
@@ -62,7 +66,7 @@ class MlxVlm:
         return Command(
             argv=(
                 str(program.server_program(self._server_bin)),
-                *("--model", spec.path),
+                *(_OPTIONS.get(spec.model.type, "--model"), spec.path),
                 *("--host", address.host),
                 *("--port", str(address.port)),
                 *("--max-tokens", str(longest)),
@@ -83,7 +87,8 @@ class MlxVlm:
 
     def stages(self, spec: ModelSpec) -> Sequence[Stage]:
         """Return the steps to readiness."""
-        return (readiness.chat(spec.path, self._wire.authorization),)
+        first = _FIRST.get(spec.model.type, readiness.chat)
+        return (first(spec.path, self._wire.authorization),)
 
     def death_in(self, output: bytes) -> str | None:
         """Return None: what ends it ends the process."""

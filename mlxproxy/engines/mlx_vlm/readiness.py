@@ -7,6 +7,7 @@ fails. One that embeds or ranks only leaves a line in the log, so all are proved
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,6 +15,8 @@ from mlxproxy.backend.connection import parsed
 from mlxproxy.backend.protocol import Fault, Probe, Stage
 
 CHAT_PATH: Final = "/v1/chat/completions"
+EMBED_PATH: Final = "/v1/embeddings"
+RANK_PATH: Final = "/v1/rerank"
 FIRST_CHAT: Final[Mapping[str, Any]] = {
     "messages": [{"role": "user", "content": "Hi"}],
     "max_tokens": 1,
@@ -44,6 +47,36 @@ def _chat(status: int, answer: bytes) -> Fault | None:
         if parsed(answer)["choices"][0]["message"]["role"] == "assistant":
             return None
     return Fault("its answer to the first chat is incomplete")
+
+
+def embed(model: str, authorization: str) -> Stage:
+    """Return the step in which an embedding model reads its first text."""
+    body = {"model": model, "input": "Hi"}
+    return Stage("warming", Probe(EMBED_PATH, _embed, body, authorization=authorization))
+
+
+def rank(model: str, authorization: str) -> Stage:
+    """Return the step in which a reranker reads its first pair of texts."""
+    body = {"model": model, "query": "Hi", "documents": ["Hi"]}
+    return Stage("warming", Probe(RANK_PATH, _rank, body, authorization=authorization))
+
+
+def _embed(status: int, answer: bytes) -> Fault | None:
+    if status != 200:
+        return Fault(f"its first embedding failed: {error_text(answer) or status}")
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+        if math.isfinite(sum(parsed(answer)["data"][0]["embedding"])):
+            return None
+    return Fault("its first embedding is not one")
+
+
+def _rank(status: int, answer: bytes) -> Fault | None:
+    if status != 200:
+        return Fault(f"its first ranking failed: {error_text(answer) or status}")
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+        if math.isfinite(parsed(answer)["results"][0]["relevance_score"]):
+            return None
+    return Fault("its first ranking is not one")
 
 
 def error_text(answer: bytes) -> str:

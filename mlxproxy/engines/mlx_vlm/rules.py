@@ -16,6 +16,7 @@ from mlxproxy.guard import shapes
 from mlxproxy.guard.check import Kind, Rule, Rules
 from mlxproxy.guard.shapes import Limits
 
+MAX_TEXTS: Final = 2048  # OpenAI's own limit
 MAX_TOP_LOGPROBS: Final = 20  # as the command line says, too
 _CONTEXT_SIZE: Final = shapes.integer(0, 1 << 20)
 _NOT_SAMPLED: Final = "mlx-vlm ignores it: the client is told"
@@ -100,6 +101,30 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
         request["enable_thinking"] = thinking
 
 
+_EMBED: Final = {
+    "model": _CHAT["model"],
+    "input": Rule(shapes.texts(MAX_TEXTS), "images from paths and addresses are opened"),
+    "encoding_format": Rule(shapes.one_of(frozenset({"float", "base64"})), "ignored: ours"),
+    "dimensions": Rule(shapes.integer(1, 1 << 16), "ignored: ours"),
+    "truncate": Rule(shapes.boolean, "ours: it cuts in silence"),
+}
+_RERANK: Final = {
+    "model": _CHAT["model"],
+    "query": Rule(shapes.string, "422 for anything else"),
+    "documents": Rule(shapes.texts(MAX_TEXTS), "images from paths and addresses are opened"),
+    "top_n": Rule(shapes.integer(1, MAX_TEXTS), "ours"),
+    "return_documents": Rule(shapes.boolean, "ours"),
+}
+
+
+def _require_query(request: dict[str, Any], limits: Limits) -> None:
+    if not request.get("query"):
+        raise InvalidRequest("query is missing.", param="query")
+
+
+_NO_PROMPT: Final[frozenset[str]] = frozenset()  # each text has to fit, not all of them together
 RULES: Final[Mapping[Kind, Rules]] = {
     "chat": Rules(_CHAT, required="messages", combine=_combine),
+    "embed": Rules(_EMBED, required="input", prompt=_NO_PROMPT),
+    "rerank": Rules(_RERANK, "documents", _require_query, _NO_PROMPT),
 }

@@ -32,6 +32,7 @@ _SENT: Final = (
     "tool_choice",
     "enable_thinking",
 )
+_OTHERS_SENT: Final = (("input",), ("documents", "query"))  # to embed, to rank
 _SAID: Final = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _ROLES: Final = {"function": "tool"}
 _SEEDS: Final = 1 << 32
@@ -62,6 +63,9 @@ class MlxVlmWire:
         Its own defaults are a seed of 0, and the model's sampling; a request that leaves these out
         means another seed each time, and no sampling, as with every engine.
         """
+        for names in _OTHERS_SENT:
+            if names[0] in fields:
+                return json.dumps({"model": model, **{it: fields[it] for it in names}}).encode()
         body: dict[str, Any] = {name: fields[name] for name in _SENT if name in fields}
         body |= {
             "model": model,
@@ -83,8 +87,9 @@ class MlxVlmWire:
         return json.dumps(body).encode()
 
     def streams_all(self, fields: Fields) -> bool:
-        """Return whether a stream carries the whole answer: it carries even log probabilities."""
-        return True
+        """Return whether a stream carries the whole answer; only chats have one, and theirs does,
+        even log probabilities."""
+        return "messages" in fields
 
     def model_field(self, name: str) -> bytes:
         """Return `"model":"…"` as pydantic writes it: without spaces, in UTF-8."""
