@@ -70,7 +70,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         ),
         relay=scene.relay,
         selection=SimpleNamespace(
-            expected=lambda name: None,
+            expected=lambda name, kind: None,
             profile=lambda name: None,
             fallback=lambda: None,
             terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),
