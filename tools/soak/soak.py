@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import signal
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from mlxproxy.backend.ports import is_free
 from tests.support import scripted_server, tiny_models
+from tests.support.ports import free_range
 from tests.support.proxy import Proxy
 from tests.support.server_process import SERVER_BIN
 from tools.soak.chaos import BASE, Chaos
@@ -85,8 +85,8 @@ class Soak:
             "MODEL_SELECTION": phase.selection,
             "LOAD_TIMEOUT": 30 if self.options.real else 6,
             "MLX_SERVER_BIN": self.program or SERVER_BIN,
-            "PROXY_PORT": quiet_port(),
-            "MLX_BACKEND_PORT": quiet_port(self.options.max_loaded),
+            "PROXY_PORT": free_range(1),
+            "MLX_BACKEND_PORT": free_range(self.options.max_loaded),
             "MAX_LOADED": self.options.max_loaded,
         }
         instance = self.folder / phase.name / "instance"
@@ -223,11 +223,3 @@ class Soak:
             self.ledger.wrong(phase.name, "the stop", f"status {status}, left behind: {left}")
         if "Traceback" in proxy.said():
             self.ledger.wrong(phase.name, "the proxy's log", f"a traceback in {proxy.output}")
-
-
-def quiet_port(number: int = 1) -> int:
-    """Return the first of a row of free ports that no outgoing connection gets from the system."""
-    while True:
-        port = random.randint(20000, 32000)
-        if all(is_free(each) for each in range(port, port + number)):
-            return port
