@@ -31,7 +31,7 @@ ALTERNATION_ROUNDS = 2
 RESIDENTS = (1, 2, 4)
 NAMES = (MODEL, "bench/beta", "bench/gamma", "bench/delta")
 WORK = Work(streams=12, events=150, interval=10, model=MODEL)
-REQUESTS, TOKENS = 150, 8  # of the short answers whose time is measured
+REQUESTS, TOKENS = 200, 8  # of the short answers whose time is measured
 RESIDENT_ROUNDS = 8
 
 
