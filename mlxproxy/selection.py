@@ -111,11 +111,9 @@ class Selection:
                 found.append((profile, self.catalog.find(profile.model, fresh=False)))
         return found
 
-    def missing_profiles(self) -> list[str]:
-        """Return the names of the profiles whose models are not on disk."""
-        return sorted(
-            self.preferences.profiles.keys() - {profile.name for profile, _ in self.profiles()}
-        )
+    def strangers(self) -> list[str]:
+        """Return, each as a sentence, the settings that name a model which is not on disk."""
+        return self.preferences.strangers(self.catalog.knows)
 
     def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
         """Return the effective settings of a model: its load options and request defaults."""

@@ -76,7 +76,7 @@ def test_a_profile_is_listed_answers_under_its_name_and_fills_in_what_a_request_
     listed = {item["id"]: item for item in proxy.get("/v1/models").json()["data"]}
     assert listed.keys() == {"tiny/alpha", "tiny/beta", "coder"}
     assert listed["coder"]["profile_of"] == "tiny/alpha"
-    warning = "PROFILES['gone']: its model is not on disk"
+    warning = "PROFILES['gone'] names 'nothing', which is not on disk"
     until(lambda: warning in proxy.said(), what="the warning")
     answer = proxy.post(
         "/v1/chat/completions",

@@ -218,10 +218,19 @@ def test_what_is_in_force_is_shown(tmp_path: Path) -> None:
     assert shown["requests"] == {"temperature": 0.3}
 
 
-def test_a_profile_without_its_model_is_told(tmp_path: Path) -> None:
-    config = 'PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}'
+def test_a_name_in_the_settings_that_no_model_has_is_told(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}
+ALIASES = {"gpt-*": "loaded", "claude-*": "fine", "o1": "o2", "o2": "lost"}
+MODELS = {"a/*": {"draft_model": "small"}, "a/one": {"draft_model": "one"}}
+"""
     selection = House(tmp_path, config).selection
-    assert selection.missing_profiles() == ["coder"]
+    assert selection.strangers() == [
+        "PROFILES['coder'] names 'gone', which is not on disk (yet).",
+        "ALIASES['o1'] names 'lost', which is not on disk (yet).",
+        "ALIASES['o2'] names 'lost', which is not on disk (yet).",
+        "MODELS['a/*']: draft_model names 'small', which is not on disk (yet).",
+    ]
     assert [(profile.name, found.id) for profile, found in selection.profiles()] == [
         ("fine", "a/one")
     ]
