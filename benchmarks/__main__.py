@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from benchmarks import contestants, lifecycle, picture, report, rounds, tables
+from benchmarks import contestants, lifecycle, picture, report, rounds, several, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -28,16 +29,23 @@ PICTURE = ROOT / "docs" / "performance.png"
     "--delay", type=float, default=0.0, help="Make the relay so many ms slower: it must show"
 )
 @click.option("--stored", is_flag=True, help="Measure nothing: show the results of the last run")
-def main(json_file: Path | None, quick: bool, delay: float, stored: bool) -> None:
+@click.option(
+    "--several", "only_several", is_flag=True, help="Renew only what is about several models"
+)
+def main(
+    json_file: Path | None, quick: bool, delay: float, stored: bool, only_several: bool
+) -> None:
     console = Console(width=max(130, Console().width))
     begin = time.monotonic()
 
     def say(what: str) -> None:
         console.print(f"{time.monotonic() - begin:4.0f} s  {what}", style="dim", highlight=False)
 
-    if stored:
+    if stored or only_several:
         results = report.Report.from_json(json.loads(RESULTS.read_text()))
-    else:
+    if only_several:
+        results = replace(results, several=measure_several(quick, say))
+    elif not stored:
         results = measure(quick, delay, say)
     tables.show(results, console)
     if json_file:
@@ -60,8 +68,16 @@ def measure(quick: bool, delay: float, say: rounds.Say) -> report.Report:
             names = [contestant.name for contestant in them]
             measured = rounds.measure(them, quick, say)
         alone = lifecycle.measure(folder, models, quick, say)
+        together = several.measure(folder, models, quick, say)
     say("done")
-    return report.Report(names, measured, alone)
+    return report.Report(names, measured, alone, together)
+
+
+def measure_several(quick: bool, say: rounds.Say) -> several.Several:
+    """Return only the figures about several models."""
+    with tempfile.TemporaryDirectory(prefix="mlxproxy-bench-") as name:
+        models = lifecycle.build_models(Path(name) / "models")
+        return several.measure(Path(name), models, quick, say)
 
 
 def write(results: report.Report, file: Path) -> None:

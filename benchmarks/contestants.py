@@ -17,6 +17,7 @@ import psutil
 
 from benchmarks import standin, threads
 from benchmarks.processes import accepts, free_port, running, until
+from tests.support.ports import free_range
 
 MODEL = "bench/alpha"
 MAX_CONCURRENT = 300  # 256 of one client, and what is reserved for others
@@ -68,6 +69,7 @@ class Proxy:
         models: its models folder.
         server_bin: the backend program; None for the real one.
         delay: milliseconds that are added to its relay, to check that the benchmark detects it.
+        program: the module that is run.
         settings: additional settings, by NAME.
     """
 
@@ -77,10 +79,11 @@ class Proxy:
         models: Path,
         server_bin: Path | None = None,
         delay: float = 0.0,
+        program: str = "mlxproxy",
         **settings: Any,
     ) -> None:
         self.port = free_port()
-        self.backend_port = free_port()
+        self.backend_port = free_range(settings.get("MAX_LOADED", 1))
         self.pid = 0
         given = {
             "INSTANCE_PATH": folder / "instance",
@@ -99,8 +102,8 @@ class Proxy:
             **{name: it for name, it in os.environ.items() if not name.startswith(strange)},
             **{f"MLXPROXY_{name}": str(value) for name, value in given.items()},
         }
-        program = ["benchmarks.delayed", str(delay)] if delay else ["mlxproxy"]
-        self._command = [sys.executable, "-m", *program, "serve"]
+        run = ["benchmarks.delayed", str(delay)] if delay else [program]
+        self._command = [sys.executable, "-m", *run, "serve"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Proxy]:
@@ -142,10 +145,14 @@ class Proxy:
             raise RuntimeError(f"the load of {model} failed: {answer}")
 
 
-def standin_in(folder: Path) -> Path:
-    """Return the stand-in as a program that can replace `mlx_lm.server`."""
+def standin_in(folder: Path, before: str = ":") -> Path:
+    """Return the stand-in as a program that can replace `mlx_lm.server`.
+
+    Args:
+        before: a shell command that runs before it.
+    """
     program = folder / "standin"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
+    program.write_text(f'#!/bin/sh\n{before}\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
     program.chmod(0o755)
     return program
 

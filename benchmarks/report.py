@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
 from benchmarks.rounds import MAIN, Rounds
+from benchmarks.several import RESIDENTS, Several
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
@@ -41,6 +42,7 @@ class Report:
     contestants: Sequence[str]
     rounds: Rounds
     lifecycle: Lifecycle
+    several: Several
     version: str = __version__
     machine: str = field(default_factory=machine)
     day: str = field(default_factory=lambda: date.today().isoformat())
@@ -66,7 +68,7 @@ class Report:
 
     def goals(self) -> list[Goal]:
         """Return the goals, each with the measured value; NaN if nginx is not there to compare."""
-        rounds, life = self.rounds, self.lifecycle
+        rounds, life, several = self.rounds, self.lifecycle, self.several
 
         def against_nginx(attribute: str) -> float:
             ours, nginx = (rounds.of(MAIN, it, attribute) for it in ("mlxproxy", "nginx"))
@@ -79,6 +81,12 @@ class Report:
             for works in (*rounds.streams.values(), rounds.together)
             for outcome in works["mlxproxy"]
         )
+        swaps = several.alternating("turns", "swaps_per_answer")
+        strictly = several.alternating("first come", "swaps_per_answer")
+
+        def beside(attribute: str) -> float:
+            return max(several.against_one(it, attribute).median for it in RESIDENTS[1:])
+
         resident = rounds.of(MANY, "mlxproxy", "resident").high
         return [
             Goal("processor time per event", cpu, 2.0, "x nginx"),
@@ -95,6 +103,9 @@ class Report:
                 f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
             ),
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
+            Goal("swaps per answer, by turns", swaps.ratio(strictly), 0.5, "x first come"),
+            Goal("processor time, several loaded", beside("cpu_per_event"), 1.05, "x one"),
+            Goal("a short request, several loaded", beside("request"), 1.05, "x one"),
         ]
 
     @classmethod
@@ -104,6 +115,7 @@ class Report:
             stored["contestants"],
             Rounds.from_json(stored["rounds"]),
             Lifecycle(**stored["lifecycle"]),
+            Several.from_json(stored["several"]),
             stored["mlxproxy"],
             stored["machine"],
             stored["day"],
@@ -118,6 +130,7 @@ class Report:
             "contestants": list(self.contestants),
             "rounds": asdict(self.rounds),
             "lifecycle": asdict(self.lifecycle),
+            "several": asdict(self.several),
             "goals": [
                 {
                     **asdict(goal),

@@ -13,6 +13,7 @@ from rich.table import Table
 from benchmarks.figures import Figure
 from benchmarks.report import Report
 from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
+from benchmarks.several import LOAD_SECONDS, RESIDENTS, RULES, SECONDS, WORK
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTES = f"""\
@@ -22,7 +23,16 @@ from a direct connection, whose own figures show how quiet the machine was. "In 
 has one worker and no buffering. "threads" passes bytes on without HTTP, one Python thread per
 stream: the floor of the language. A whole (unstreamed) answer has {WHOLE_TOKENS} tokens, one every
 {WHOLE_INTERVAL} ms, and is complete when its last byte is there; mlxproxy requests it as a stream
-and assembles it."""
+and assembles it.
+
+The two clients each want a model of their own, of which one fits into memory, and send their next
+request as soon as they have their answer. A load takes {LOAD_SECONDS} s and the start of a process.
+"First come" is the same program with turns of no length: it swaps for each request that names the
+other model, in order of arrival.
+
+What several loaded models cost is measured with requests to one of them, the proxies side by side:
+{WORK.streams} streams through each, then short requests through each in turn. "x one" is the median
+of the rounds' own quotients."""
 
 
 @dataclass
@@ -76,7 +86,7 @@ def put(document: str, report: Report) -> str:
 
 def sheets(report: Report) -> Iterator[Sheet]:
     """Yield all tables."""
-    for sheet in (_comparison, _by_streams, _by_itself, _goals):
+    for sheet in (_comparison, _by_streams, _by_itself, _alternation, _residents, _goals):
         yield sheet(report)
 
 
@@ -149,6 +159,57 @@ def _by_itself(report: Report) -> Sheet:
     ):
         table.add(head, _spread(life.figure(name), digits))
     return table
+
+
+def _alternation(report: Report) -> Sheet:
+    several = report.several
+    table = Sheet(
+        f"Two clients with two models that do not fit together, {SECONDS:g} s{_since(report)}",
+        ("", *RULES),
+    )
+    for head, attribute, digits in (
+        ("answers", "answers", 0),
+        ("swaps", "swaps", 0),
+        ("swaps per answer", "swaps_per_answer", 2),
+        ("longest wait for an answer, s", "longest_wait", 2),
+    ):
+        figures = (several.alternating(rule, attribute) for rule in RULES)
+        table.add(head, *(_spread(figure, digits) for figure in figures))
+    return table
+
+
+def _residents(report: Report) -> Sheet:
+    several = report.several
+    table = Sheet(
+        f"Requests to a loaded model, by the number of loaded models{_since(report)}",
+        (
+            "models",
+            "CPU per\nevent, µs",
+            "x one",
+            "event\np50, µs",
+            "short request\np50, ms",
+            "x one",
+        ),
+    )
+    for number in RESIDENTS:
+        cpu, request = (
+            several.against_one(number, it).median for it in ("cpu_per_event", "request")
+        )
+        table.add(
+            str(number),
+            _spread(several.resident(number, "cpu_per_event"), 1),
+            "" if number == 1 else f"{cpu:.2f}",
+            _spread(several.resident(number, "event"), 0),
+            _spread(several.resident(number, "request"), 2),
+            "" if number == 1 else f"{request:.2f}",
+        )
+    return table
+
+
+def _since(report: Report) -> str:
+    """Return the day of the part about several models, if it was measured by itself."""
+    day = report.several.day
+    return "" if day == report.day else f" ({day})"
 
 
 def _goals(report: Report) -> Sheet:

@@ -53,12 +53,22 @@ class Selection:
         model = self.catalog.find(profile.model if profile else name, fresh=fresh)
         model.require_loadable()
         chosen = self._options(model, profile)
-        tuning = chosen.tuned()
+        tuning, draft = chosen.tuned(), None
         if tuning.draft_model is not None:
             draft = self.catalog.find(tuning.draft_model, fresh=False)
             tuning = replace(tuning, draft_model=str(draft.path))
         files = files_of(model) if fresh else None
-        return ModelSpec(model, tuning=tuning, files=files, **{**chosen.load, **options})
+        return ModelSpec(
+            model, tuning=tuning, draft=draft, files=files, **{**chosen.load, **options}
+        )
+
+    def needed_bytes(self, model: Model) -> int:
+        """Return the memory that a load of the model needs, its draft model's included."""
+        name = self.preferences.of(model.id).tuning.get("draft_model")
+        if name is not None:
+            with contextlib.suppress(ProxyError):
+                return model.needed_bytes + self.catalog.find(name, fresh=False).needed_bytes
+        return model.needed_bytes
 
     def _options(self, model: Model, profile: Profile | None) -> Options:
         """Return what is set for a model, from the general to the particular."""
@@ -101,11 +111,9 @@ class Selection:
                 found.append((profile, self.catalog.find(profile.model, fresh=False)))
         return found
 
-    def missing_profiles(self) -> list[str]:
-        """Return the names of the profiles whose models are not on disk."""
-        return sorted(
-            self.preferences.profiles.keys() - {profile.name for profile, _ in self.profiles()}
-        )
+    def strangers(self) -> list[str]:
+        """Return, each as a sentence, the settings that name a model which is not on disk."""
+        return self.preferences.strangers(self.catalog.knows)
 
     def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
         """Return the effective settings of a model: its load options and request defaults."""

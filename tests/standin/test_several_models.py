@@ -171,6 +171,26 @@ def test_a_budget_smaller_than_any_model_is_told_with_the_numbers(
     assert not any(each["fits"] for each in listed)
 
 
+def test_a_model_that_only_fits_without_its_draft_model_does_not_fit(
+    several: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    instance = tmp_path / "instance"
+    instance.mkdir()
+    (instance / "config.py").write_text('MODELS = {"tiny/alpha": {"draft_model": "tiny/beta"}}\n')
+    proxy = several(instance=instance)
+    needed = {each["id"]: each["memory_bytes"] for each in proxy.get("/v1/models").json()["data"]}
+    proxy.stop()
+    both = needed["tiny/alpha"] + needed["tiny/beta"]
+    proxy.environment["MLXPROXY_MEMORY_BUDGET"] = str(both - 1)
+    proxy.start()
+    fits = {each["id"]: each["fits"] for each in proxy.get("/v1/models").json()["data"]}
+    assert fits == {"tiny/alpha": False, "tiny/beta": True, "tiny/gamma": True}
+    refused = proxy.load("tiny/alpha")
+    assert refused.status_code == 507
+    assert refused.json()["error"]["needed_bytes"] == both
+    assert proxy.load("tiny/gamma").ok
+
+
 def test_events_and_figures_name_the_model(several: Callable[..., Proxy]) -> None:
     proxy = several()
     proxy.load("tiny/alpha")

@@ -68,6 +68,18 @@ def test_a_profile_is_its_model_with_its_options(tmp_path: Path) -> None:
     assert (spec.model_id, spec.ttl, spec.tuning.kv_bits) == ("a/one", 60.0, 8)
 
 
+def test_a_draft_model_counts_in_the_memory_that_its_model_needs(tmp_path: Path) -> None:
+    config = 'MODELS = {"a/one": {"draft_model": "two"}, "a/two": {"draft_model": "gone"}}'
+    house = House(tmp_path, config, names=("a/one", "a/two"))
+    one, two = (house.selection.catalog.find(name) for name in ("a/one", "a/two"))
+    spec = house.selection.spec_for("a/one")
+    assert spec.tuning.draft_model == str(two.path)
+    assert one.needed_bytes > 0 < two.needed_bytes
+    assert spec.needed_bytes == house.selection.needed_bytes(one)
+    assert spec.needed_bytes == one.needed_bytes + two.needed_bytes
+    assert house.selection.needed_bytes(two) == two.needed_bytes
+
+
 def test_an_alias_stands_for_a_model_a_profile_or_what_is_loaded(tmp_path: Path) -> None:
     config = """
 PROFILES = {"coder": {"model": "one"}}
@@ -206,10 +218,19 @@ def test_what_is_in_force_is_shown(tmp_path: Path) -> None:
     assert shown["requests"] == {"temperature": 0.3}
 
 
-def test_a_profile_without_its_model_is_told(tmp_path: Path) -> None:
-    config = 'PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}'
+def test_a_name_in_the_settings_that_no_model_has_is_told(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}
+ALIASES = {"gpt-*": "loaded", "claude-*": "fine", "o1": "o2", "o2": "lost"}
+MODELS = {"a/*": {"draft_model": "small"}, "a/one": {"draft_model": "one"}}
+"""
     selection = House(tmp_path, config).selection
-    assert selection.missing_profiles() == ["coder"]
+    assert selection.strangers() == [
+        "PROFILES['coder'] names 'gone', which is not on disk (yet).",
+        "ALIASES['o1'] names 'lost', which is not on disk (yet).",
+        "ALIASES['o2'] names 'lost', which is not on disk (yet).",
+        "MODELS['a/*']: draft_model names 'small', which is not on disk (yet).",
+    ]
     assert [(profile.name, found.id) for profile, found in selection.profiles()] == [
         ("fine", "a/one")
     ]
