@@ -33,7 +33,7 @@ PATIENCE = 1.0  # seconds that a caller waits for a disk to answer
 FIRST_PATIENCE = 5.0  # the same for a listing when nothing has been read yet
 _GLANCE = 0.1  # the same when a quick answer matters more than a fresh one
 LOOK_AGAIN_SECONDS = 2.0  # between two looks at the disk for unknown names
-_FORMAT = 5  # version of the cache file's format
+_FORMAT = 6  # version of the cache file's format
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
 # Linux's PATH_MAX: no model has a longer name. The time that Unicode normalization takes grows with
