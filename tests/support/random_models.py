@@ -14,6 +14,7 @@ from typing import Any
 from tests.support import tiny_models
 
 WINDOW = 512  # tokens
+SLOW = -7.0  # the logarithm of the rate at which a recurrent state forgets
 SPREAD = 4.0  # of the weights, compared with mlx's own: attention must matter
 
 _SIZES: dict[str, Any] = {
@@ -96,6 +97,9 @@ def build(folder: Path, arch: str, seed: int = 1) -> Path:
     module = importlib.import_module(f"mlx_lm.models.{arch}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
+    for name, weight in tree_flatten(model.parameters()):
+        if name.endswith("A_log"):
+            weight[:] = SLOW
     weights = {
         name: (weight * SPREAD if weight.ndim > 1 else weight).astype(mx.float32)
         for name, weight in tree_flatten(model.parameters())

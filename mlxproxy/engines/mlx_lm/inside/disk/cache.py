@@ -22,7 +22,7 @@ from typing import Any
 from .. import gate
 from . import entry, store
 from .fingerprint import NoFolder, files, fingerprint
-from .index import BLOCK, Index
+from .index import BLOCK, LEAST_GAIN, Index
 
 IDLE_SECONDS = 25.0  # without a request, until entries are written
 LOOK_SECONDS = 1.0
@@ -270,7 +270,7 @@ class Disk:
         self._shelves.pop(key, None)
 
     def recall(self, key: Key, tokens: list[int], cached: int, insert: Callable[..., None]) -> bool:
-        """Bring an entry back into memory if that spares computing more than a block of tokens.
+        """Bring an entry back into memory if that spares computing many tokens.
 
         Args:
             cached: how many of the tokens are in memory.
@@ -281,10 +281,10 @@ class Disk:
         """
         self._last = self._clock()
         shelf = self._shelves.get(key)
-        if shelf is None or not len(shelf.index) or len(tokens) < cached + BLOCK:
+        if shelf is None or not len(shelf.index) or len(tokens) < cached + LEAST_GAIN:
             return False
         with shelf.lock:
-            match = shelf.index.longest(entry.packed(tokens), cached + BLOCK)
+            match = shelf.index.longest(entry.packed(tokens), cached)
             known = match and shelf.index.tokens_of(match.name)
         if match is None:
             return False

@@ -15,7 +15,8 @@ from hashlib import blake2b
 from .entry import TOKEN_BYTES
 
 BLOCK = 256  # tokens; an entry with fewer cannot be found
-# An entry of which less than this part is used is not worth reading.
+# What an entry must add to what is in memory to be worth reading, in tokens, and of its length.
+LEAST_GAIN = 64
 LEAST_SHARE = 1 / 16
 
 _BLOCK_BYTES = BLOCK * TOKEN_BYTES
@@ -86,14 +87,14 @@ class Index:
                     if not table[block]:
                         del table[block]
 
-    def longest(self, tokens: bytes, least: int) -> Match | None:
-        """Return the entry from which a prompt can take the most tokens.
+    def longest(self, tokens: bytes, cached: int) -> Match | None:
+        """Return the entry from which a prompt can take the most tokens, if it is worth reading.
 
         At least one token is left to compute. Of equally good entries, the shortest is taken.
 
         Args:
             tokens: the prompt's.
-            least: the number of tokens that are worth reading a file for.
+            cached: how many of them are in memory.
         """
         most = len(tokens) // TOKEN_BYTES - 1
         best: tuple[int, int, str] | None = None
@@ -104,7 +105,7 @@ class Index:
             if entry.whole and not common == length <= most:
                 continue
             common = min(common, most)
-            if common < least or common < length * LEAST_SHARE:
+            if common - cached < max(LEAST_GAIN, length * LEAST_SHARE):
                 continue
             if best is None or (common, -length) > best[:2]:
                 best = common, -length, name
