@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from benchmarks import contestants, lifecycle, picture, report, rounds, tables
+from benchmarks import contestants, lifecycle, picture, prompts, report, rounds, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
 DOCUMENT = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "performance.png"
+DEMO = ROOT / "instance" / "models"  # where `make run` keeps it
 
 
 @click.command(help=__doc__)
@@ -28,15 +31,27 @@ PICTURE = ROOT / "docs" / "performance.png"
     "--delay", type=float, default=0.0, help="Make the relay so many ms slower: it must show"
 )
 @click.option("--stored", is_flag=True, help="Measure nothing: show the results of the last run")
-def main(json_file: Path | None, quick: bool, delay: float, stored: bool) -> None:
+@click.option(
+    "--prompts",
+    "lengths",
+    type=int,
+    multiple=True,
+    help="Measure only a conversation of so many tokens after a swap, and keep the other results; "
+    "on a CPU, 4000 take minutes",
+)
+def main(
+    json_file: Path | None, quick: bool, delay: float, stored: bool, lengths: tuple[int, ...]
+) -> None:
     console = Console(width=max(130, Console().width))
     begin = time.monotonic()
 
     def say(what: str) -> None:
         console.print(f"{time.monotonic() - begin:4.0f} s  {what}", style="dim", highlight=False)
 
-    if stored:
+    if stored or lengths:
         results = report.Report.from_json(json.loads(RESULTS.read_text()))
+        if lengths:
+            results = replace(results, prompts=measure_prompts(lengths, say))
     else:
         results = measure(quick, delay, say)
     tables.show(results, console)
@@ -60,8 +75,20 @@ def measure(quick: bool, delay: float, say: rounds.Say) -> report.Report:
             names = [contestant.name for contestant in them]
             measured = rounds.measure(them, quick, say)
         alone = lifecycle.measure(folder, models, quick, say)
+        kept = prompts.Prompts()
+        if not quick:
+            lengths = [prompts.TOKENS]
+            kept = prompts.measure(folder / "kept", models, DEMO, lengths, prompts.ROUNDS, say)
     say("done")
-    return report.Report(names, measured, alone)
+    return report.Report(names, measured, alone, kept)
+
+
+def measure_prompts(lengths: Sequence[int], say: rounds.Say) -> prompts.Prompts:
+    """Return the figures of conversations of these lengths, in tokens."""
+    with tempfile.TemporaryDirectory(prefix="mlxproxy-bench-") as name:
+        folder = Path(name)
+        models = lifecycle.build_models(folder / "models")
+        return prompts.measure(folder / "kept", models, DEMO, lengths, prompts.ROUNDS, say)
 
 
 def write(results: report.Report, file: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
+from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
 from mlxproxy import __version__
 
@@ -41,6 +42,7 @@ class Report:
     contestants: Sequence[str]
     rounds: Rounds
     lifecycle: Lifecycle
+    prompts: Prompts = field(default_factory=Prompts)
     version: str = __version__
     machine: str = field(default_factory=machine)
     day: str = field(default_factory=lambda: date.today().isoformat())
@@ -80,6 +82,15 @@ class Report:
             for outcome in works["mlxproxy"]
         )
         resident = rounds.of(MANY, "mlxproxy", "resident").high
+        after_swap = [
+            Goal(
+                f"first token after a swap, {tokens} tokens",
+                self.prompts.figure("disk", tokens).ratio(self.prompts.figure("memory", tokens)),
+                1.5,
+                "x in memory",
+            )
+            for tokens in self.prompts.disk
+        ]
         return [
             Goal("processor time per event", cpu, 2.0, "x nginx"),
             Goal(f"the same, at most 1.2 x Go's ({GO} x nginx)", cpu, 1.2 * GO, "x nginx"),
@@ -95,6 +106,7 @@ class Report:
                 f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
             ),
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
+            *after_swap,
         ]
 
     @classmethod
@@ -104,6 +116,7 @@ class Report:
             stored["contestants"],
             Rounds.from_json(stored["rounds"]),
             Lifecycle(**stored["lifecycle"]),
+            Prompts.from_json(stored.get("prompts", {})),
             stored["mlxproxy"],
             stored["machine"],
             stored["day"],
@@ -118,6 +131,7 @@ class Report:
             "contestants": list(self.contestants),
             "rounds": asdict(self.rounds),
             "lifecycle": asdict(self.lifecycle),
+            "prompts": asdict(self.prompts),
             "goals": [
                 {
                     **asdict(goal),

@@ -76,8 +76,9 @@ def put(document: str, report: Report) -> str:
 
 def sheets(report: Report) -> Iterator[Sheet]:
     """Yield all tables."""
-    for sheet in (_comparison, _by_streams, _by_itself, _goals):
-        yield sheet(report)
+    for sheet in (_comparison, _by_streams, _by_itself, _prompts, _goals):
+        if (made := sheet(report)).rows:
+            yield made
 
 
 def _comparison(report: Report) -> Sheet:
@@ -148,6 +149,20 @@ def _by_itself(report: Report) -> Sheet:
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
         table.add(head, _spread(life.figure(name), digits))
+    return table
+
+
+def _prompts(report: Report) -> Sheet:
+    table = Sheet(
+        "First token of the demo model in a long conversation, s",
+        ("tokens", "read anew", "in memory", "on disk, after a swap and back", "x in memory"),
+    )
+    for tokens in report.prompts.disk:
+        cold, memory, disk = (
+            report.prompts.figure(name, tokens) for name in ("cold", "memory", "disk")
+        )
+        spreads = (_spread(figure, 2) for figure in (cold, memory, disk))
+        table.add(str(tokens), *spreads, f"{disk.ratio(memory):.2f}")
     return table
 
 
