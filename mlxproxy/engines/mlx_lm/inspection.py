@@ -178,7 +178,9 @@ class _Reading:
     def _kept(self, text: Architecture, cache: KVCache | None) -> str | None:
         """Return `Capabilities.prompt_cache_disk`."""
         known = [self._known, text]
-        if self._known is None or any(it.own_cache for it in known if it):
+        if self._known is None or not self._package.restores_caches:
+            return None
+        if any(it.own_cache for it in known if it):
             return None
         if not self._known.makes_cache:
             return "prefix"

@@ -107,6 +107,16 @@ class Package:
         return str(self._aliases.get(kind, kind))
 
     @cached_property
+    def restores_caches(self) -> bool:
+        """Whether a cache can be made from its own state alone, as from mlx-lm 0.32 on."""
+        functions = (
+            node
+            for node in ast.walk(self._tree("models/cache.py"))
+            if isinstance(node, ast.FunctionDef) and node.name == "from_state"
+        )
+        return all(len(function.args.args) == 2 for function in functions)
+
+    @cached_property
     def _modules(self) -> frozenset[str] | None:
         if self._folder is None:
             return None
