@@ -11,16 +11,18 @@ import contextlib
 import http.client
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from datetime import date
+from typing import Any, ClassVar
 
 from benchmarks.contestants import Proxy
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, Goal
+from benchmarks.part import Place
+from benchmarks.sheet import Sheet, spread
 from mlxproxy.demo import provide
 
-TOKENS = 1000
+LENGTHS = (1000, 4000)  # tokens
 SENTENCE = "{}: the quick brown fox jumps over the lazy dog.\n"
 SENTENCE_TOKENS = 19
 OTHER = "bench/alpha"
@@ -33,6 +35,9 @@ QUESTIONS = (  # two for each round, with different beginnings
     "Do foxes jump so high?",
 )
 ROUNDS = len(QUESTIONS) // 2
+NOTE = """\
+In the long conversation, "in memory" and "on disk" are about another question after the same long
+beginning, which has been read once: before a swap, and after a swap to another model and back."""
 
 
 @dataclass
@@ -43,52 +48,57 @@ class Prompts:
     memory: dict[int, list[float]] = field(default_factory=dict)
     disk: dict[int, list[float]] = field(default_factory=dict)
 
+    day: str = field(default_factory=lambda: date.today().isoformat())
+
+    NAME: ClassVar = "prompts"
+    ALWAYS: ClassVar = False  # on a CPU, it takes minutes
+    NOTE: ClassVar = NOTE
+
     @classmethod
-    def from_json(cls, stored: dict[str, dict[str, list[float]]]) -> Prompts:
+    def measure(cls, place: Place, quick: bool) -> Prompts:
+        """Measure everything; nothing if there is no demo model."""
+        measured = cls()
+        try:
+            provide.ensure(place.demo)
+        except provide.DemoUnavailable as error:
+            place.say(str(error))
+            return measured
+        roots = f"{place.models}:{place.demo}"
+        with Proxy(place.folder, place.models, MODELS_ROOT=roots, MAX_TOKENS=8).running() as proxy:
+            for tokens in LENGTHS[:1] if quick else LENGTHS:
+                place.say(f"a conversation of {tokens} tokens, before and after a swap")
+                _converse(proxy, tokens, 1 if quick else ROUNDS, measured)
+        return measured
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Prompts:
         """Return what `dataclasses.asdict` and JSON have converted."""
+        figures = ("cold", "memory", "disk")
         return cls(
-            **{
-                name: {int(tokens): values for tokens, values in by_tokens.items()}
-                for name, by_tokens in stored.items()
-            }
+            *({int(tokens): it for tokens, it in stored[name].items()} for name in figures),
+            stored["day"],
         )
 
     def figure(self, name: str, tokens: int) -> Figure:
         return Figure(getattr(self, name).get(tokens, []))
 
+    def goals(self) -> Iterator[Goal]:
+        """Yield the goals."""
+        for tokens in self.disk:
+            ratio = self.figure("disk", tokens).ratio(self.figure("memory", tokens))
+            yield Goal(f"first token after a swap, {tokens} tokens", ratio, 1.5, "x in memory")
 
-def measure(
-    folder: Path,
-    models: Path,
-    demo: Path,
-    lengths: Sequence[int],
-    rounds: int,
-    say: Callable[[str], None],
-) -> Prompts:
-    """Measure everything.
-
-    Args:
-        folder: where files are created.
-        models: a models folder with the model OTHER.
-        demo: the models folder of the demo model; it is downloaded if it is missing.
-        lengths: of the prompts, in tokens.
-        rounds: at most ROUNDS.
-
-    Returns:
-        Nothing measured if there is no demo model.
-    """
-    measured = Prompts()
-    try:
-        provide.ensure(demo)
-    except provide.DemoUnavailable as error:
-        say(str(error))
-        return measured
-    folder.mkdir()
-    with Proxy(folder, models, MODELS_ROOT=f"{models}:{demo}", MAX_TOKENS=8).running() as proxy:
-        for tokens in lengths:
-            say(f"a conversation of {tokens} tokens, before and after a swap")
-            _converse(proxy, tokens, rounds, measured)
-    return measured
+    def sheets(self) -> Iterator[Sheet]:
+        """Yield the table."""
+        table = Sheet(
+            f"First token of the demo model in a long conversation, s ({self.day})",
+            ("tokens", "read anew", "in memory", "on disk, after a swap and back", "x in memory"),
+        )
+        for tokens in self.disk:
+            cold, memory, disk = (self.figure(it, tokens) for it in ("cold", "memory", "disk"))
+            spreads = (spread(figure, 2) for figure in (cold, memory, disk))
+            table.add(str(tokens), *spreads, f"{disk.ratio(memory):.2f}")
+        yield table
 
 
 def _converse(proxy: Proxy, tokens: int, rounds: int, measured: Prompts) -> None:
