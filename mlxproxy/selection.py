@@ -177,7 +177,9 @@ class Selection:
         return self.engines[spec.model.engine] if spec else next(iter(self.engines.values()))
 
     def resident(self, name: object) -> ModelSpec | None:
-        """Return the loaded model with that id or path."""
+        """Return the loaded model with that id or path; a profile of that name counts more."""
+        if name in self.preferences.profiles:
+            return None
         loaded = self.controller.residents()
         return next((spec for spec in loaded if name in (spec.path, spec.model_id)), None)
 

@@ -80,6 +80,16 @@ ALIASES = {"*one": "coder", "one*": "coder"}
     assert house.named("one-latest") == "a/two"
 
 
+def test_a_profile_with_the_name_of_a_model_means_the_same_whatever_is_loaded(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path, 'PROFILES = {"a/one": {"model": "a/two"}}', names=("a/one", "a/two"))
+    selection = house.selection
+    house.residents.append(ModelSpec(selection.catalog.find("a/one")))
+    assert house.named("a/one") == "a/two"
+    assert selection.path_of("a/one") == str(selection.catalog.find("a/two").path)
+
+
 def test_aliases_that_lead_to_each_other_by_their_patterns_end_all_the_same(tmp_path: Path) -> None:
     house = House(tmp_path, 'ALIASES = {"ab*": "ax", "a*": "abc"}')
     assert house.named("abx") is house.named("ay") is None
