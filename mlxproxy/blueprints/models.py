@@ -109,8 +109,7 @@ def one(name: str) -> Response:
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
     selection = services().selection
-    profile = selection.profile(name)
-    model = services().catalog.find(profile.model if profile else name)
+    model, profile = selection.find(name)
     item = _profile_item(profile, model) if profile else _items([model])[0]
     settings = json.dumps(selection.in_force(model, profile))
     return _json(f'{item[:-1]}, "settings": {settings}}}')

@@ -68,6 +68,49 @@ def test_a_profile_is_its_model_with_its_options(tmp_path: Path) -> None:
     assert (spec.model_id, spec.ttl, spec.tuning.kv_bits) == ("a/one", 60.0, 8)
 
 
+def test_a_models_own_name_counts_more_than_an_alias(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "two", "temperature": 0.1}}
+ALIASES = {"*one": "coder", "one*": "coder"}
+"""
+    house = House(tmp_path, config, names=("a/one", "a/two"))
+    for name in ("one", "a/one"):
+        assert house.named(name) == "a/one"
+        assert house.selection.profile(name) is None, "answered by a/one as if it were the profile"
+    assert house.named("one-latest") == "a/two"
+
+
+def test_a_profile_with_the_name_of_a_model_means_the_same_whatever_is_loaded(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path, 'PROFILES = {"a/one": {"model": "a/two"}}', names=("a/one", "a/two"))
+    selection = house.selection
+    house.residents.append(ModelSpec(selection.catalog.find("a/one")))
+    assert house.named("a/one") == "a/two"
+    assert selection.path_of("a/one") == str(selection.catalog.find("a/two").path)
+
+
+def test_aliases_that_lead_to_each_other_by_their_patterns_end_all_the_same(tmp_path: Path) -> None:
+    house = House(tmp_path, 'ALIASES = {"ab*": "ax", "a*": "abc"}')
+    assert house.named("abx") is house.named("ay") is None
+    assert house.selection.profile("ab") is None
+
+
+def test_a_load_an_unload_and_a_listing_take_each_name_that_a_chat_takes(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "one", "kv_bits": 8}}
+ALIASES = {"gpt-*": "coder", "o1": "two"}
+"""
+    selection = House(tmp_path, config, names=("a/one", "a/two")).selection
+    for name, wanted, bits in (("coder", "a/one", 8), ("gpt-4", "a/one", 8), ("o1", "a/two", None)):
+        spec = selection.named_spec(name)
+        assert spec is not None
+        assert (spec.model_id, spec.tuning.kv_bits) == (wanted, bits)
+        assert selection.spec_for(name) == spec
+        assert selection.path_of(name) == spec.path
+        assert selection.find(name)[0].id == wanted
+
+
 def test_a_draft_model_counts_in_the_memory_that_its_model_needs(tmp_path: Path) -> None:
     config = 'MODELS = {"a/one": {"draft_model": "two"}, "a/two": {"draft_model": "gone"}}'
     house = House(tmp_path, config, names=("a/one", "a/two"))
