@@ -327,7 +327,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.kv")
-    (tmp_path / "link.kv").symlink_to("/dev/zero")
+    (tmp_path / "device.kv").symlink_to("/dev/zero")
+    (tmp_path / "link.kv").symlink_to(__file__)
     (tmp_path / "folder.kv").mkdir()
     assert store.entries(tmp_path) == []
     for path in tmp_path.iterdir():
