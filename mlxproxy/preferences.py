@@ -9,7 +9,7 @@ sentence then and not a failed request later.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -86,6 +86,7 @@ REQUEST_DEFAULTS = (
     "system",
 )
 _TUNING = {item.name for item in fields(Tuning)}
+SERVER = ".server"  # the end of an engine's name, which may be left out
 ENGINE = "engine"  # the option that names the engine that serves a model
 
 
@@ -134,12 +135,17 @@ class Preferences:
 
     Args:
         rules: those for requests, to check the defaults of requests.
+        engines: the names of the engines, to check those that MODELS names.
 
     Raises:
         SettingError: an unknown option, a value that is not allowed, or names in a circle.
     """
 
-    def __init__(self, settings: Settings, rules: Mapping[Kind, Rules]) -> None:
+    def __init__(
+        self, settings: Settings, rules: Mapping[Kind, Rules], engines: Collection[str] = ()
+    ) -> None:
+        for pattern, given in settings.models:
+            _require_engine(pattern, given, engines)
         self._models = {
             pattern: _options(f"MODELS[{pattern!r}]", given, rules, thinking_of_load=True)
             for pattern, given in settings.models
@@ -161,6 +167,27 @@ class Preferences:
         for options in matching(self._models, model_id):
             found = options.over(found)
         return found
+
+    def strangers(self, knows: Callable[[str], bool]) -> list[str]:
+        """Return, each as a sentence, the settings that name a model which is not there.
+
+        Args:
+            knows: returns whether a model has that name.
+        """
+        named: list[tuple[str, Any]] = [
+            *((f"PROFILES[{each.name!r}]", each.model) for each in self.profiles.values()),
+            *((f"ALIASES[{name!r}]", self._followed(name)) for name in self._aliases),
+            *(
+                (f"MODELS[{pattern!r}]: draft_model", options.tuning.get("draft_model"))
+                for pattern, options in self._models.items()
+            ),
+        ]
+        own = {None, LOADED, *self.profiles}
+        return [
+            f"{where} names {model!r}, which is not on disk (yet)."
+            for where, model in named
+            if model not in own and not knows(model)
+        ]
 
     def meaning(self, name: str) -> str | None:
         """Return the target of an alias (a model, a profile, `LOADED`); None for other names."""
@@ -185,6 +212,24 @@ class Preferences:
         return target
 
 
+def _require_engine(pattern: str, given: Mapping[str, Any], engines: Collection[str]) -> None:
+    """Return if an entry of MODELS names an engine that there is, or none.
+
+    Raises:
+        SettingError: there is no such engine.
+    """
+    name, known = given.get(ENGINE), _short(engines)
+    if ENGINE in given and not (isinstance(name, str) and name.removesuffix(SERVER) in known):
+        raise SettingError(
+            f"MODELS[{pattern!r}]: engine = {name!r} must be one of {', '.join(known)}."
+        )
+
+
+def _short(engines: Iterable[str]) -> dict[str, str]:
+    """Return the names of engines by the ones that users write: ``mlx_lm`` is enough."""
+    return {name.removesuffix(SERVER): name for name in engines}
+
+
 def matching(models: Mapping[str, T], model_id: str) -> Iterator[T]:
     """Yield what is set for a model: by patterns in order, then by its id."""
     for pattern, value in models.items():
@@ -197,25 +242,19 @@ def matching(models: Mapping[str, T], model_id: str) -> Iterator[T]:
 class EngineChoice:
     """The engines that MODELS names for models.
 
+    A name that no engine has chooses nothing: it is `Preferences` that rejects it.
+
     Args:
         engines: the names of those that there are.
-
-    Raises:
-        SettingError: it names one that there is not.
     """
 
     def __init__(self, settings: Settings, engines: Iterable[str]) -> None:
-        known = {name.removesuffix(".server"): name for name in engines}
+        known = _short(engines)
         self._chosen: dict[str, str] = {}
         for pattern, given in settings.models:
-            if ENGINE not in given:
-                continue
-            name = given[ENGINE]
-            if not isinstance(name, str) or name.removesuffix(".server") not in known:
-                raise SettingError(
-                    f"MODELS[{pattern!r}]: engine = {name!r} must be one of {', '.join(known)}."
-                )
-            self._chosen[pattern] = known[name.removesuffix(".server")]
+            name = given.get(ENGINE)
+            if isinstance(name, str) and (engine := known.get(name.removesuffix(SERVER))):
+                self._chosen[pattern] = engine
 
     @property
     def fingerprint(self) -> str:

@@ -24,6 +24,7 @@ from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.engines.mlx_vlm.engine import MlxVlm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
@@ -69,7 +70,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     """
     instance = settings.instance
     engines = engines or engines_of(settings)
-    preferences = Preferences(settings, engines[0].rules)
+    preferences = Preferences(settings, engines[0].rules, [engine.name for engine in engines])
     access = Access(
         keys=settings.keys,
         origins=frozenset(it.lower().rstrip("/") for it in settings.allowed_origins),
@@ -134,8 +135,16 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
     """Return the available kinds of backends, the preferred one first."""
+    prompt_disk = PromptDisk(
+        settings.instance.prompt_cache, settings.prompt_cache_disk, settings.stop_timeout
+    )
     return (
-        MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),
+        MlxLm(
+            settings.mlx_server_bin,
+            settings.max_tokens,
+            memory_of(settings).cache_bytes,
+            prompt_disk,
+        ),
         MlxVlm(settings.vlm_server_bin, settings.max_tokens),
     )
 
@@ -146,11 +155,7 @@ def memory_of(settings: Settings) -> Memory:
 
 
 def inspector_of(settings: Settings, engines: Sequence[Engine] = ()) -> Inspectors:
-    """Return the inspectors that read model folders for these engines, or those of the settings.
-
-    Raises:
-        SettingError: MODELS names an engine that there is not.
-    """
+    """Return the inspectors that read model folders for these engines, or those of the settings."""
     engines = engines or engines_of(settings)
     chosen = EngineChoice(settings, [engine.name for engine in engines])
     return Inspectors([engine.inspector for engine in engines], chosen)

@@ -114,6 +114,16 @@ class Catalog:
         self.require_disk()
         raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
 
+    def knows(self, name: str) -> bool:
+        """Return whether a model has that name, as far as the disks have told."""
+        try:
+            self.find(name, fresh=False)
+        except (ModelNotFound, ModelsRootUnavailable):
+            return False
+        except AmbiguousModel:
+            pass
+        return True
+
     def lookup(self, name: str) -> Model | None:
         """Return the model with that name; None if there is none.
 

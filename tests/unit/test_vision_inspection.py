@@ -14,9 +14,10 @@ from mlxproxy.catalog.layout import Folder
 from mlxproxy.catalog.model import Model
 from mlxproxy.engines.mlx_lm.inspection import Inspector as TextInspector
 from mlxproxy.engines.mlx_lm.package import Package as TextPackage
+from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.engines.mlx_vlm.inspection import Inspector
 from mlxproxy.engines.mlx_vlm.package import Package
-from mlxproxy.preferences import EngineChoice
+from mlxproxy.preferences import EngineChoice, Preferences
 from mlxproxy.settings import SettingError, load
 from tests.support import tiny_vision
 from tests.support.model_folders import model, write
@@ -233,7 +234,9 @@ def test_models_can_say_otherwise(mlx_vlm: Package, tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("MODELS = {'*/text': {'engine': 'ollama'}}")
     settings = load({"INSTANCE_PATH": str(tmp_path)}, {})
     with pytest.raises(SettingError, match="must be one of mlx_lm, mlx_vlm"):
-        EngineChoice(settings, [LM, VLM])
+        Preferences(settings, RULES, [LM, VLM])
+    # Whoever only reads folders, as `mlxproxy doctor` does, goes on.
+    assert judged(sees, mlx_vlm, EngineChoice(settings, [LM, VLM])).engine == VLM
 
 
 def test_another_mlx_vlm_or_choice_looks_at_the_models_anew(
