@@ -1,6 +1,5 @@
 """pydantic-ai, with the model class that the environment names."""
 
-import asyncio
 import os
 
 from harness import MODEL, QUESTION, URL, get_weather, main
@@ -31,19 +30,8 @@ def chat():
 
 
 def stream():
-    async def pieces():
-        async with Agent(model()).run_stream(QUESTION) as result:
-            async for piece in result.stream_text(delta=True, debounce_by=None):
-                yield piece
-
-    loop, each = asyncio.new_event_loop(), pieces()
-    try:
-        while True:
-            yield loop.run_until_complete(anext(each))
-    except StopAsyncIteration:
-        pass
-    finally:
-        loop.run_until_complete(each.aclose())
+    result = Agent(model()).run_stream_sync(QUESTION)
+    yield from result.stream_text(delta=True, debounce_by=None)
 
 
 def tools():
