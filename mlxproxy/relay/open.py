@@ -36,11 +36,13 @@ class Request:
     Attributes:
         path: the backend's path.
         name: the model's name in the answer; None: its id.
+        both_spellings: whether the answer carries its reasoning in `reasoning_content`, too.
     """
 
     path: str
     body: Body
     name: str | None = None
+    both_spellings: bool = False
 
 
 class Exchange:
@@ -59,6 +61,8 @@ class Exchange:
     Attributes:
         streamed: whether the answer comes as a stream.
         wants_usage: whether the client asks for the token count at the end of its stream.
+        reasoning_mark: what an event contains that :meth:`with_both_spellings` is to change; None:
+            no event is to be changed.
 
     Raises:
         ProxyError: the request is rejected, the lease has been ended, or nothing accepts the
@@ -77,6 +81,8 @@ class Exchange:
         self.streamed = streamed or self.wire.streams_all(fields)
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
         payload = self.wire.encode(fields, spec.path, self.streamed)
+        self.reasoning_mark = self.wire.reasoning_mark if request.both_spellings else None
+        self.with_both_spellings = self.wire.with_both_spellings
         self.model_field = self.wire.model_field(spec.path)
         self.shown_field = self.wire.model_field(request.name or spec.model_id)
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
@@ -128,8 +134,15 @@ class Exchange:
             raise self._lease.fault(error) from None
 
     def shown(self, data: bytes) -> bytes:
-        """Return events, or a whole answer, with the model's name instead of its path."""
-        return data.replace(self.model_field, self.shown_field)
+        """Return events, or a whole answer, as the client is to see them.
+
+        They have the model's name instead of its path, and the reasoning in the spellings that the
+        request asks for.
+        """
+        data = data.replace(self.model_field, self.shown_field)
+        if self.reasoning_mark is not None and self.reasoning_mark in data:
+            data = self.with_both_spellings(data)
+        return data
 
     def _refusal(self) -> ProxyError:
         body = self.connection.read_rest(ERROR_BYTES, INTERVAL_SECONDS)

@@ -1,0 +1,84 @@
+"""A chat's reasoning, which clients read from `reasoning` or from `reasoning_content`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlxproxy.engines.mlx_lm.wire import MlxLmWire
+from mlxproxy.relay.statistics import AnswerStats
+from mlxproxy.sse import DONE
+from tests.support import chat_wire as wire
+from tests.support.fake_connection import FakeConnection, Scene
+
+WIRE = MlxLmWire(counts_cached=True)
+
+
+def test_thoughts_are_told_under_both_names() -> None:
+    data = wire.reasoning('He said "x", then \\ and\n, "reasoning": "y"')
+    made = json.loads(WIRE.with_both_spellings(data)[6:])
+    delta = made["choices"][0]["delta"]
+    assert delta["reasoning"] == delta["reasoning_content"]
+    assert delta["reasoning"] == json.loads(data[6:])["choices"][0]["delta"]["reasoning"]
+
+
+@given(st.text(), st.text())
+def test_only_the_name_of_the_field_is_taken_for_it(thought: str, text: str) -> None:
+    said = f'{text}, "reasoning": "{text}'
+    data = wire.chunk(reasoning=thought, content=said)
+    delta = json.loads(WIRE.with_both_spellings(data)[6:])["choices"][0]["delta"]
+    assert delta == {
+        "role": "assistant",
+        "reasoning": thought,
+        "reasoning_content": thought,
+        "content": said,
+    }
+    assert WIRE.with_both_spellings(wire.text(said)) == wire.text(said)
+
+
+def test_an_engine_that_tells_both_itself_is_passed_on() -> None:
+    data = wire.chunk(reasoning="Hm.", reasoning_content="Hm.")
+    assert WIRE.with_both_spellings(data) == data
+
+
+def test_several_events_at_once_each_get_both() -> None:
+    data = wire.reasoning("a") + wire.text("b") + wire.reasoning("c")
+    assert WIRE.with_both_spellings(data).count(b'"reasoning_content": ') == 2
+
+
+def test_an_event_without_reasoning_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only cost is one search."""
+
+    def never(self: object, data: bytes) -> bytes:
+        raise AssertionError(data)
+
+    monkeypatch.setattr(MlxLmWire, "with_both_spellings", never)
+    said = [wire.text('x, "reasoning": "y"'), wire.chunk("stop"), DONE]
+    assert _stream(said) == said
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "in one piece"])
+def test_each_event_of_a_stream_carries_both(together: bool) -> None:
+    said = [wire.reasoning("a"), wire.text("b"), wire.reasoning("c"), wire.chunk("stop"), DONE]
+    got = b"".join(_stream([b"".join(said)] if together else said))
+    assert got == b"".join(map(WIRE.with_both_spellings, said))
+    assert got.count(b'"reasoning_content": ') == 2
+
+
+def test_a_translated_answer_is_read_from_one_field() -> None:
+    said = [wire.reasoning("a"), wire.chunk("stop"), DONE]
+    assert _stream(said, both_spellings=False) == said
+
+
+def _stream(said: list[bytes], both_spellings: bool = True) -> list[bytes]:
+    scene = Scene(FakeConnection(said)).grant()
+    request = replace(scene.request, both_spellings=both_spellings)
+    stream = scene.relay.stream(scene.lease, request, AnswerStats())
+    events: list[Any] = list(stream)[1:]  # after the opening comment
+    stream.close()
+    return events
