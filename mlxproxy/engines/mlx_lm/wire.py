@@ -21,6 +21,8 @@ from mlxproxy.errors import (
 
 log = logging.getLogger("mlxproxy.relay")
 
+_ROLE: Final = b'{"role": "assistant", '
+_ROLE_ALONE: Final = b'{"role": "assistant"}'
 _REASONING: Final = b', "reasoning": "'
 _BACKSLASH: Final = 0x5C
 _REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -88,6 +90,12 @@ class MlxLmWire:
         if b'"reasoning_content": ' in data:
             return data
         return _REASONING_FIELD.sub(rb', "reasoning": \1, "reasoning_content": \1', data)
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event without its role, whose quotes would be escaped inside a JSON string."""
+        # (From its end, where the delta is.)
+        before, role, after = data.rpartition(_ROLE)
+        return before + b"{" + after if role else data.replace(_ROLE_ALONE, b"{}", 1)
 
     def completion(self) -> Completion:
         """Return an empty completion, which puts a whole answer together."""
