@@ -53,6 +53,9 @@ class Client:
         result: what the tools return.
         checks: the checks that make sense.
         is_program: whether it is one of this package's programs, which print JSON.
+        has_whole_answers: whether it can ask for an answer that is not streamed.
+        is_launched: whether `mlxproxy launch` starts it, which loads the model itself.
+        known: why a check fails, where the client is known to be the reason.
     """
 
     name: str
@@ -64,10 +67,12 @@ class Client:
     result: Sequence[str] = WEATHER_SAYS
     is_program: bool = True
     has_whole_answers: bool = True
+    is_launched: bool = False
+    known: Mapping[str, str] = field(default_factory=dict)
 
 
 def _program(
-    name: str, package: str, place: Place, api: str, file: str, provider: str = ""
+    name: str, package: str, place: Place, api: str, file: str, provider: str = "", **known: str
 ) -> Client:
     def command(task: Task) -> Command:
         folder = task.installation.folder / place
@@ -75,7 +80,7 @@ def _program(
         variables = {"URL": task.url, "MODEL": task.model, "PROVIDER": provider}
         return Command([runner, folder / file, task.check], variables)
 
-    return Client(name, package, place, api, command)
+    return Client(name, package, place, api, command, known=known)
 
 
 def _launched(
@@ -101,8 +106,9 @@ def _launched(
         command,
         calls,
         (SHELL_SAYS,),
-        False,
+        is_program=False,
         has_whole_answers=calls is None,
+        is_launched=True,
     )
 
 
@@ -184,7 +190,11 @@ CLIENTS = (
     _program("ollama for Node.js", "ollama", "node", OLLAMA, "ollama_chat.mjs"),
     _program("LiteLLM", "litellm", "python", CHAT, "litellm_completion.py", "openai"),
     _program("LiteLLM", "litellm", "python", MESSAGES, "litellm_completion.py", "anthropic"),
-    _program("LiteLLM", "litellm", "python", OLLAMA, "litellm_completion.py", "ollama_chat"),
+    _program(
+        *("LiteLLM", "litellm", "python", OLLAMA, "litellm_completion.py", "ollama_chat"),
+        tools="in an Ollama stream, LiteLLM gives each call of an answer the index 0, whatever the "
+        "server says, and joins their arguments; one call at a time works",
+    ),
     _program("LangChain", "langchain-openai", "python", CHAT, "langchain_chat.py", "openai"),
     _program(
         "LangChain", "langchain-openai", "python", RESPONSES, "langchain_chat.py", "responses"

@@ -44,7 +44,7 @@ class Houses:
 
     def script(self, **script: Any) -> None:
         """Set what the stand-in does from now on."""
-        plain = {"events": 6, "interval": 0.0, "thoughts": 1, "calls": []}
+        plain = {"events": 6, "interval": 0.0, "thoughts": 1, "calls": [], "error": None}
         scripted_server.change(self.program, **{**plain, **script})
 
     def requests(self) -> int:
