@@ -6,8 +6,8 @@ The clients are installed into build/clients, from PyPI and npm. Each of them th
 over `mlx_lm.server` with tiny models for a whole answer and a stream, and one over a scripted
 stand-in, which answers as a capable model would, for calls of its tools, an error, a model that
 has to be loaded, and an answer in the middle of which it leaves. With names, only the clients
-whose names contain one of them are tried, and the document stays as it is. On Linux, the clients
-run in a network of their own, with this machine's loopback and nothing else.
+whose names contain one of them are tried, and the others keep their last results. On Linux, the
+clients run in a network of their own, with this machine's loopback and nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.clients.checks import Checks
-from tools.clients.clients import CLIENTS
-from tools.clients.houses import houses
+from tools.clients.clients import CLIENTS, Client
+from tools.clients.compliance import PACKAGE, compliance
+from tools.clients.houses import Houses, houses
 from tools.clients.installation import Installation
-from tools.clients.table import Result, table
+from tools.clients.table import Results
 from tools.reference import put
 
 ROOT = Path(__file__).parents[2]
@@ -52,39 +53,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ALONE not in os.environ and (without := _without_network()):
         command = [*without, sys.executable, "-m", "tools.clients", "--no-install", *options.names]
         return subprocess.run(command, env={**os.environ, ALONE: "1"}, check=False).returncode
-    results = _try(options.names, installation)
-    if not options.names:
-        shown = table(results, _system())
-        DOCUMENT.write_text(put(DOCUMENT.read_text(), "clients", shown))
-    return any(outcome for result in results for outcome in result.outcomes.values())
+    results, passed = Results(installation.folder / "results.json"), True
+    temporary = tempfile.TemporaryDirectory(prefix="mlxproxy-clients-")
+    with temporary as folder, houses(Path(folder)) as both:
+        for client in CLIENTS:
+            if _is_chosen(client.name, options.names):
+                version, outcomes = _tried(client, installation, both)
+                results.note(client, version, outcomes)
+                passed = passed and not any(outcomes.values())
+        if _is_chosen(PACKAGE, options.names):
+            results.note_more(list(compliance(both, installation)), _system())
+    DOCUMENT.write_text(put(DOCUMENT.read_text(), "clients", results.table()))
+    return not passed
 
 
-def _try(names: Sequence[str], installation: Installation) -> list[Result]:
-    chosen = [
-        client
-        for client in CLIENTS
-        if not names or any(name.casefold() in client.name.casefold() for name in names)
-    ]
-    results = []
-    with (
-        tempfile.TemporaryDirectory(prefix="mlxproxy-clients-") as folder,
-        houses(Path(folder)) as both,
-    ):
-        for client in chosen:
-            version = installation.version(client.place, client.package)
-            checks = Checks(client, both, installation)
-            outcomes = {}
-            for name in checks.names() if version else ():
-                begun = time.monotonic()
-                outcomes[name] = checks.run(name)
-                seconds = time.monotonic() - begun
-                print(
-                    f"{client.name:22} {client.api:10} {name:7} {seconds:5.1f} s  "
-                    f"{outcomes[name] or 'ok'}",
-                    flush=True,
-                )
-            results.append(Result(client, version, outcomes))
-    return results
+def _is_chosen(name: str, names: Sequence[str]) -> bool:
+    return not names or any(each.casefold() in name.casefold() for each in names)
+
+
+def _tried(
+    client: Client, installation: Installation, both: Houses
+) -> tuple[str | None, dict[str, str | None]]:
+    """Run all checks of a client; return its version and, for each check, what is wrong."""
+    version = installation.version(client.place, client.package)
+    checks = Checks(client, both, installation)
+    outcomes: dict[str, str | None] = {}
+    for name in checks.names() if version else ():
+        begun = time.monotonic()
+        outcomes[name] = checks.run(name)
+        said = f"{client.name:22} {client.api:10} {name:7} {time.monotonic() - begun:5.1f} s"
+        print(f"{said}  {outcomes[name] or 'ok'}", flush=True)
+    return version, outcomes
 
 
 def _without_network() -> list[str]:

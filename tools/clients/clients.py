@@ -94,9 +94,10 @@ def _launched(
     **environment: str,
 ) -> Client:
     def command(task: Task) -> Command:
-        start = ["launch", agent, "--host", task.url, "--model", task.model, "--"]
+        start = ("launch", agent, "--host", task.url, "--model", task.model, "--")
         path = f"{task.installation.program(place, agent).parent}:/usr/local/bin:/usr/bin:/bin"
-        return Command([COMMAND, *start, *arguments(task)], {"PATH": path, **environment})
+        words: list[str | Path] = [COMMAND, *start, *arguments(task)]
+        return Command(words, {"PATH": path, **environment})
 
     return Client(
         name,

@@ -1,44 +1,66 @@
-"""The results as a table of docs/clients.md."""
+"""The results, kept from run to run, as a table of docs/clients.md."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 from tools.clients.checks import CHECKS
-from tools.clients.clients import Client
+from tools.clients.clients import CLIENTS, Client
 
 
-class Result(NamedTuple):
-    """What came of a client.
+class Results:
+    """The latest result of each client.
 
-    Attributes:
-        version: None: it could not be installed.
-        outcomes: for each check that was run, what is wrong, or None.
+    Args:
+        file: what keeps them.
     """
 
-    client: Client
-    version: str | None
-    outcomes: Mapping[str, str | None]
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def note(self, client: Client, version: str | None, outcomes: Mapping[str, str | None]) -> None:
+        """Keep a result.
+
+        Args:
+            version: None: the client could not be installed.
+            outcomes: for each check that was run, what is wrong, or None.
+        """
+        self._keep(_name(client), {"version": version, "outcomes": dict(outcomes)})
+
+    def note_more(self, lines: Sequence[str], system: str) -> None:
+        """Keep the lines below the table: further results, and where they were obtained."""
+        self._keep("more", list(lines))
+        self._keep("system", system)
+
+    def _keep(self, name: str, value: object) -> None:
+        self._kept[name] = value
+        self._file.write_text(json.dumps(self._kept, indent=1))
+
+    def table(self) -> str:
+        """Return the table, and below it the reasons of what failed and the further lines."""
+        head = ["Client", "Version", "API", *CHECKS]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        reasons: list[str] = []
+        for client in CLIENTS:
+            result = self._kept.get(_name(client), {"version": None, "outcomes": {}})
+            cells = [client.name, result["version"] or "not installed", client.api]
+            for check in CHECKS:
+                outcome = result["outcomes"].get(check, "-")
+                if outcome not in (None, "-"):
+                    reasons.append(f"{client.name}, {client.api}, {check}: {outcome}.")
+                    outcome = f"no ({len(reasons)})"
+                cells.append(outcome or "yes")
+            lines.append(f"| {' | '.join(cells)} |")
+        if reasons:
+            lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+        for more in (self._kept.get("more"), [self._kept.get("system", "")]):
+            lines += ["", *more] if more else []
+        return "\n".join(lines) + "\n"
 
 
-def table(results: Sequence[Result], system: str) -> str:
-    """Return the table, and the reasons below it."""
-    head = ["Client", "Version", "API", *CHECKS]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    reasons = []
-    for client, version, outcomes in results:
-        cells = [f"{client.name}", version or "not installed", client.api]
-        for check in CHECKS:
-            if check not in outcomes:
-                cells.append("-")
-            elif outcomes[check] is None:
-                cells.append("yes")
-            else:
-                reasons.append(f"{client.name}, {client.api}, {check}: {outcomes[check]}")
-                cells.append(f"no ({len(reasons)})")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", system]
-    if reasons:
-        lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
-    return "\n".join(lines) + "\n"
+def _name(client: Client) -> str:
+    return f"{client.name}, {client.api}"
