@@ -75,7 +75,7 @@ class Asked:
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name)
+        return Request(PATHS[self.kind], self.body, self.name, as_chat=self.kind == "chat")
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
