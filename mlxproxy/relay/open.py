@@ -10,7 +10,7 @@ from mlxproxy.backend.connection import BackendConnection, ReadTimeout
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
-from mlxproxy.errors import BackendFailed, ProxyError
+from mlxproxy.errors import BackendFailed, InvalidRequest, ProxyError
 from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
 
 ERROR_BYTES: Final = 1 << 16  # of the backend's own error
@@ -36,11 +36,13 @@ class Request:
     Attributes:
         path: the backend's path.
         name: the model's name in the answer; None: its id.
+        reworded: returns a rejection in the client's own words.
     """
 
     path: str
     body: Body
     name: str | None = None
+    reworded: Callable[[InvalidRequest], InvalidRequest] = lambda error: error
 
 
 class Exchange:
@@ -76,7 +78,11 @@ class Exchange:
         self.wire = backend.wire
         self.streamed = streamed or self.wire.streams_all(fields)
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
-        payload = self.wire.encode(fields, spec.path, self.streamed)
+        self._reworded = request.reworded
+        try:
+            payload = self.wire.encode(fields, spec.path, self.streamed)
+        except InvalidRequest as error:
+            raise request.reworded(error) from None
         self.model_field = self.wire.model_field(spec.path)
         self.shown_field = self.wire.model_field(request.name or spec.model_id)
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
@@ -136,4 +142,6 @@ class Exchange:
         if self._lease.error is not None:
             return self._lease.error
         error = self.wire.error(self.connection.status, body)
+        if isinstance(error, InvalidRequest):
+            return self._reworded(error)
         return self._lease.fault(error) if isinstance(error, BackendFailed) else error
