@@ -171,8 +171,9 @@ def qwen3_coder(spelling: Spelling, functions: Sequence[Function], most: int, _:
         end = spelling.text("</function>\n</tool_call>")
         return f"{start} {arguments} {end}"
 
+    text = _text(spelling, "\n</parameter>\n", not_null=True)
     calls = _several("call", '"\\n"', most)
-    return f"calls: {calls}\n{_any_of(functions, call)}\n{_text('</parameter>', not_null=True)}"
+    return f"calls: {calls}\n{_any_of(functions, call)}\n{text}"
 
 
 def glm47(spelling: Spelling, functions: Sequence[Function], most: int, _: str) -> str:
@@ -189,8 +190,9 @@ def glm47(spelling: Spelling, functions: Sequence[Function], most: int, _: str) 
         end = spelling.text("</tool_call>")
         return f"{start} {arguments} {end}"
 
+    text = _text(spelling, "</arg_value>\n", not_null=False)
     calls = _several("call", '"\\n"', most)
-    return f"calls: {calls}\n{_any_of(functions, call)}\n{_text('</arg_value>', not_null=False)}"
+    return f"calls: {calls}\n{_any_of(functions, call)}\n{text}"
 
 
 def minimax_m2(spelling: Spelling, functions: Sequence[Function], most: int, _: str) -> str:
@@ -209,7 +211,7 @@ def minimax_m2(spelling: Spelling, functions: Sequence[Function], most: int, _: 
     start = spelling.text("<minimax:tool_call>\n")
     calls = _several("call", "", most)
     end = spelling.text("</minimax:tool_call>")
-    text = _text("</parameter>", not_null=True)
+    text = _text(spelling, "</parameter>\n", not_null=True)
     return f"calls: {start} {calls} {end}\n{_any_of(functions, call)}\n{text}"
 
 
@@ -224,15 +226,20 @@ def _require_plain(function: Function) -> None:
         raise function.refuse("this model's calls cannot contain its name")
 
 
-def _text(end: str, not_null: bool) -> str:
-    """Return the rule `TEXT`: text as it is, up to a tag.
+def _text(spelling: Spelling, end: str, not_null: bool) -> str:
+    """Return the rules for `text`: text as it is, and what ends it.
 
     Args:
         not_null: the parser reads the text "null" as no value.
     """
-    ends = re.escape(end).replace("/", r"\/")
+    anything = r"/(.|\n)*/"
     null = r" & ~/[ \n\t]*[nN][uU][lL][lL][ \n\t]*/" if not_null else ""
-    return rf"TEXT: /(.|\n)*/ & ~/(.|\n)*{ends}(.|\n)*/{null}"
+    if any(token in end for token in spelling.tokens):
+        return f"text: ANY {spelling.text(end)}\nANY: {anything}{null}"
+    tag = re.escape(end.strip()).replace("/", r"\/")
+    # One terminal, since the longest match counts, and text alone could go on into the end.
+    tagged = rf"/(.|\n)*{tag}(.|\n)*/"
+    return f"text: TEXT\nTEXT: ({anything} & ~{tagged}{null}) {spelling.text(end)}"
 
 
 def _arguments(
@@ -257,13 +264,14 @@ def _arguments(
     for key, value in (schema.get("properties") or {}).items():
         if not _PLAIN_NAME.fullmatch(key):
             raise function.refuse(f"this model's calls cannot contain the name of {key[:64]!r}")
-        argument = f"{start(key)} {_value(function, key, value, reads_json)} {end}"
+        written = _value(function, key, value, reads_json)
+        argument = f"{start(key)} {'text' if written is None else f'{written} {end}'}"
         words.append(argument if key in required else f"({argument})?")
     return " ".join(words)
 
 
-def _value(function: Function, key: str, schema: Mapping[str, Any], reads_json: bool) -> str:
-    """Return the expression for the value of an argument, as the parser will read it.
+def _value(function: Function, key: str, schema: Mapping[str, Any], reads_json: bool) -> str | None:
+    """Return the expression for the value of an argument, as the parser will read it; None: text.
 
     It looks at the property's own `type`, not at what the property refers to.
     """
@@ -278,7 +286,7 @@ def _value(function: Function, key: str, schema: Mapping[str, Any], reads_json: 
     if function.strict and (kind != "string" or (odd := schema.keys() - _SPEECH)):
         what = "the type" if kind != "string" else min(odd)
         raise function.refuse(f"this model's calls cannot honour {what} of {key}")
-    return "TEXT"
+    return None
 
 
 def _are_words(choices: Sequence[Any]) -> bool:
