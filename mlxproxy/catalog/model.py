@@ -26,6 +26,7 @@ class Capabilities:
         thinking_default: whether its template makes it think if a request does not say; None if
             that cannot be determined, or if it never thinks.
         thinking_switch: `enable_thinking` changes that.
+        schemas: answers can be made to keep to a schema.
     """
 
     tools: bool = False
@@ -33,6 +34,7 @@ class Capabilities:
     thinking: bool = False
     thinking_default: bool | None = None
     thinking_switch: bool = False
+    schemas: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object for a model's listing."""

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple
 
 from . import gate
@@ -67,7 +68,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         text: the grammar.
-        parts: the schemas in it: the field that has each one, its description, and its expression.
+        parts: the schemas in it: the field that has each one, where in it, and its expression.
         is_text: the answer is text, whatever it contains: it is not searched for calls.
     """
 
@@ -99,23 +100,25 @@ def wanted(body: Mapping[str, Any], speech: Speech) -> Wanted | None:
     tools = [Function.of(tool) for tool in body.get("tools") or ()]
     form = _schema(body.get(FORMAT))
     answer = None if form is None else json_rule(*form)
-    parts = [] if answer is None else [(FORMAT, "the schema", answer)]
-    forced = is_forced(body.get(CHOICE)) and bool(tools)
+    parts = [] if answer is None else [(FORMAT, "", answer)]
+    forced = demanding_field(body) == CHOICE
     if not forced and (answer is None or not tools) and not any(tool.strict for tool in tools):
         return None if answer is None else Wanted(f"{HEADER}start: {answer}", parts, is_text=True)
     rules = SYNTAXES.get(speech.syntax or "")
     if rules is None and not forced and answer is None:
         return None  # a strict tool that the model is free to call or not; see the documentation
     if rules is None and forced:
-        raise Refused(CHOICE, "tool_choice is not supported for this model: only auto and none.")
+        raise Refused(CHOICE, "is not supported for this model; only auto and none are.")
     if rules is None:
-        raise Refused(FORMAT, "with this model, it cannot be combined with tools; leave one out.")
+        raise Refused(
+            FORMAT, "cannot be combined with tools for this model; leave one of them out."
+        )
     named = isinstance(body[CHOICE], dict) if forced else False
     most = 1 if named or body.get("parallel_tool_calls") is False else MOST_CALLS
     calls = rules(speech.spelling, tools, most, speech.template)
     for tool in tools:
         rule = json_rule(tool.parameters, tool.strict)
-        parts.append(("tools", f"the parameters of {tool.name}", rule))
+        parts.append(("tools", f"in {tool.name}, ", rule))
     if forced:
         start = "start: calls"
         parts = [part for part in parts if part[0] != FORMAT]
@@ -133,6 +136,13 @@ def is_forced(choice: object) -> bool:
     return choice == "required"
 
 
+def demanding_field(body: Mapping[str, Any]) -> str | None:
+    """Return the field of a checked request that demands a grammar; None if none does."""
+    if body.get("tools") and is_forced(body.get(CHOICE)):
+        return CHOICE
+    return None if _schema(body.get(FORMAT)) is None else FORMAT
+
+
 def _schema(form: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], bool] | None:
     """Return the schema of a checked `response_format`, and whether all of it must hold."""
     if not form or form["type"] == "text":
@@ -141,6 +151,10 @@ def _schema(form: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], bool] | 
         return {"type": "object"}, True
     asked = form["json_schema"]
     return asked["schema"], asked.get("strict") is not False
+
+
+class Unsupported(Exception):
+    """No grammar can be enforced for this tokenizer; the message says why."""
 
 
 class Compiler:
@@ -169,7 +183,7 @@ class Compiler:
         """Return how the loaded model writes.
 
         Raises:
-            Refused: its tokenizer is not supported.
+            Unsupported: its tokenizer cannot be used.
         """
         return self._tokenizer()[1]
 
@@ -178,6 +192,7 @@ class Compiler:
 
         Raises:
             Refused: the grammar is impossible or too large.
+            Unsupported: the tokenizer cannot be used.
         """
         tokenizer, _ = self._tokenizer()
         with self._lock:
@@ -211,32 +226,30 @@ class Compiler:
         for param, what, rule in grammar.parts:
             _, found = self._compile(tokenizer, f"{HEADER}start: {rule}")
             if found is not None:
-                return Refused(param, f"{what} cannot be enforced: {found}"[:MESSAGE_CHARACTERS])
+                why = f"cannot be enforced: {what}{found}"
+                return Refused(param, why[:MESSAGE_CHARACTERS])
         param = grammar.parts[0][0] if grammar.parts else CHOICE
-        return Refused(param, f"it cannot be enforced: {why}"[:MESSAGE_CHARACTERS])
+        return Refused(param, f"cannot be enforced: {why}"[:MESSAGE_CHARACTERS])
 
     def _tokenizer(self) -> tuple[Any, Speech]:
         with self._lock:
             ready = self._ready
         try:
             return ready.result(TOKENIZER_SECONDS)
-        except Exception as error:  # whatever a tokenizer that nobody has tried may raise
-            why = str(error) or "it is still being read; try again"
-            raise Refused(
-                FORMAT, f"this model's tokenizer cannot keep to a schema: {why}"
-            ) from None
+        except FutureTimeout:
+            raise Unsupported("its tokenizer is still being read; try again") from None
 
     def _read(self, tokenizer: Any, ready: Future[tuple[Any, Speech]]) -> None:
         try:
             ready.set_result(self._read_tokenizer(tokenizer))
         except BaseException as error:  # the library's panics are no Exceptions
             logging.warning("structured output is off for this model: %s", error)
-            ready.set_exception(ValueError(str(error)[:MESSAGE_CHARACTERS]))
+            ready.set_exception(Unsupported(str(error)[:MESSAGE_CHARACTERS]))
 
     def _read_tokenizer(self, tokenizer: Any) -> tuple[Any, Speech]:
         fast = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
         if fast is None:
-            raise ValueError("only fast tokenizers are supported")
+            raise Unsupported("only fast tokenizers are supported")
         from tokenizers import AddedToken
 
         own = copy.copy(fast)  # one that two threads share may raise
@@ -247,7 +260,7 @@ class Compiler:
             if (number := own.token_to_id(marker)) is not None:
                 own.add_special_tokens([AddedToken(marker, special=True, normalized=False)])
                 if own.token_to_id(marker) != number:
-                    raise ValueError(f"{marker} is ambiguous")
+                    raise Unsupported(f"{marker} is ambiguous")
         written = json.loads(own.to_str())
         _rename_special(written)
         made = self._library.LLTokenizer(
@@ -260,7 +273,7 @@ class Compiler:
         }
         _, why = self._compile(made, f"{HEADER}start: {json_rule({'type': 'object'}, True)}")
         if why is not None:
-            raise ValueError(why)
+            raise Unsupported(why)
         parser = tokenizer.tool_parser
         syntax = None if parser is None else parser.__module__.rpartition(".")[2]
         template = tokenizer.chat_template
@@ -486,34 +499,30 @@ class Enforcement:
         Raises:
             Refused: its demands cannot be met.
         """
-        form = body.get(FORMAT)
-        if _schema(form) is None and not body.get("tools"):
+        field = demanding_field(body)
+        strict = any(tool["function"].get("strict") for tool in body.get("tools") or ())
+        if field is None and not strict:
             return None
-        demands = _schema(form) is not None or is_forced(body.get(CHOICE))
         try:
-            asked = wanted(body, self._compiler.speech())
+            return self._guide_for(field or "tools", body, generator)
         except Refused:
-            if demands:
-                raise
-            return None
-        if asked is None:
-            return None
-        param = FORMAT if _schema(form) is not None else CHOICE
+            if field is None:  # the model may call the tool, or not: nothing is promised
+                return None
+            raise
+
+    def _guide_for(self, field: str, body: Mapping[str, Any], generator: Any) -> Guide | None:
         provider = generator.model_provider
         if provider.draft_model is not None:
-            if not demands:
-                return None
-            raise Refused(param, "impossible with a draft model; load the model without one.")
+            raise Refused(field, "is impossible with a draft model; load the model without one.")
         if generator._is_distributed:
-            if not demands:
-                return None
-            raise Refused(param, "impossible with several machines.")
+            raise Refused(field, "is impossible with several machines.")
         try:
-            matcher = self._compiler.matcher(asked)
-        except Refused as refused:
-            if refused.param == FORMAT and param != FORMAT:
-                raise Refused(param, str(refused).partition(": ")[2]) from None
-            raise
+            asked = wanted(body, self._compiler.speech())
+        except Unsupported as error:
+            raise Refused(field, f"cannot be enforced for this model: {error}.") from None
+        if asked is None:
+            return None
+        matcher = self._compiler.matcher(asked)
         end = sorted(provider.tokenizer.eos_token_ids)
         return Guide(matcher, end, asked.is_text, self._mx, self._numpy)
 

@@ -23,15 +23,17 @@ _JSON_TYPES = frozenset({"integer", "number", "boolean", "object", "array"})
 
 
 class Refused(Exception):
-    """The request cannot be enforced; the message says which part, and why.
+    """A demand cannot be met; the message says which part of the request, and why.
 
     Attributes:
         param: the field of the request.
+        why: what is wrong with it, as the rest of a sentence that begins with the field.
     """
 
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
+    def __init__(self, param: str, why: str) -> None:
+        super().__init__(f"{param} {why}")
         self.param = param
+        self.why = why
 
 
 def json_rule(schema: Mapping[str, Any], strict: bool) -> str:
@@ -69,7 +71,7 @@ class Function(NamedTuple):
 
     def refuse(self, why: str) -> Refused:
         """Return the error for this function."""
-        return Refused("tools", f"a call of {self.name} cannot be enforced: {why}")
+        return Refused("tools", f"cannot be enforced: in {self.name}, {why}")
 
 
 @dataclass(frozen=True)
