@@ -47,8 +47,9 @@ format: $(VENV)/.dev ## Format the code
 bench: $(VENV)/.bench ## Measure the proxy against nginx and a direct connection
 	$(IN_VENV) -m benchmarks
 
-fuzz: $(VENV)/.dev ## A thousand generated requests against the real backend
+fuzz: $(VENV)/.dev ## Generated requests and schemas against the real backend
 	FUZZ_CASES=1000 $(IN_VENV) -m pytest tests/backend/test_fuzz.py
+	FUZZ_SCHEMAS=500 FUZZ_DEMO=1 $(IN_VENV) -m pytest -s tests/backend/test_schemas.py
 
 soak: $(VENV)/.dev ## Ten minutes of clients, swaps, kills and disconnects
 	$(IN_VENV) -m tools.soak

@@ -188,7 +188,11 @@ def answered(
         {} if translated.temperature is None else {"temperature": translated.temperature},
     )
     lease, stats = asked.lease, asked.stats
-    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    request = Request(
+        PATHS[translated.kind],
+        _Named(asked.body, answer, asked.name, on_spec),
+        reworded=lambda error: in_their_words(error, translated.names),
+    )
     relay = services().relay
     if translated.stream:
         stream = TranslatedStream(relay.stream(lease, request, stats), answer)

@@ -10,7 +10,7 @@ from mlxproxy.backend.connection import BackendConnection, ReadTimeout
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
-from mlxproxy.errors import BackendFailed, ProxyError
+from mlxproxy.errors import BackendFailed, InvalidRequest, ProxyError
 from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
 
 ERROR_BYTES: Final = 1 << 16  # of the backend's own error
@@ -38,12 +38,14 @@ class Request:
         name: the model's name in the answer; None: its id.
         as_chat: whether the client reads the events of a chat themselves, not a translation: it
             finds the reasoning in `reasoning_content`, too, and the role in the first event alone.
+        reworded: returns a rejection in the client's own words.
     """
 
     path: str
     body: Body
     name: str | None = None
     as_chat: bool = False
+    reworded: Callable[[InvalidRequest], InvalidRequest] = lambda error: error
 
 
 class Exchange:
@@ -82,10 +84,14 @@ class Exchange:
         self.wire = backend.wire
         self.streamed = streamed or self.wire.streams_all(fields)
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
-        payload = self.wire.encode(fields, spec.path, self.streamed)
         self.reasoning_mark = self.wire.reasoning_mark if request.as_chat else None
         self.with_both_spellings = self.wire.with_both_spellings
         self.without_role = self.wire.without_role if request.as_chat else None
+        self._reworded = request.reworded
+        try:
+            payload = self.wire.encode(fields, spec.path, self.streamed)
+        except InvalidRequest as error:
+            raise request.reworded(error) from None
         self.model_field = self.wire.model_field(spec.path)
         self.shown_field = self.wire.model_field(request.name or spec.model_id)
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
@@ -152,4 +158,6 @@ class Exchange:
         if self._lease.error is not None:
             return self._lease.error
         error = self.wire.error(self.connection.status, body)
+        if isinstance(error, InvalidRequest):
+            return self._reworded(error)
         return self._lease.fault(error) if isinstance(error, BackendFailed) else error

@@ -228,7 +228,11 @@ def test_server_tools_are_left_out_and_the_others_keep_names_and_schemas() -> No
         },
         {
             "type": "function",
-            "function": {"name": "bare", "parameters": {"type": "object", "properties": {}}},
+            "function": {
+                "name": "bare",
+                "parameters": {"type": "object", "properties": {}},
+                "strict": True,
+            },
         },
     ]
     assert "tools" not in chat(tools=tools[:1], tool_choice={"type": "tool", "name": "web_search"})
@@ -245,7 +249,10 @@ def test_server_tools_are_left_out_and_the_others_keep_names_and_schemas() -> No
 )
 def test_the_choice_of_a_tool_is_kept(choice: Any, expected: Any) -> None:
     tools = [{"name": "ls", "input_schema": {"type": "object"}}]
-    assert chat(tools=tools, tool_choice=choice)["tool_choice"] == expected
+    made = chat(tools=tools, tool_choice=choice)
+    assert made["tool_choice"] == expected
+    once = choice.get("disable_parallel_tool_use", False)
+    assert made.get("parallel_tool_calls", True) is not once
 
 
 def test_thinking_is_asked_for_and_given_up_for_a_model_that_cannot() -> None:

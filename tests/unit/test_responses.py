@@ -276,6 +276,12 @@ def test_the_choice_of_a_tool_is_kept(choice: Any, expected: Any) -> None:
     assert chat(tools=[LS, PATCH], tool_choice=choice).get("tool_choice") == expected
 
 
+def test_a_strict_tool_stays_strict() -> None:
+    for strict, expected in ((True, True), (False, None), (None, None)):
+        made = chat(tools=[{**LS, "strict": strict}])["tools"][0]["function"]
+        assert made.get("strict") is expected
+
+
 def test_a_choice_among_some_tools_offers_no_others() -> None:
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "apply_patch"}]}
     request = chat(tools=[LS, PATCH], tool_choice=allowed)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mlxproxy.backend.connection import parsed
 from mlxproxy.backend.protocol import Fields
 from mlxproxy.engines.mlx_lm.completion import Completion, usage_of
+from mlxproxy.engines.mlx_lm.unmet import refusal
 from mlxproxy.errors import (
     BackendFailed,
     ContextLengthExceeded,
@@ -47,19 +48,26 @@ class MlxLmWire:
     """The wire of mlx-lm 0.31 and 0.32.
 
     Args:
-        counts_cached: whether the keepalives of a stream count the cached tokens of the prompt;
-            they do with the feature `progress` of `inside/`, but not in the plain server.
+        has: whether the process has a feature of `inside/`; with `progress`, the keepalives of a
+            stream count the cached tokens of the prompt.
     """
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
     reasoning_mark: Final = _REASONING
 
-    def __init__(self, counts_cached: bool) -> None:
-        self._counts_cached = counts_cached
+    def __init__(self, has: Callable[[str], bool]) -> None:
+        self._has = has
+        self._counts_cached = has("progress")
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
-        """Return the body of a request."""
+        """Return the body of a request.
+
+        Raises:
+            InvalidRequest: the process cannot answer it as demanded.
+        """
+        if (error := refusal(fields, self._has)) is not None:
+            raise error
         body = {**fields, "model": model, "stream": streamed}
         if streamed:
             body["stream_options"] = {"include_usage": True}
@@ -116,15 +124,19 @@ class MlxLmWire:
         It answers 404 to anything that goes wrong in a generation, with a text that may contain
         paths.
         """
+        param = None
         try:
-            text = parsed(body)["error"]
-        except (ValueError, KeyError, TypeError):
+            answer = parsed(body)
+            text, param = answer["error"], answer.get("param")
+        except (ValueError, KeyError, TypeError, AttributeError):
             text = None
         if not isinstance(text, str):
             return BackendFailed(f"The backend failed without giving a reason. {_AGAIN}")
         if "generation thread died" in text:
             return BackendFailed("The backend can no longer generate text. Try again.")
         log.debug("the backend answered %d: %s", status, text)  # may quote a prompt
+        if status == 400 and isinstance(param, str):  # the words are those of inside/grammar.py
+            return InvalidRequest(text, param=param)
         if status == 400:
             return InvalidRequest(_told("The backend rejected this request", text, _VALIDATION))
         if status == 404 and text == _EMPTY:
