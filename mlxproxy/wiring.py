@@ -25,6 +25,7 @@ from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.logfile import LogFile
+from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.preferences import Preferences
@@ -124,6 +125,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         access=access,
         bus=bus,
         metrics=metrics,
+        answers=Answers(),
         bodies=Budget(BODIES * settings.max_body),
         responses=ResponsesStore(),
         chats=ResponsesStore(),
