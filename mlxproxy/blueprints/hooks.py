@@ -255,8 +255,6 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
     asked = _this_request()
     parts, started, path, facts = services(), g.started, asked.path, g.who
     route = asked.url_rule.rule if asked.url_rule else "other"
-    if (live := g.get("stats")) is not None:
-        parts.metrics.stream_begun(live)
 
     answer, quiet = g.get("answer"), _is_quiet(path)
 

@@ -3,7 +3,7 @@
 
 import { api } from "./api.js";
 
-const RETRY_MS = [250, 500, 1000, 2000, 5000];
+const RETRY_MS = [250, 500, 1000, 2000];
 const HIDDEN_MS = 60_000; // after which a page that nobody sees follows nothing
 const SILENCE_MS = 40_000; // more than two of the server's keepalives
 const MODELS_MS = 120_000; // between two looks at what is on disk

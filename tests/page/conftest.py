@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tests.support.proxy import Proxy
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-IMAGE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 MILLISECONDS = 10_000  # that a wait in the browser may take
 
 
@@ -50,7 +49,6 @@ class Site:
 
     proxy: Proxy
     program: Path
-    errors: list[str] = field(default_factory=list)
 
     def script(self, **changes: Any) -> None:
         """Change what the stand-in does, from its usual script."""
@@ -84,14 +82,15 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     contexts: list[Any] = []
     problems: list[str] = []
 
-    def opener(proxy: Proxy, part: str = "", allowed: str = "", **options: Any) -> Any:
+    def opener(proxy: Proxy, part: str = "", allowed: tuple[str, ...] = (), **options: Any) -> Any:
         context = browser.new_context(**options)
         contexts.append(context)
         context.set_default_timeout(MILLISECONDS)
         page = context.new_page()
 
         def console(message: Any) -> None:
-            if message.type in ("error", "warning") and not (allowed and allowed in message.text):
+            known = any(text in message.text for text in allowed)
+            if message.type in ("error", "warning") and not known:
                 problems.append(message.text)
 
         page.on("console", console)

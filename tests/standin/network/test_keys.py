@@ -18,7 +18,6 @@ NEARLY_OPEN = [
     "/PAGE/x/y",
     "/v1/models?/page/",
     "/v1/models;/page/",
-    "/v1/../page/x/y",
     "/health/",
     "/HEALTH",
     "/health;x",
