@@ -16,7 +16,7 @@ class LogsView extends View {
   #isPaused = false;
   #pending = 0;
   #controller = null;
-  #list = h("ol", { class: "log", "data-opaque": "", tabindex: "0", role: "log", "aria-label": "Log lines", "aria-live": "off" });
+  #list = h("div", { class: "log", "data-opaque": "", tabindex: "0", role: "log", "aria-label": "Log lines", "aria-live": "off" });
   #isAtEnd = true;
 
   made() {
@@ -109,14 +109,14 @@ class LogsView extends View {
         h("input", { type: "search", name: "filter", placeholder: "Show lines with…", "aria-label": "Show lines with", spellcheck: "false" }),
         button("pause", this.#isPaused ? `Follow${this.#pending ? ` (${this.#pending} new)` : ""}` : "Pause", { "aria-pressed": String(this.#isPaused) }),
         button("clear", "Clear", { class: "quiet" })),
-      this.contains(this.#list) ? h("ol", { class: "log", "data-opaque": "", tabindex: "0", role: "log", "aria-label": "Log lines", "aria-live": "off" }) : this.#list,
+      this.contains(this.#list) ? h("div", { class: "log", "data-opaque": "", tabindex: "0", role: "log", "aria-label": "Log lines", "aria-live": "off" }) : this.#list,
     ];
   }
 }
 
 function entry(line) {
   const level = /\b(ERROR|CRITICAL|WARNING)\b/.exec(line)?.[1];
-  return h("li", { class: level ? (level === "WARNING" ? "warn" : "bad") : null }, line);
+  return h("p", { class: level ? (level === "WARNING" ? "warn" : "bad") : null }, line);
 }
 
 customElements.define("mlx-logs", LogsView);

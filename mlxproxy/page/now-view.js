@@ -116,7 +116,7 @@ function idle(model) {
   if (model.options?.ttl === 0 || model.options?.ttl === null) return "never";
   if (model.in_flight) return "not while it answers";
   if (model.last_used_at === null && model.idle_unload_in === null) return "never";
-  const left = (model.last_used_at ?? model.loaded_at) + model.options.ttl - Date.now() / 1000;
+  const left = (model.last_used_at ?? model.loaded_at) + model.options.ttl - store.time;
   return `in ${seconds(Math.max(0, left))}`;
 }
 

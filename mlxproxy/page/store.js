@@ -23,6 +23,7 @@ class Store extends EventTarget {
   #firsts = [];
   #controller = null;
   #figuresAt = 0;
+  #ahead = 0;
   #wake = () => {};
 
   start() {
@@ -114,7 +115,11 @@ class Store extends EventTarget {
     this.#changed();
   }
 
+  /** The server's time in Unix seconds: another machine's clock may differ. */
+  get time() { return Date.now() / 1000 + this.#ahead; }
+
   #take(kind, data) {
+    this.#ahead = data.at - Date.now() / 1000;
     const before = this.residents.map((model) => model.id + model.state).join();
     if (kind === "snapshot") {
       this.state = data;
@@ -156,7 +161,7 @@ class Store extends EventTarget {
     this.recent = [data, ...this.recent].slice(0, KEPT);
     if (data.first_token !== null && data.first_token !== undefined) this.#firsts.push(data.first_token);
     if (!["done", "client_gone", "answer_ended"].includes(data.outcome)) {
-      this.#fail({ at: data.at, id: data.model, reason: `An answer on ${data.path} failed: ${data.outcome}.` });
+      this.#fail({ at: data.at, id: data.model, reason: `An answer on ${data.path} failed: ${data.outcome.replaceAll("_", " ")}.` });
     }
   }
 
@@ -167,7 +172,7 @@ class Store extends EventTarget {
   #fail(failure) {
     if (this.failures.some((each) => each.at === failure.at && each.reason === failure.reason)) return;
     this.failures = [failure, ...this.failures].sort((a, b) => b.at - a.at).slice(0, KEPT);
-    if (Date.now() / 1000 - failure.at < 30) {
+    if (this.time - failure.at < 30) {
       this.dispatchEvent(new CustomEvent("failure", { detail: failure }));
     }
   }

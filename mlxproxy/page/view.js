@@ -28,7 +28,10 @@ export class View extends HTMLElement {
     requestAnimationFrame(() => {
       this.#scheduled = false;
       const fresh = h("div", {}, this.render());
+      const focused = document.activeElement;
       morph(this, fresh);
+      // A browser takes the focus from an element that moves.
+      if (focused !== document.activeElement && this.contains(focused)) focused.focus({ preventScroll: true });
     });
   }
 

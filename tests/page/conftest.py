@@ -33,8 +33,10 @@ def program_of_the_browser() -> str | None:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A browser without a window."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
     program = program_of_the_browser()
+    if program is None and "BROWSER_REQUIRED" in os.environ:
+        pytest.fail("there is no Chromium or Chrome here")
     if program is None:
         pytest.skip("there is no Chromium or Chrome here (on Debian: apt-get install chromium)")
     with playwright.sync_playwright() as started:

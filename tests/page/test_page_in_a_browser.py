@@ -463,7 +463,7 @@ def test_no_part_is_wider_than_the_screen(site: Site, visit: Visit, width: int) 
     page = visit(site.proxy, viewport={"width": width, "height": 700})
     for part in ("now", "models", "chat", "logs", "connect"):
         page.goto(f"{site.proxy.url}/#{part}")
-        page.locator(f"mlx-{part} :is(.row, .box, .log li, details)").first.wait_for()
+        page.locator(f"mlx-{part} :is(.row, .box, .log p, details)").first.wait_for()
         if part == "connect":
             page.locator("mlx-connect summary").nth(1).click()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), part
@@ -491,12 +491,12 @@ def test_everything_can_be_reached_by_keyboard(site: Site, visit: Visit) -> None
 def test_the_log_is_followed_filtered_and_paused(site: Site, visit: Visit) -> None:
     page = visit(site.proxy, "logs")
     lines = page.locator("mlx-logs .log")
-    lines.locator("li").first.wait_for()
+    lines.locator("p").first.wait_for()
     mark = {"X-Request-Id": "seen-on-the-page"}
     requests.get(f"{site.proxy.url}/v1/models", headers=mark, timeout=10)
     lines.get_by_text("seen-on-the-page").wait_for()
     page.get_by_label("Show lines with").fill("seen-on")
-    there_are(1, lines.locator("li"))
+    there_are(1, lines.locator("p"))
     page.get_by_label("Show lines with").fill("")
     page.get_by_role("button", name="Pause").click()
     requests.get(f"{site.proxy.url}/v1/models", headers={"X-Request-Id": "later"}, timeout=10)
