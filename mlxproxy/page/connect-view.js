@@ -77,9 +77,11 @@ class ConnectView extends View {
       h("section", { "aria-labelledby": "clients" }, h("h2", { id: "clients" }, "Clients"),
         h("div", { class: "clients" }, clients(facts).map((client) =>
           h("details", { class: "card", "data-key": client.name },
-            h("summary", {}, client.name, h("span", { class: "muted" }, client.where)),
-            h("div", { class: "code" }, h("pre", { tabindex: "0" }, h("code", {}, client.lines)),
-              h("button", { type: "button", class: "quiet", "data-do": "copy-lines", "data-arg": client.name, "aria-label": `Copy the lines for ${client.name}` }, icon("copy"), "Copy")))))),
+            h("summary", {}, client.name),
+            h("figure", { class: "code" },
+              h("figcaption", {}, h("span", {}, client.where), h("button", { type: "button", class: "quiet", "data-do": "copy-lines",
+                "data-arg": client.name, "aria-label": `Copy the lines for ${client.name}` }, icon("copy"), "Copy")),
+              h("pre", { tabindex: "0" }, h("code", {}, client.lines))))))),
     ];
   }
 }

@@ -58,9 +58,21 @@ class App extends HTMLElement {
 
   #phase({ phase, was }) {
     this.dot.className = `connection ${phase}`;
-    this.dot.textContent = PHASES[phase];
+    this.dot.textContent = phase === "lost" && store.problem ? store.problem : PHASES[phase];
     document.body.dataset.phase = phase;
-    if (phase === "live" && was === "lost") this.#tell("The connection is back.", "good");
+    if (phase === "live" && was === "lost") {
+      this.#tell("The connection is back.", "good");
+      this.#checkVersion();
+    }
+  }
+
+  /** Say so if the proxy that came back has another page than this one. */
+  async #checkVersion() {
+    try {
+      const answer = await fetch("/", { method: "HEAD", cache: "no-store", headers: { Accept: "text/html" } });
+      const digest = answer.headers.get("ETag")?.replaceAll('"', "");
+      if (digest && !import.meta.url.includes(digest)) this.#tell("mlxproxy has been updated. Reload this page.");
+    } catch { /* it is gone again */ }
   }
 
   #tell(message, kind) {

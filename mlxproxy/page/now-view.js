@@ -122,7 +122,7 @@ function idle(model) {
 
 function served() {
   if (!store.answers.length) return h("p", { class: "empty" }, "Nobody is waiting for an answer.");
-  return h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Answers under way" }, h("table", { class: "served" },
+  return h("div", { class: "wide rows", tabindex: "0", role: "region", "aria-label": "Answers under way" }, h("table", { class: "served" },
     h("thead", {}, h("tr", {}, ["Client", "Path", "Model", "State", "Tokens", "Time"].map((name, at) => h("th", { scope: "col", class: at > 3 ? "end" : null }, name)),
       h("th", { scope: "col" }, h("span", { class: "away" }, "End it")))),
     h("tbody", {}, store.answers.map((answer) => h("tr", { "data-key": answer.name },

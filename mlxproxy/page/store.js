@@ -12,6 +12,7 @@ const KEPT = 30; // of the last answers and failures
 
 class Store extends EventTarget {
   phase = "connecting"; // or live, lost, keyless
+  problem = null; // why the connection is lost, if the proxy has said so
   state = null;
   models = null; // as in /v1/models?all=true; null: not read yet
   complete = true;
@@ -84,6 +85,7 @@ class Store extends EventTarget {
         }
         this.#enter("lost");
       } catch (error) {
+        this.problem = error.status ? error.message : null; // or else nothing has answered
         this.#enter(error.status === 401 ? "keyless" : "lost");
       }
       clearTimeout(watch);

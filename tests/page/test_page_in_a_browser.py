@@ -415,6 +415,12 @@ def test_the_page_survives_a_restart_of_the_proxy_and_is_right_afterwards(
         page.get_by_text("Connected", exact=True).wait_for()
         page.locator("mlx-now .row", has_text="beta").wait_for()
         assert page.locator("mlx-now .row", has_text="alpha").count() == 0
+        assert page.get_by_text("has been updated").count() == 0
+        page.route(f"{proxy.url}/", lambda route: route.fulfill(headers={"ETag": '"another"'}))
+        proxy.stop()
+        page.get_by_text("No connection. Trying again").wait_for()
+        proxy.start()
+        page.get_by_text("mlxproxy has been updated. Reload this page.").wait_for()
     finally:
         proxy.clean_up()
 
@@ -483,6 +489,17 @@ def test_everything_can_be_reached_by_keyboard(site: Site, visit: Visit) -> None
     focused = page.evaluate_handle("document.activeElement")
     page.wait_for_timeout(1500)  # it is drawn anew each second
     assert page.evaluate("node => document.activeElement === node", focused)
+
+
+def test_a_page_too_many_says_what_to_do(site: Site, visit: Visit) -> None:
+    followers = [
+        requests.get(f"{site.proxy.url}/v1/events", stream=True, timeout=20) for _ in range(8)
+    ]
+    page = visit(site.proxy, "now", allowed=("429",))
+    page.get_by_text("Close one of yours first.").wait_for()
+    for follower in followers:
+        follower.close()
+    page.locator("mlx-now .row", has_text="alpha").wait_for()
 
 
 # -- logs and clients
