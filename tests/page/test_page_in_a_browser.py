@@ -338,14 +338,14 @@ def test_nothing_that_a_model_writes_runs_or_is_fetched(site: Site, visit: Visit
 
 SLOW = {
     "stars": "*a" * 40_000,
-    "brackets": "[" * 300_000 + "](" + "x",
+    "brackets": "[" * 1_000_000 + "](" + "x",
     "backticks": "".join("`" * (n % 50) + " " for n in range(4000)),
     "quotes": ">" * 40_000,
     "lists": "\n".join(" " * n + "- x" for n in range(400)),
     "pipes": "|" * 20_000 + "\n" + "|-" * 20_000,
     "dots": "https://a" + "." * 40_000,
     "underscores": "_ __" * 20_000,
-    "angles": "<" * 300_000 + ">",
+    "angles": "<" * 1_000_000 + ">",
     "spaces": "# " + " " * 40_000 + "x",
 }
 
