@@ -51,6 +51,7 @@ SCRIPT: Json = {
     "events": 8,  # fewer if the request's max_tokens is smaller
     "interval": 0.0,  # seconds between two events
     "event_bytes": 0,  # the text of an event is padded to this length
+    "text": None,  # the events are this text, PIECE characters at a time
     "thoughts": 0,  # this many of the first events are reasoning
     # Call these tools, as far as they are offered: [{"name": …, "arguments": {…}}]. A chat that has
     # the result of one is answered by that result, and then by the events.
@@ -71,6 +72,7 @@ SCRIPT: Json = {
 }
 
 KEEPALIVE_TOKENS = 2048
+PIECE = 12  # characters
 WATCH = 0.1  # seconds between two checks for what may end a wait, other than the connection
 
 
@@ -378,7 +380,7 @@ class Handler(BaseHTTPRequestHandler):
         self._prefill()
         calls = self._calls()
         text, reasoning = ("", "") if calls else self._generate()
-        reason = "length" if self.events < script["events"] else "stop"
+        reason = "length" if script["text"] is None and self.events < script["events"] else "stop"
         if calls:
             reason = "tool_calls"
             if self.stream:
@@ -438,7 +440,10 @@ class Handler(BaseHTTPRequestHandler):
         """Send the events, or collect them for a whole answer; return the text and reasoning."""
         script = self.script
         limit = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
-        count = script["events"] if limit is None else min(script["events"], limit)
+        said = script["text"]
+        events = script["events"] if said is None else -(-len(said) // PIECE)
+        events += 0 if said is None else script["thoughts"]
+        count = events if limit is None else min(events, limit)
         text, reasoning = "", ""
         begin = time.monotonic()
         for number in range(count + 1):
@@ -452,6 +457,9 @@ class Handler(BaseHTTPRequestHandler):
             piece = f"{word}{number} ".rjust(script["event_bytes"], ".")
             if number == script["thoughts"] and (results := self._results()):
                 piece = f"The tool said: {'; '.join(results)}. {piece}"
+            if said is not None and not thinks:
+                at = (number - script["thoughts"]) * PIECE if self.chat else number * PIECE
+                piece = said[at : at + PIECE]
             if self.stream:
                 self._event(
                     self._message("", piece, None) if thinks else self._message(piece, "", None)
