@@ -27,6 +27,6 @@ print(answer.choices[0].message.content)` },
   { name: "llm", where: "extra-openai-models.yaml", lines: `- model_id: ${model}\n  model_name: ${model}\n  api_base: "${url}/v1"` },
   { name: "Claude Code", where: "Terminal", lines: `export ANTHROPIC_BASE_URL=${url} ANTHROPIC_AUTH_TOKEN=${key}\nexport ANTHROPIC_MODEL=${model} ANTHROPIC_SMALL_FAST_MODEL=${model}\nclaude` },
   { name: "Codex", where: "~/.codex/config.toml", lines: `model = "${model}"\nmodel_provider = "mlxproxy"\n\n[model_providers.mlxproxy]\nname = "mlxproxy"\nbase_url = "${url}/v1"\nwire_api = "responses"` },
-  { name: "anthropic for Python", where: "Python", lines: `Anthropic(base_url="${url}", api_key="${key}")` },
-  { name: "ollama for Python", where: "Python", lines: `Client(host="${url}"${key === "none" ? "" : `, headers={"Authorization": "Bearer ${key}"}`})` },
+  { name: "anthropic", where: "Python", lines: `Anthropic(base_url="${url}", api_key="${key}")` },
+  { name: "ollama", where: "Python", lines: `Client(host="${url}"${key === "none" ? "" : `, headers={"Authorization": "Bearer ${key}"}`})` },
 ];

@@ -16,7 +16,7 @@ from mlxproxy.sse import DONE
 from tests.support import chat_wire as wire
 from tests.support.fake_connection import FakeConnection, Scene
 
-WIRE = MlxLmWire(counts_cached=True)
+WIRE = MlxLmWire({"progress"}.__contains__)
 
 
 def test_thoughts_are_told_under_both_names() -> None:
