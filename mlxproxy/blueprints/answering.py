@@ -126,7 +126,6 @@ def ask(
         g.who, stats, wanted.model_id if wanted else None, lambda: controller.abort(lease, ended)
     )
     g.answer = parts.answers.begin(answer)
-    parts.metrics.answer_begun(stats)
     return Asked(body, kind, known, lease, stats, profile.name if profile else None)
 
 
