@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from . import gate
 from .gate import Unexpected
-from .syntaxes import MOST_CALLS, SYNTAXES, Function, Refused, Spelling, json_rule
+from .syntaxes import MOST_CALLS, SYNTAXES, Function, Refused, Spelling, is_forced, json_rule
 
 CACHED = 64  # compiled grammars
 MESSAGE_CHARACTERS = 300
@@ -127,13 +127,6 @@ def wanted(body: Mapping[str, Any], speech: Speech) -> Wanted | None:
     else:
         start = "start: FREE calls?\nFREE: /(.|\\n)*/"
     return Wanted(f"{HEADER}{start}\n{calls}", parts, is_text=False)
-
-
-def is_forced(choice: object) -> bool:
-    """Return whether a checked `tool_choice` demands a call."""
-    if isinstance(choice, dict):
-        return bool(choice.get("allowed_tools", {}).get("mode") != "auto")
-    return choice == "required"
 
 
 def demanding_field(body: Mapping[str, Any]) -> str | None:
