@@ -129,6 +129,8 @@ def test_every_whole_answer_of_the_demo_model_is_valid(tmp_path: Path) -> None:
     proxy = Proxy(tmp_path / "instance", ROOT / "instance" / "models")
     try:
         proxy.start()
+        # Where nothing is loaded yet, a seed is answered alone.
+        assert ask(proxy, model=None, max_tokens=1).status_code == 200
         found = outcomes(proxy, CASES, model=None, logit_bias={})
         assert found["cut"] <= MOST_CUT * CASES
     finally:
