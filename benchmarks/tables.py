@@ -140,13 +140,10 @@ def _by_itself(report: Report) -> Sheet:
         ("memory when idle, MB", "idle_megabytes", 0),
         ("swap of a tiny model, to the first token, s", "swap_seconds", 2),
         ("a bare mlx_lm.server with it, to the first token, s", "bare_seconds", 2),
-        ("a token of it, ms", "free_token_milliseconds", 2),
-        ("a token of it that a schema allows, ms", "schema_token_milliseconds", 2),
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
-        if (figure := life.figure(name)).rounds:
-            table.add(head, spread(figure, digits))
+        table.add(head, spread(life.figure(name), digits))
     return table
 
 
