@@ -25,8 +25,8 @@ ROUNDS = 5
 TEXT = {"type": "json_schema", "json_schema": {"name": "text", "schema": {"type": "string"}}}
 NOTE = """\
 The price of a schema is that of one long text in JSON from the tiny model, of which each token is
-masked. Its vocabulary has 1,300 tokens, and a mask takes longer with more; a larger model computes its
-step meanwhile."""
+masked. Its vocabulary has 1,300 tokens, and a mask takes longer with more; a larger model computes
+its step meanwhile."""
 
 
 @dataclass
