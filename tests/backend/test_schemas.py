@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from collections import Counter
@@ -22,7 +23,13 @@ from tests.conftest import Proxy
 from tests.standin.test_dialects import DIALECTS, post
 from tests.support import schemas, tiny_models
 
-pytestmark = pytest.mark.backend
+pytestmark = [
+    pytest.mark.backend,
+    pytest.mark.skipif(
+        importlib.metadata.version("mlx-lm").startswith("0.31."),
+        reason="mlx-lm 0.31 has other states of an answer: such requests are rejected",
+    ),
+]
 
 CASES = int(os.environ.get("FUZZ_SCHEMAS", "32"))
 AT_ONCE = 64
