@@ -21,7 +21,7 @@ SETTINGS  = env -u MAKEFLAGS -u MFLAGS $(foreach n,$(GIVEN),-u $(n)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run install test lint format bench fuzz soak reference clean
+.PHONY: help run install test lint format bench fuzz soak clients reference clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,6 +53,9 @@ fuzz: $(VENV)/.dev ## Generated requests and schemas against the real backend
 
 soak: $(VENV)/.dev ## Ten minutes of clients, swaps, kills and disconnects
 	$(IN_VENV) -m tools.soak
+
+clients: $(VENV)/.dev ## Drive real clients (installed into build/clients) against a real proxy
+	$(IN_VENV) -m tools.clients
 
 reference: $(VENV)/.dev ## Rewrite the generated parts of docs/
 	$(IN_VENV) -m tools.reference

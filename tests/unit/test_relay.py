@@ -771,4 +771,9 @@ def test_events_that_amount_to_no_answer_are_the_backends_failure(events: list[A
 
 def test_an_answer_without_text_has_null_for_content() -> None:
     answer = assemble([chunk({}, "length"), usage(prompt_tokens=1)])
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": None}
+    assert answer["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+    }
+    assert answer["choices"][0]["logprobs"] is None

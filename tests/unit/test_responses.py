@@ -551,6 +551,18 @@ def answered(kept: ResponsesStore, given: Any, text: str, **fields: Any) -> str:
     return identity
 
 
+def test_a_response_has_every_field_that_openais_schema_requires() -> None:
+    made = translated(tools=[{"type": "function", "name": "ls"}], prompt_cache_key="k").answer
+    whole = json.loads(made.whole(NOTHING))
+    assert whole.keys() >= {
+        *("background", "frequency_penalty", "presence_penalty", "top_logprobs"),
+        *("max_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier"),
+    }
+    assert whole["prompt_cache_key"] == "k"
+    (tool,) = whole["tools"]
+    assert tool.keys() >= {"type", "name", "description", "parameters", "strict"}
+
+
 def test_a_conversation_goes_on_from_any_of_its_answers() -> None:
     store = ResponsesStore()
     first = answered(store, "One?", "One.", instructions="Count.", tools=[LS])

@@ -22,6 +22,11 @@ from mlxproxy.errors import (
 
 log = logging.getLogger("mlxproxy.relay")
 
+_ROLE: Final = b'{"role": "assistant", '
+_ROLE_ALONE: Final = b'{"role": "assistant"}'
+_REASONING: Final = b', "reasoning": "'
+_BACKSLASH: Final = 0x5C
+_REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
 _PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d{1,18})\n")
 
 # The backend's messages may contain paths of this machine, or a client's own words, in any form:
@@ -49,6 +54,7 @@ class MlxLmWire:
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
+    reasoning_mark: Final = _REASONING
 
     def __init__(self, has: Callable[[str], bool]) -> None:
         self._has = has
@@ -74,6 +80,30 @@ class MlxLmWire:
     def model_field(self, name: str) -> bytes:
         """Return `"model": "…"` as Python's `json` writes it: quotes in a string are escaped."""
         return b'"model": ' + json.dumps(name).encode()
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        """Return events, or a whole answer, with `reasoning_content` next to `reasoning`.
+
+        They are not parsed: inside a JSON string there is a backslash before each quotation mark,
+        so this one begins a field.
+        """
+        found = data.find(_REASONING)
+        if found < 0:
+            return data
+        start = found + len(_REASONING)
+        end = data.find(b'"', start) + 1
+        # The usual case: one event, of a text without quotation marks, which is nearly at its end.
+        if data.find(b", ", end) < 0 < end and data[end - 2] != _BACKSLASH:
+            return b'%b, "reasoning_content": "%b%b' % (data[:end], data[start:end], data[end:])
+        if b'"reasoning_content": ' in data:
+            return data
+        return _REASONING_FIELD.sub(rb', "reasoning": \1, "reasoning_content": \1', data)
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event without its role, whose quotes would be escaped inside a JSON string."""
+        # (From its end, where the delta is.)
+        before, role, after = data.rpartition(_ROLE)
+        return before + b"{" + after if role else data.replace(_ROLE_ALONE, b"{}", 1)
 
     def completion(self) -> Completion:
         """Return an empty completion, which puts a whole answer together."""
