@@ -16,13 +16,12 @@ from benchmarks.lifecycle import Lifecycle
 from benchmarks.part import Part, to_json
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
-from benchmarks.schemas import Schemas
 from benchmarks.several import Several
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
 MANY = 256
-PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Schemas, Prompts)}
+PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Prompts)}
 
 
 def machine() -> str:
