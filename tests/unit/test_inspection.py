@@ -697,3 +697,28 @@ def test_a_weights_file_without_tensors_is_accepted(inspect: Inspect, tmp_path: 
     folder = model(tmp_path / "model", shards=2)
     raw_weights(folder / "model-00002-of-00002.safetensors", b'{"__metadata__": {}}')
     assert inspect(folder).loadable
+
+
+def test_schemas_are_possible_where_the_tokenizer_is_of_that_kind_and_something_enforces_them(
+    tmp_path: Path,
+) -> None:
+    package = tmp_path / "site-packages" / "mlx_lm"
+    (package / "models").mkdir(parents=True)
+    (package / "models" / "qwen3.py").write_text("class Model: pass")
+    folder = tiny_models.build(tmp_path / "model")
+
+    def schemas() -> tuple[str, bool]:
+        inspector = Inspector(Package(package))
+        sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
+        found = inspector(Folder(str(folder), "publisher/model", sizes, 0))
+        return inspector.fingerprint, found.capabilities.schemas
+
+    before = schemas()
+    (package.parent / "llguidance").mkdir()
+    after = schemas()
+    assert (before[1], after[1]) == (False, True)
+    assert before[0] != after[0]  # or what is remembered of a folder would not be renewed
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"type": "BPE"', '"type": "Unigram"'))
+    tokenizer.write_text(tokenizer.read_text().replace('"type":"BPE"', '"type":"Unigram"'))
+    assert schemas()[1] is False

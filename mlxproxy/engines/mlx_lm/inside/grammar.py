@@ -40,6 +40,7 @@ NAMES: gate.Names = {
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._make_state_machine": ("self", "model_key", "tokenizer", "stop_words"),
     "ModelProvider._load": ("self",),
+    "TextStateMachine.__init__": ("self", "transitions"),
     "_make_logits_processors": ("args",),
 }
 
