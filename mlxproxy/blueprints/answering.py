@@ -70,12 +70,12 @@ class Asked:
     known: ModelSpec | None
     lease: Lease
     stats: AnswerStats
-    name: str | None  # what the answer calls the model; None: its id
+    called: Callable[[ModelSpec], str]  # the name in the answer of the model that gives it
 
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name)
+        return Request(PATHS[self.kind], self.body, self.called)
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
@@ -105,11 +105,15 @@ def ask(
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
-    known = selection.expected(given.get("model"))
-    profile = selection.profile(given.get("model"))
+    name = given.get("model")
+    known = selection.expected(name)
+
+    def called(spec: ModelSpec) -> str:
+        profile = selection.profile_for(name, spec)
+        return profile.name if profile else spec.model_id
 
     def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, profile)
+        terms = selection.terms(spec, selection.profile_for(name, spec))
         if defaults:
             terms = terms._replace(defaults={**defaults, **terms.defaults})
         return Fitted(terms, spec, optional, names)
@@ -119,7 +123,7 @@ def ask(
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
     target = _target(body.fields.get("model"), ttl)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
-    return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+    return Asked(body, kind, known, lease, stats, called)
 
 
 def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
@@ -152,11 +156,11 @@ class _Named:
 
     body: RequestBody
     answer: Answer
-    name: str | None
+    called: Callable[[ModelSpec], str]
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        self.answer.model = self.name or spec.model_id
+        self.answer.model = self.called(spec)
         self.on_spec(spec)
         return self.body.for_spec(spec)
 
@@ -188,7 +192,7 @@ def answered(
         {} if translated.temperature is None else {"temperature": translated.temperature},
     )
     lease, stats = asked.lease, asked.stats
-    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.called, on_spec))
     relay = services().relay
     if translated.stream:
         stream = TranslatedStream(relay.stream(lease, request, stats), answer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
@@ -35,12 +36,12 @@ class Request:
 
     Attributes:
         path: the backend's path.
-        name: the model's name in the answer; None: its id.
+        called: returns the name in the answer of the model that gives it.
     """
 
     path: str
     body: Body
-    name: str | None = None
+    called: Callable[[ModelSpec], str] = attrgetter("model_id")
 
 
 class Exchange:
@@ -78,7 +79,7 @@ class Exchange:
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
         payload = self.wire.encode(fields, spec.path, self.streamed)
         self.model_field = self.wire.model_field(spec.path)
-        self.shown_field = self.wire.model_field(request.name or spec.model_id)
+        self.shown_field = self.wire.model_field(request.called(spec))
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
         self._lease = lease
         try:
