@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def standin_in(folder: Path, before: str = ":") -> Path:
 
 @contextlib.contextmanager
 def all_of_them(
-    folder: Path, models: Path, delay: float, skipped: Callable[[str], None]
+    folder: Path, models: Path, delay: float, skipped: Callable[[str], None], go: bool = False
 ) -> Iterator[list[Contestant]]:
     """Run all contestants for the block; the direct connection is first, this proxy is last.
 
@@ -167,6 +168,7 @@ def all_of_them(
         folder: where their files are created.
         models: a models folder with :data:`MODEL` in it.
         skipped: called with a sentence for each missing contestant, which says why it is missing.
+        go: whether the reverse proxy of Go's library takes part.
     """
     ours = Proxy(folder, models, standin_in(folder), delay, MAX_CONCURRENT=MAX_CONCURRENT)
     with contextlib.ExitStack() as stack:
@@ -179,6 +181,10 @@ def all_of_them(
             skipped("nginx is not installed (apt-get install nginx, brew install nginx): no column")
         else:
             contestants.append(stack.enter_context(_nginx(nginx, folder, backend)))
+        if go and (compiler := shutil.which("go")) is not None:
+            contestants.append(stack.enter_context(_go(compiler, folder, backend)))
+        elif go:
+            skipped("Go is not installed (apt-get install golang-go, brew install go): no column")
         contestants.append(stack.enter_context(_threads(backend)))
         children = {child.pid for child in psutil.Process(ours.pid).children(recursive=True)}
         pids = [ours.pid, *(children - _holders(backend))]
@@ -196,6 +202,19 @@ def _nginx(program: str, folder: Path, backend: int) -> Iterator[Contestant]:
         until(lambda: accepts(port), 10, "nginx' first answer")
         workers = psutil.Process(master.pid).children()
         yield Contestant("nginx", port, [master.pid, *(worker.pid for worker in workers)])
+
+
+@contextlib.contextmanager
+def _go(compiler: str, folder: Path, backend: int) -> Iterator[Contestant]:
+    port = free_port()
+    program = folder / "reverse"
+    source = Path(__file__).with_name("reverse.go")
+    cache = {"GOCACHE": str(folder / "go"), "GO111MODULE": "off", "GOFLAGS": ""}
+    build = [compiler, "build", "-o", str(program), str(source)]
+    subprocess.run(build, env={**os.environ, **cache}, check=True)
+    with running([str(program), str(port), str(backend)]) as process:
+        until(lambda: accepts(port), 10, "the first answer of Go's proxy")
+        yield Contestant("go", port, [process.pid])
 
 
 @contextlib.contextmanager

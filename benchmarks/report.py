@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any
 
+from benchmarks.allin import AllIn
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
+from benchmarks.part import Part, to_json
+from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
-from benchmarks.several import RESIDENTS, Several
+from benchmarks.several import Several
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
 MANY = 256
+PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Prompts)}
 
 
 def machine() -> str:
@@ -34,6 +38,7 @@ class Report:
 
     Attributes:
         contestants: their names in order; nginx may be missing.
+        parts: those that have been measured, by their names.
         version: the version of mlxproxy.
         machine: the machine of the measurement.
         day: the date, as in ISO 8601.
@@ -42,7 +47,7 @@ class Report:
     contestants: Sequence[str]
     rounds: Rounds
     lifecycle: Lifecycle
-    several: Several
+    parts: Mapping[str, Part] = field(default_factory=dict)
     version: str = __version__
     machine: str = field(default_factory=machine)
     day: str = field(default_factory=lambda: date.today().isoformat())
@@ -68,7 +73,7 @@ class Report:
 
     def goals(self) -> list[Goal]:
         """Return the goals, each with the measured value; NaN if nginx is not there to compare."""
-        rounds, life, several = self.rounds, self.lifecycle, self.several
+        rounds, life = self.rounds, self.lifecycle
 
         def against_nginx(attribute: str) -> float:
             ours, nginx = (rounds.of(MAIN, it, attribute) for it in ("mlxproxy", "nginx"))
@@ -81,12 +86,6 @@ class Report:
             for works in (*rounds.streams.values(), rounds.together)
             for outcome in works["mlxproxy"]
         )
-        swaps = several.alternating("turns", "swaps_per_answer")
-        strictly = several.alternating("first come", "swaps_per_answer")
-
-        def beside(attribute: str) -> float:
-            return max(several.against_one(it, attribute).median for it in RESIDENTS[1:])
-
         resident = rounds.of(MANY, "mlxproxy", "resident").high
         return [
             Goal("processor time per event", cpu, 2.0, "x nginx"),
@@ -103,9 +102,7 @@ class Report:
                 f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
             ),
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
-            Goal("swaps per answer, by turns", swaps.ratio(strictly), 0.5, "x first come"),
-            Goal("processor time, several loaded", beside("cpu_per_event"), 1.05, "x one"),
-            Goal("a short request, several loaded", beside("request"), 1.05, "x one"),
+            *(goal for part in self.parts.values() for goal in part.goals()),
         ]
 
     @classmethod
@@ -115,7 +112,7 @@ class Report:
             stored["contestants"],
             Rounds.from_json(stored["rounds"]),
             Lifecycle(**stored["lifecycle"]),
-            Several.from_json(stored["several"]),
+            {name: PARTS[name].from_json(it) for name, it in stored["parts"].items()},
             stored["mlxproxy"],
             stored["machine"],
             stored["day"],
@@ -130,7 +127,7 @@ class Report:
             "contestants": list(self.contestants),
             "rounds": asdict(self.rounds),
             "lifecycle": asdict(self.lifecycle),
-            "several": asdict(self.several),
+            "parts": {name: to_json(part) for name, part in self.parts.items()},
             "goals": [
                 {
                     **asdict(goal),

@@ -6,18 +6,20 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks import load, wire
 from benchmarks.contestants import MODEL, Proxy, standin_in
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, Goal
 from benchmarks.load import RECV_BYTES, Work
+from benchmarks.part import Place
+from benchmarks.sheet import Sheet, spread
 
 # Two clients, each with a model of its own, of which one fits: each sends its next request as soon
 # as it has its answer. A load takes at least that long, as it does for a small model.
@@ -33,6 +35,14 @@ NAMES = (MODEL, "bench/beta", "bench/gamma", "bench/delta")
 WORK = Work(streams=12, events=150, interval=10, model=MODEL)
 REQUESTS, TOKENS = 200, 8  # of the short answers whose time is measured
 RESIDENT_ROUNDS = 8
+
+NOTE = f"""\
+The two clients each want a model of their own, of which one fits into memory, and send their next
+request as soon as they have their answer. A load takes {LOAD_SECONDS} s and the start of a process.
+"First come" is the same program with turns of no length: it swaps for each request that names the
+other model, in order of arrival. What several loaded models cost is measured with requests to one
+of them, the proxies side by side: {WORK.streams} streams through each, then short requests through
+each in turn. "x one" is the median of the rounds' own quotients."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,26 @@ class Several:
     residents: dict[int, list[Resident]] = field(default_factory=dict)
     day: str = field(default_factory=lambda: date.today().isoformat())
 
+    NAME: ClassVar = "several"
+    ALWAYS: ClassVar = True
+    NOTE: ClassVar = NOTE
+
+    @classmethod
+    def measure(cls, place: Place, quick: bool) -> Several:
+        """Measure everything."""
+        folder, models = place.folder, place.models
+        measured = cls()
+        place.say("two clients that alternate between two models")
+        for number in range(1 if quick else ALTERNATION_ROUNDS):
+            for rule, program in list(RULES.items())[:: -1 if number % 2 else 1]:
+                own = _made(folder / f"{program}{number}")
+                outcome = _alternate(own, models, program, 2.0 if quick else SECONDS)
+                measured.alternation.setdefault(rule, []).append(outcome)
+        place.say(f"{', '.join(map(str, RESIDENTS))} loaded models")
+        rounds = 1 if quick else RESIDENT_ROUNDS
+        measured.residents = _residents(_made(folder / "residents"), models, rounds)
+        return measured
+
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Several:
         """Return what `dataclasses.asdict` and JSON have converted."""
@@ -101,25 +131,50 @@ class Several:
         """Return a cost divided by the cost with one model, round by round."""
         return self.resident(number, attribute).over(self.resident(1, attribute))
 
+    def goals(self) -> Iterator[Goal]:
+        """Yield the goals."""
+        swaps, strictly = (self.alternating(rule, "swaps_per_answer") for rule in RULES)
+        yield Goal("swaps per answer, by turns", swaps.ratio(strictly), 0.5, "x first come")
+        for what, attribute in (
+            ("processor time, several loaded", "cpu_per_event"),
+            ("a short request, several loaded", "request"),
+        ):
+            most = max(self.against_one(it, attribute).median for it in RESIDENTS[1:])
+            yield Goal(what, most, 1.05, "x one")
 
-def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None]) -> Several:
-    """Measure everything.
-
-    Args:
-        folder: where files are created.
-        models: a models folder with :data:`NAMES` in it.
-    """
-    measured = Several()
-    say("two clients that alternate between two models")
-    for number in range(1 if quick else ALTERNATION_ROUNDS):
-        for rule, program in list(RULES.items())[:: -1 if number % 2 else 1]:
-            place = _made(folder / f"{program}{number}")
-            outcome = _alternate(place, models, program, 2.0 if quick else SECONDS)
-            measured.alternation.setdefault(rule, []).append(outcome)
-    say(f"{', '.join(map(str, RESIDENTS))} loaded models")
-    rounds = 1 if quick else RESIDENT_ROUNDS
-    measured.residents = _residents(_made(folder / "residents"), models, rounds)
-    return measured
+    def sheets(self) -> Iterator[Sheet]:
+        """Yield the tables."""
+        table = Sheet(
+            f"Two clients with two models that do not fit together, {SECONDS:g} s ({self.day})",
+            ("", *RULES),
+        )
+        for head, attribute, digits in (
+            ("answers", "answers", 0),
+            ("swaps", "swaps", 0),
+            ("swaps per answer", "swaps_per_answer", 2),
+            ("longest wait for an answer, s", "longest_wait", 2),
+        ):
+            figures = (self.alternating(rule, attribute) for rule in RULES)
+            table.add(head, *(spread(figure, digits) for figure in figures))
+        yield table
+        costs = ("CPU per\nevent, µs", "x one", "event\np50, µs", "short request\np50, ms", "x one")
+        table = Sheet(
+            f"Requests to a loaded model, by the number of loaded models ({self.day})",
+            ("models", *costs),
+        )
+        for number in RESIDENTS:
+            cpu, request = (
+                self.against_one(number, it).median for it in ("cpu_per_event", "request")
+            )
+            table.add(
+                str(number),
+                spread(self.resident(number, "cpu_per_event"), 1),
+                "" if number == 1 else f"{cpu:.2f}",
+                spread(self.resident(number, "event"), 0),
+                spread(self.resident(number, "request"), 2),
+                "" if number == 1 else f"{request:.2f}",
+            )
+        yield table
 
 
 def _made(folder: Path) -> Path:

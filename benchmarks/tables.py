@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.table import Table
 from benchmarks.figures import Figure
 from benchmarks.report import Report
 from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
-from benchmarks.several import LOAD_SECONDS, RESIDENTS, RULES, SECONDS, WORK
+from benchmarks.sheet import Sheet, spread
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTES = f"""\
@@ -23,28 +22,7 @@ from a direct connection, whose own figures show how quiet the machine was. "In 
 has one worker and no buffering. "threads" passes bytes on without HTTP, one Python thread per
 stream: the floor of the language. A whole (unstreamed) answer has {WHOLE_TOKENS} tokens, one every
 {WHOLE_INTERVAL} ms, and is complete when its last byte is there; mlxproxy requests it as a stream
-and assembles it.
-
-The two clients each want a model of their own, of which one fits into memory, and send their next
-request as soon as they have their answer. A load takes {LOAD_SECONDS} s and the start of a process.
-"First come" is the same program with turns of no length: it swaps for each request that names the
-other model, in order of arrival.
-
-What several loaded models cost is measured with requests to one of them, the proxies side by side:
-{WORK.streams} streams through each, then short requests through each in turn. "x one" is the median
-of the rounds' own quotients."""
-
-
-@dataclass
-class Sheet:
-    """A table, independent of its output format."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-
-    def add(self, *cells: str) -> None:
-        self.rows.append(cells)
+and assembles it."""
 
 
 def show(report: Report, console: Console) -> None:
@@ -57,7 +35,7 @@ def show(report: Report, console: Console) -> None:
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
-    console.print(NOTES, highlight=False)
+    console.print(notes(report), highlight=False)
 
 
 def markdown(report: Report) -> str:
@@ -68,7 +46,7 @@ def markdown(report: Report) -> str:
         rule = "|---|" + "--:|" * (len(sheet.columns) - 1)
         rows = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in sheet.rows)
         parts.append("\n".join((f"**{sheet.title}**", "", head, rule, *rows)))
-    return "\n\n".join((*parts, NOTES))
+    return "\n\n".join((*parts, notes(report)))
 
 
 def put(document: str, report: Report) -> str:
@@ -86,8 +64,16 @@ def put(document: str, report: Report) -> str:
 
 def sheets(report: Report) -> Iterator[Sheet]:
     """Yield all tables."""
-    for sheet in (_comparison, _by_streams, _by_itself, _alternation, _residents, _goals):
+    for sheet in (_comparison, _by_streams, _by_itself):
         yield sheet(report)
+    for part in report.parts.values():
+        yield from part.sheets()
+    yield _goals(report)
+
+
+def notes(report: Report) -> str:
+    """Return what a reader of the tables has to know."""
+    return "\n\n".join((NOTES, *(part.NOTE for part in report.parts.values())))
 
 
 def _comparison(report: Report) -> Sheet:
@@ -120,7 +106,7 @@ def _comparison(report: Report) -> Sheet:
         ]
         table.add(
             head,
-            *(_spread(figure(name), digits) for name in report.contestants),
+            *(spread(figure(name), digits) for name in report.contestants),
             *("" if math.isnan(share) else f"{share:.2f}" for share in shares),
         )
     return table
@@ -157,59 +143,8 @@ def _by_itself(report: Report) -> Sheet:
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
-        table.add(head, _spread(life.figure(name), digits))
+        table.add(head, spread(life.figure(name), digits))
     return table
-
-
-def _alternation(report: Report) -> Sheet:
-    several = report.several
-    table = Sheet(
-        f"Two clients with two models that do not fit together, {SECONDS:g} s{_since(report)}",
-        ("", *RULES),
-    )
-    for head, attribute, digits in (
-        ("answers", "answers", 0),
-        ("swaps", "swaps", 0),
-        ("swaps per answer", "swaps_per_answer", 2),
-        ("longest wait for an answer, s", "longest_wait", 2),
-    ):
-        figures = (several.alternating(rule, attribute) for rule in RULES)
-        table.add(head, *(_spread(figure, digits) for figure in figures))
-    return table
-
-
-def _residents(report: Report) -> Sheet:
-    several = report.several
-    table = Sheet(
-        f"Requests to a loaded model, by the number of loaded models{_since(report)}",
-        (
-            "models",
-            "CPU per\nevent, µs",
-            "x one",
-            "event\np50, µs",
-            "short request\np50, ms",
-            "x one",
-        ),
-    )
-    for number in RESIDENTS:
-        cpu, request = (
-            several.against_one(number, it).median for it in ("cpu_per_event", "request")
-        )
-        table.add(
-            str(number),
-            _spread(several.resident(number, "cpu_per_event"), 1),
-            "" if number == 1 else f"{cpu:.2f}",
-            _spread(several.resident(number, "event"), 0),
-            _spread(several.resident(number, "request"), 2),
-            "" if number == 1 else f"{request:.2f}",
-        )
-    return table
-
-
-def _since(report: Report) -> str:
-    """Return the day of the part about several models, if it was measured by itself."""
-    day = report.several.day
-    return "" if day == report.day else f" ({day})"
 
 
 def _goals(report: Report) -> Sheet:
@@ -218,12 +153,3 @@ def _goals(report: Report) -> Sheet:
         value = "" if math.isnan(goal.value) else f"{goal.value:.2f} {goal.unit}"
         table.add(goal.name, value, f"{goal.limit:.4g} {goal.unit}", goal.verdict)
     return table
-
-
-def _spread(figure: Figure, digits: int) -> str:
-    if not any(figure.rounds):
-        return ""
-    median = f"{figure.median:.{digits}f}"
-    if len(figure.rounds) < 2:
-        return median
-    return f"{median} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -131,6 +131,11 @@ class Backend:
     def ended(self) -> str | None:
         """The reason why the backend can no longer generate; None while it can."""
         return self._ended
+
+    @property
+    def features(self) -> Collection[str]:
+        """The features that the process has enabled; see `protocol.Link`."""
+        return () if self._link is None else self._link.features
 
     def has(self, feature: str) -> bool:
         """Return whether the process has a feature enabled; see `protocol.Link`."""

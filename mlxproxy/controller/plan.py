@@ -554,6 +554,7 @@ class Scheduler:
             len(slot.requests),
             len(self._waiting_for(slot)) if shown else 0,
             None if deadline is None else max(0.0, deadline - now.monotonic),
+            tuple(sorted(process.features)) if process else (),
         )
 
     # -- decisions, repeated until nothing is left to decide

@@ -57,6 +57,7 @@ class Process:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec, self.pid, self.address = spec, 1, Address("127.0.0.1", 1)
+        self.features: tuple[str, ...] = ()
         self.ready = False
         self.stopping = False
 
