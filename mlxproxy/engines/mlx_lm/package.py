@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+ENFORCER = "../llguidance"  # the package that inside/grammar.py uses
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -53,7 +55,7 @@ class Package:
     def fingerprint(self) -> str:
         """An identifier that changes if the tables may change; it takes only a few `stat` calls."""
         parts = [str(self._folder)]
-        for name in ("utils.py", "models", "processors", "_version.py"):
+        for name in ("utils.py", "models", "processors", "_version.py", ENFORCER):
             try:
                 status = os.stat(os.path.join(self._folder or "", name))
             except OSError:
@@ -61,6 +63,11 @@ class Package:
             else:
                 parts.append(f"{status.st_mtime_ns}.{status.st_size}")
         return ":".join(parts)
+
+    @property
+    def keeps_to_schemas(self) -> bool:
+        """Whether what makes answers keep to a schema is installed beside it."""
+        return self._folder is not None and (self._folder / ENFORCER).is_dir()
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture | None:
         """Return the module with which mlx-lm would load a config; None if it has none.
