@@ -6,7 +6,10 @@ import ast
 import importlib.metadata
 import importlib.util
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -697,3 +700,24 @@ def test_a_weights_file_without_tensors_is_accepted(inspect: Inspect, tmp_path: 
     folder = model(tmp_path / "model", shards=2)
     raw_weights(folder / "model-00002-of-00002.safetensors", b'{"__metadata__": {}}')
     assert inspect(folder).loadable
+
+
+def test_two_threads_never_parse_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, parse, parsing = Package(), ast.parse, threading.Lock()
+    overlaps: list[str] = []
+
+    def parsed(source: Any) -> ast.Module:
+        if not parsing.acquire(blocking=False):
+            overlaps.append(threading.current_thread().name)
+            return parse(source)
+        try:
+            time.sleep(0.05)  # as if another thread got its turn here
+            return parse(source)
+        finally:
+            parsing.release()
+
+    monkeypatch.setattr(ast, "parse", parsed)
+    configs = [{"model_type": name} for name in ("qwen3", "llama", "gemma3_text", "phi3")]
+    with ThreadPoolExecutor(len(configs)) as pool:
+        assert all(pool.map(package.architecture, configs))
+    assert overlaps == []
