@@ -706,18 +706,18 @@ def test_two_threads_never_parse_at_the_same_time(monkeypatch: pytest.MonkeyPatc
     package, parse, parsing = Package(), ast.parse, threading.Lock()
     overlaps: list[str] = []
 
-    def parsed(source: Any) -> ast.Module:
+    def parsed(source: Any, *rest: Any, **named: Any) -> Any:
         if not parsing.acquire(blocking=False):
             overlaps.append(threading.current_thread().name)
-            return parse(source)
+            return parse(source, *rest, **named)
         try:
             time.sleep(0.05)  # as if another thread got its turn here
-            return parse(source)
+            return parse(source, *rest, **named)
         finally:
             parsing.release()
 
-    monkeypatch.setattr(ast, "parse", parsed)
     configs = [{"model_type": name} for name in ("qwen3", "llama", "gemma3_text", "phi3")]
-    with ThreadPoolExecutor(len(configs)) as pool:
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(configs)) as pool:
+        patch.setattr(ast, "parse", parsed)
         assert all(pool.map(package.architecture, configs))
     assert overlaps == []
