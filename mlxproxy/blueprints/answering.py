@@ -71,12 +71,12 @@ class Asked:
     known: ModelSpec | None
     lease: Lease
     stats: AnswerStats
-    name: str | None  # what the answer calls the model; None: its id
+    called: Callable[[ModelSpec], str]  # the name in the answer of the model that gives it
 
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name, as_chat=self.kind == "chat")
+        return Request(PATHS[self.kind], self.body, self.called, as_chat=self.kind == "chat")
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
@@ -106,11 +106,15 @@ def ask(
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
-    known = selection.expected(given.get("model"))
-    profile = selection.profile(given.get("model"))
+    name = given.get("model")
+    known = selection.expected(name)
+
+    def called(spec: ModelSpec) -> str:
+        profile = selection.profile_for(name, spec)
+        return profile.name if profile else spec.model_id
 
     def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, profile)
+        terms = selection.terms(spec, selection.profile_for(name, spec))
         if defaults:
             terms = terms._replace(defaults={**defaults, **terms.defaults})
         return Fitted(terms, spec, optional, names)
@@ -126,7 +130,7 @@ def ask(
         g.who, stats, wanted.model_id if wanted else None, lambda: controller.abort(lease, ended)
     )
     g.answer = parts.answers.begin(answer)
-    return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+    return Asked(body, kind, known, lease, stats, called)
 
 
 def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
@@ -159,11 +163,11 @@ class _Named:
 
     body: RequestBody
     answer: Answer
-    name: str | None
+    called: Callable[[ModelSpec], str]
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        self.answer.model = self.name or spec.model_id
+        self.answer.model = self.called(spec)
         self.on_spec(spec)
         return self.body.for_spec(spec)
 
@@ -197,7 +201,7 @@ def answered(
     lease, stats = asked.lease, asked.stats
     request = Request(
         PATHS[translated.kind],
-        _Named(asked.body, answer, asked.name, on_spec),
+        _Named(asked.body, answer, asked.called, on_spec),
         reworded=lambda error: in_their_words(error, translated.names),
     )
     relay = services().relay

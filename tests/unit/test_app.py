@@ -73,7 +73,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         relay=scene.relay,
         selection=SimpleNamespace(
             expected=lambda name: None,
-            profile=lambda name: None,
+            profile_for=lambda name, spec: None,
             fallback=lambda: None,
             terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(

@@ -6,7 +6,10 @@ import ast
 import importlib.metadata
 import importlib.util
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -722,3 +725,24 @@ def test_schemas_are_possible_where_the_tokenizer_is_of_that_kind_and_something_
     tokenizer.write_text(tokenizer.read_text().replace('"type": "BPE"', '"type": "Unigram"'))
     tokenizer.write_text(tokenizer.read_text().replace('"type":"BPE"', '"type":"Unigram"'))
     assert schemas()[1] is False
+
+
+def test_two_threads_never_parse_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, parse, parsing = Package(), ast.parse, threading.Lock()
+    overlaps: list[str] = []
+
+    def parsed(source: Any, *rest: Any, **named: Any) -> Any:
+        if not parsing.acquire(blocking=False):
+            overlaps.append(threading.current_thread().name)
+            return parse(source, *rest, **named)
+        try:
+            time.sleep(0.05)  # as if another thread got its turn here
+            return parse(source, *rest, **named)
+        finally:
+            parsing.release()
+
+    configs = [{"model_type": name} for name in ("qwen3", "llama", "gemma3_text", "phi3")]
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(configs)) as pool:
+        patch.setattr(ast, "parse", parsed)
+        assert all(pool.map(package.architecture, configs))
+    assert overlaps == []
