@@ -158,11 +158,15 @@ class Wire(Protocol):
         chunk_end: the end of an event that carries only a part of the text. Such events are passed
             on without being parsed; the event that carries the token count, or an error, must end
             differently.
+        reasoning_mark: the bytes with which the field `reasoning` begins, and nothing else does.
         authorization: the value of that header of a request; empty: none is sent.
     """
 
     @property
     def chunk_end(self) -> bytes: ...
+
+    @property
+    def reasoning_mark(self) -> bytes: ...
 
     @property
     def authorization(self) -> str: ...
@@ -183,6 +187,20 @@ class Wire(Protocol):
         """Return the key and value with which an answer names its model.
 
         They are the same throughout an answer, and no text in the answer can contain them.
+        """
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        """Return events, or a whole answer, with `reasoning_content` next to each `reasoning`.
+
+        Half of the clients read one, half the other, none both. It is called for each event that
+        contains `reasoning_mark`, so it must be cheap.
+        """
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event of a chat without the role of its message.
+
+        OpenAI tells it in the first event only, and its libraries put the values of a field
+        together: "assistantassistant". It is called for each event after the first.
         """
 
     def completion(self) -> Completion:

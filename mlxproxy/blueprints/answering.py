@@ -16,9 +16,10 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.dialects import conversation
 from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
-from mlxproxy.errors import InvalidRequest
+from mlxproxy.errors import AnswerEnded, InvalidRequest
 from mlxproxy.guard import check
 from mlxproxy.guard.check import PATHS, Kind, Terms
+from mlxproxy.observability.answers import UnderWay
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
@@ -69,12 +70,12 @@ class Asked:
     known: ModelSpec | None
     lease: Lease
     stats: AnswerStats
-    name: str | None  # what the answer calls the model; None: its id
+    called: Callable[[ModelSpec], str]  # the name in the answer of the model that gives it
 
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name)
+        return Request(PATHS[self.kind], self.body, self.called, as_chat=self.kind == "chat")
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
@@ -104,11 +105,15 @@ def ask(
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
-    known = selection.expected(given.get("model"), kind)
-    profile = selection.profile(given.get("model"))
+    name = given.get("model")
+    known = selection.expected(name, kind)
+
+    def called(spec: ModelSpec) -> str:
+        profile = selection.profile_for(name, spec)
+        return profile.name if profile else spec.model_id
 
     def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, profile)
+        terms = selection.terms(spec, selection.profile_for(name, spec))
         if defaults:
             terms = terms._replace(defaults={**defaults, **terms.defaults})
         return Fitted(terms, spec, optional, names)
@@ -118,7 +123,13 @@ def ask(
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
     target = _target(body.fields.get("model"), ttl, kind)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
-    return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+    ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
+    wanted = lease.target or known
+    answer = UnderWay(
+        g.who, stats, wanted.model_id if wanted else None, lambda: controller.abort(lease, ended)
+    )
+    g.answer = parts.answers.begin(answer)
+    return Asked(body, kind, known, lease, stats, called)
 
 
 def _target(name: object, ttl: float | None, kind: Kind = "chat") -> Callable[[], ModelSpec | None]:
@@ -151,11 +162,11 @@ class _Named:
 
     body: RequestBody
     answer: Answer
-    name: str | None
+    called: Callable[[ModelSpec], str]
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        self.answer.model = self.name or spec.model_id
+        self.answer.model = self.called(spec)
         self.on_spec(spec)
         return self.body.for_spec(spec)
 
@@ -187,7 +198,11 @@ def answered(
         {} if translated.temperature is None else {"temperature": translated.temperature},
     )
     lease, stats = asked.lease, asked.stats
-    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    request = Request(
+        PATHS[translated.kind],
+        _Named(asked.body, answer, asked.called, on_spec),
+        reworded=lambda error: in_their_words(error, translated.names),
+    )
     relay = services().relay
     if translated.stream:
         stream = TranslatedStream(relay.stream(lease, request, stats), answer)

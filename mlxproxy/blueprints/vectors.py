@@ -133,7 +133,7 @@ def _read(
             for index, value in zip(group, values_of(answer, len(group)), strict=True):
                 found.values[index] = value
             found.tokens += tokens
-        found.model = asked.name or asked.lease.spec.model_id
+        found.model = asked.called(asked.lease.spec)
     g.stats.usage({"prompt_tokens": found.tokens})
     return found
 

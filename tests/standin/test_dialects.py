@@ -200,6 +200,27 @@ def test_a_field_that_cannot_be_is_refused_by_the_clients_name_of_it(scripted: A
     assert answer.headers["request-id"] == answer.headers["X-Request-Id"]
 
 
+SCHEMAS: dict[str, Json] = {
+    "anthropic": {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+    "responses": {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}},
+    "ollama": {"format": {"type": "object"}},
+    "lmstudio-v0": {"response_format": {"type": "json_object"}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_that_this_backend_cannot_keep_to_is_never_ignored(
+    scripted: Any, name: str, stream: bool
+) -> None:
+    proxy, program = scripted()
+    answer = post(proxy, DIALECTS[name], stream=stream, **SCHEMAS[name])
+    assert "cannot be enforced by this backend; `mlxproxy doctor` says what" in answer.text
+    assert stream or answer.status_code == 400
+    asked = scripted_server.record(program, "request")
+    assert not any("Hello!" in json.dumps(request["body"]) for request in asked)
+
+
 def test_effort_is_given_up_where_a_model_cannot_think(scripted: Any) -> None:
     proxy, _ = scripted(events=1)
     answer = post(proxy, DIALECTS["anthropic"], thinking={"type": "enabled", "budget_tokens": 1024})
@@ -311,6 +332,19 @@ def test_chat_takes_what_clients_get_wrong_and_tells_its_reasoning_in_both_spell
     assert roles == ["system", "user", "assistant", "tool", "user"]
     assert sent["messages"][2]["reasoning_content"] == "Hm."
     assert "bro" not in json.dumps(sent)
+
+
+def test_each_event_of_a_chat_carries_its_reasoning_in_both_spellings(scripted: Any) -> None:
+    proxy, _ = scripted(events=3, thoughts=2)
+    body = {"model": "tiny/alpha", "messages": USER, "stream": True}
+    answer = proxy.post("/v1/chat/completions", body)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    thoughts = [delta["reasoning"] for delta in deltas if "reasoning" in delta]
+    assert "".join(thoughts) == "thought0 thought1 "
+    assert [delta.get("reasoning_content") for delta in deltas] == [
+        delta.get("reasoning") for delta in deltas
+    ]
 
 
 def test_a_body_nested_too_deeply_is_refused_and_not_a_fault(

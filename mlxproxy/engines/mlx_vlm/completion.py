@@ -82,7 +82,7 @@ class Completion:
         if not self._first or not self.usage or self._finish is None:
             raise _unknown()
         content = "".join(self._texts["content"])
-        message: dict[str, Any] = {"role": "assistant", "content": content or None}
+        message: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
         if reasoning := "".join(self._texts["reasoning"]):
             message |= {"reasoning": reasoning, "reasoning_content": reasoning}
         if self._calls:
@@ -91,9 +91,8 @@ class Completion:
             "index": 0,
             "finish_reason": self._finish,
             "message": message,
+            "logprobs": {"content": self._logprobs} if self._logprobs else None,
         }
-        if self._logprobs:
-            choice["logprobs"] = {"content": self._logprobs}
         answer = {
             **{name: self._first.get(name) for name in _COMMON},
             "object": "chat.completion",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from mlxproxy.engines.mlx_lm.inside.syntaxes import is_forced
 from mlxproxy.engines.mlx_lm.rules import choose_tools
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard import shapes
@@ -19,7 +20,18 @@ from mlxproxy.guard.shapes import Limits
 MAX_TEXTS: Final = 2048  # OpenAI's own limit
 MAX_TOP_LOGPROBS: Final = 20  # as the command line says, too
 _CONTEXT_SIZE: Final = shapes.integer(0, 1 << 20)
+_NOT_ENFORCED: Final = (
+    "cannot be enforced by mlx-vlm. Leave it out, or use a model that mlx_lm.server serves."
+)
 _NOT_SAMPLED: Final = "mlx-vlm ignores it: the client is told"
+
+
+def _text_format(name: str, value: Any, limits: Limits) -> Any:
+    """Accept only text: without Metal any schema ends its batch, with it an odd one does."""
+    if shapes.response_format(name, value, limits) is shapes.DROP:
+        return shapes.DROP
+    raise InvalidRequest(f"{name} {_NOT_ENFORCED}", param=name)
+
 
 _CHAT: Final = {
     "model": Rule(shapes.string, "another name unloads the model before it looks for the other"),
@@ -51,8 +63,7 @@ _CHAT: Final = {
     ),
     "logprobs": Rule(shapes.boolean, "belongs to the batch"),
     "top_logprobs": Rule(shapes.top_logprobs(MAX_TOP_LOGPROBS), "only with logprobs"),
-    # A schema that fails in a step ends every answer, and without Metal any schema does.
-    "response_format": Rule(shapes.response_format, "ends the batch"),
+    "response_format": Rule(_text_format, "a schema that fails ends every answer in its batch"),
     "chat_template_kwargs": Rule(shapes.chat_template_kwargs, "ignored, but for thinking"),
     "enable_thinking": Rule(shapes.boolean, "a template argument"),
     "reasoning_effort": Rule(shapes.one_of(shapes.EFFORTS), "a template argument"),
@@ -88,6 +99,8 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
     if "max_completion_tokens" in request:
         request["max_tokens"] = request.pop("max_completion_tokens")
     choose_tools(request)
+    if request.get("tools") and is_forced(request.get("tool_choice")):
+        raise InvalidRequest(f"tool_choice {_NOT_ENFORCED}", param="tool_choice")
     if not is_sampled(request):
         request.pop("seed", None)
     if request.get("top_logprobs", 0) and not request.get("logprobs"):

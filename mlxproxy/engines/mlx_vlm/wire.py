@@ -36,6 +36,7 @@ _OTHERS_SENT: Final = (("input",), ("documents", "query"))  # to embed, to rank
 _SAID: Final = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 _ROLES: Final = {"function": "tool"}
 _SEEDS: Final = 1 << 32
+_ROLE: Final = b'"role":"assistant",'
 _WHY = "With LOG_LEVEL=DEBUG, the log shows the reason."
 _IMAGE = re.compile(
     r"aspect ratio|identify image|load image|image file is truncated|decompression bomb",
@@ -53,6 +54,8 @@ class MlxVlmWire:
 
     # Every event carries `"usage":`, and nothing at its end tells which one counts: all are parsed.
     chunk_end: Final = b"\0"
+    # It writes both spellings of the reasoning itself: nothing is to be added.
+    reasoning_mark: Final = b"\0"
 
     def __init__(self, key: str) -> None:
         self.authorization = f"Bearer {key}"
@@ -94,6 +97,14 @@ class MlxVlmWire:
     def model_field(self, name: str) -> bytes:
         """Return `"model":"…"` as pydantic writes it: without spaces, in UTF-8."""
         return b'"model":' + json.dumps(name, ensure_ascii=False).encode()
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        """Return what it is given: the backend writes both."""
+        return data
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event without its role, whose quotes would be escaped inside a JSON string."""
+        return data.replace(_ROLE, b"")
 
     def completion(self) -> Completion:
         """Return an empty completion, which puts a whole answer together."""
