@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+from mlxproxy.backend.batch import Batch
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.catalog.inspector import Inspector
 from mlxproxy.errors import ProxyError
@@ -55,7 +56,7 @@ class Link(Protocol):
         mlxproxy asks for two by name: ``departures`` (once our side of a connection is shut down,
         the process ends the request and then closes the connection) and ``heartbeat``
         (:meth:`hang` can tell). Only the engine itself knows others: see
-        :meth:`Engine.is_exclusive`.
+        :meth:`Engine.batch`.
         """
 
     def hang(self, waiting_since: float, stall_timeout: float, load_timeout: float) -> str | None:
@@ -299,10 +300,13 @@ class Engine(Protocol):
     def rules(self) -> Mapping[Kind, Rules]:
         """The rules for requests, by kind of endpoint."""
 
-    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
-        """Return whether a checked request must have a process to itself.
+    def batch(
+        self, request: Mapping[str, Any], spec: ModelSpec | None, has: Callable[[str], bool]
+    ) -> Batch:
+        """Return the requests with which a process may answer a checked request.
 
         Args:
+            spec: the load for which it was checked; None: any.
             has: returns whether the process has a feature enabled.
         """
 

@@ -120,9 +120,9 @@ def ask(
 
     body = RequestBody(given, kind, known, fitted)
     stats = g.stats = AnswerStats()
-    exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
+    batch = selection.engine_of(known).batch(body.fields, known, controller.has)
     target = _target(body.fields.get("model"), ttl, kind)
-    lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
+    lease = controller.lease(client(), disconnect(), target, batch, selection.fallback)
     ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
     wanted = lease.target or known
     answer = UnderWay(

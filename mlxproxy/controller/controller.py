@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.backend.orphan import ChildRecord
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.history import History
@@ -166,7 +167,7 @@ class Controller:
         client: str,
         disconnect: Disconnect,
         target: Callable[[], ModelSpec | None] = lambda: None,
-        exclusive: bool = False,
+        batch: Batch = ANY_BATCH,
         fallback: Callable[[], Fallback] = Fallback,
     ) -> Lease:
         """Return a lease for one request; it is granted immediately if model and place are there.
@@ -176,14 +177,14 @@ class Controller:
             disconnect: the client's; when the client disconnects, the place is given up.
             target: finds the load for the model that the request names (None: whatever is
                 loaded). Called without the lock, and only if it matters.
-            exclusive: whether the request must have the backend to itself.
+            batch: the requests with which the backend may answer this one.
             fallback: finds what to load for a request that names no model while nothing is
                 loaded. Called without the lock, and only then.
 
         Raises:
             ShuttingDown, TooManyRequests.
         """
-        lease = Lease(self, None, client, disconnect, exclusive)
+        lease = Lease(self, None, client, disconnect, batch)
         resolved = False
         measured: Measured | None = None
 

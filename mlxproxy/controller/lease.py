@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from mlxproxy.backend.batch import Batch
 from mlxproxy.backend.connection import BackendConnection
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import state
@@ -65,9 +66,9 @@ class Lease(state.Request):
         target: ModelSpec | None,
         client: str,
         disconnect: Disconnect,
-        exclusive: bool,
+        batch: Batch,
     ) -> None:
-        super().__init__(client, target, exclusive=exclusive)
+        super().__init__(client, target, batch=batch)
         self.disconnect = disconnect
         self.granted = 0.0
         self.backend: state.Process | None = None

@@ -605,15 +605,17 @@ class Scheduler:
         held = Counter(request.client for request in slot.requests)
         waiting = self._waiting_for(slot)
         before = len(slot.requests)
+        if policy.is_batch_closed(slot, waiting, now.monotonic):
+            return False
         while waiting and len(slot.requests) < self.limits.max_concurrent:
             request = policy.next_in_turn(waiting, held)
             if held[request.client] >= policy.most_places(self.limits.max_concurrent):
                 break  # every other waiting client holds at least as many
             waiting.remove(request)
-            if not policy.may_go(request, slot.requests):
-                if policy.has_waited_enough(request, now.monotonic):
-                    break
+            if not policy.may_go(request, slot):
                 continue
+            if not slot.requests:
+                slot.batch_since = now.monotonic
             self.queue.remove(request)
             slot.requests.append(request)
             request.slot = slot.id

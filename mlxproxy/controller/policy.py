@@ -16,12 +16,13 @@ from typing import Protocol, TypeVar
 
 from mlxproxy.backend.memory import Fit
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.controller.state import Operation, Slot
+from mlxproxy.controller.state import Operation, Request, Slot
 
 # After this many crashes within this many seconds, a model stays down until a load is requested.
 CRASH_LOOP_EXITS, CRASH_LOOP_SECONDS = 3, 300.0
-# An exclusive request (see guard) lets others overtake it for this long, then has its turn.
-EXCLUSIVE_PATIENCE_SECONDS = 10.0
+# Requests that cannot be answered beside those in flight let others overtake them for this long,
+# and each batch is joined for at least this long. Then it is not joined any more, and ends.
+BATCH_PATIENCE_SECONDS = 10.0
 # A model in use is not swapped out for a request that names another one before its turn is over. A
 # turn lasts this many times as long as the load took, so that swaps take at most a third of the
 # time, but no longer than a minute. A model is in use while it answers and for a moment afterwards
@@ -49,17 +50,6 @@ class Owned(Protocol):
     """Anything that waits on behalf of a client."""
 
     client: str
-
-
-class Exclusive(Protocol):
-    """A request that may have to be answered alone.
-
-    Attributes:
-        since: when it came, in monotonic seconds.
-    """
-
-    exclusive: bool
-    since: float
 
 
 W = TypeVar("W", bound=Waiting)
@@ -108,17 +98,28 @@ def turned_away(waiting: Sequence[T]) -> T:
     return next(each for each in reversed(waiting) if each.client == greedy)
 
 
-# -- exclusive requests, idleness, crashes
+# -- batches, idleness, crashes
 
 
-def may_go(request: Exclusive, in_flight: Sequence[Exclusive]) -> bool:
-    """Return whether the request may be answered alongside those in flight."""
-    return not in_flight or not (request.exclusive or any(other.exclusive for other in in_flight))
+def may_go(request: Request, slot: Slot) -> bool:
+    """Return whether the request may be answered beside those in flight on the slot, which all have
+    the same batch."""
+    if not slot.requests:
+        return True
+    return slot.spec is not None and request.batch.admits(slot.requests[0].batch, slot.spec)
 
 
-def has_waited_enough(request: Exclusive, now: float) -> bool:
-    """Return whether an exclusive request no longer lets others overtake it."""
-    return request.exclusive and now - request.since > EXCLUSIVE_PATIENCE_SECONDS
+def has_waited_enough(request: Request, slot: Slot, now: float) -> bool:
+    """Return whether a request no longer lets those of the batch in flight overtake it."""
+    return now - max(request.since, slot.batch_since) > BATCH_PATIENCE_SECONDS
+
+
+def is_batch_closed(slot: Slot, waiting: Sequence[Request], now: float) -> bool:
+    """Return whether nothing joins those in flight any more, because another request has waited
+    long enough for them to end."""
+    return any(
+        has_waited_enough(request, slot, now) and not may_go(request, slot) for request in waiting
+    )
 
 
 def idle_deadline(last_use: float, ttl: float | None, default: float) -> float | None:

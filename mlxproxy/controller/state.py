@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import ProxyError
 
@@ -185,7 +186,7 @@ class Request:
         target: the model that it names, if that is a known one; None: whatever is loaded.
         fallback: what to load for it if nothing is loaded and nothing is to be restored.
         advice: what its client can do if there is nothing to load, as a sentence.
-        exclusive: whether it must have its slot to itself.
+        batch: the requests with which it may share its slot.
         turn: see `policy.next_in_turn`.
         slot: where it was granted; None before.
         error: why it was rejected, or why its answer was aborted. The first one counts.
@@ -195,7 +196,7 @@ class Request:
     target: ModelSpec | None = None
     fallback: ModelSpec | None = None
     advice: str = ""
-    exclusive: bool = False
+    batch: Batch = ANY_BATCH
     since: float = 0.0
     turn: int = 0
     slot: int | None = None
@@ -283,6 +284,8 @@ class Slot:
         ttl: that of the last requested load, equal loads included.
         pinned: whether it is never evicted for another model; also as the last load said.
         memory: bytes that its process held at the last measurement.
+        batch_since: when a request was last granted while no other was in flight, in monotonic
+            seconds.
         ready_at: when its process had answered, in monotonic seconds.
         load_seconds: how long that took.
         restore: the load that the next request restores.
@@ -297,6 +300,7 @@ class Slot:
     exited: bool = False
     loaded_at: float = 0.0  # Unix seconds
     last_use: float = 0.0
+    batch_since: float = 0.0
     ready_at: float = 0.0
     load_seconds: float = 0.0
     ttl: float | None = None

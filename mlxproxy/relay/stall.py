@@ -111,7 +111,7 @@ class Patience:
             backend_last_byte_at=backend.last_byte_at,
             alive=alive,
             unstreamed=self._unstreamed,
-            exclusive=lease.exclusive,
+            exclusive=lease.batch.is_alone,
         )
         verdict = judge(silence, time.monotonic(), limit)
         if verdict is Verdict.PROBE:

@@ -309,14 +309,44 @@ def test_the_backends_port_is_locked(proxy: Proxy) -> None:
 # -- together
 
 
-def test_greedy_answers_run_together_and_are_right(proxy: Proxy) -> None:
-    ask(proxy, seen("Hi"))
+def most_in_flight(proxy: Proxy, bodies: list[dict[str, Any]]) -> int:
+    """Answer requests that are sent at the same time; return how many were in flight at once."""
+    seen_at_once = 0
+    proxy.load("tiny/slow-eye")
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = [
+            pool.submit(ask, proxy, **{"model": "tiny/slow-eye", "max_tokens": 60, **body})
+            for body in bodies
+        ]
+        while not all(answer.done() for answer in answers):
+            seen_at_once = max(seen_at_once, proxy.loaded()["in_flight"])
+    for answer in answers:
+        assert answer.result().status_code == 200, answer.result().text
+    return seen_at_once
+
+
+def test_answers_that_are_sampled_alike_run_together(proxy: Proxy) -> None:
+    warm = {"messages": seen("Hi"), "temperature": 0.7, "top_p": 0.9}
+    assert most_in_flight(proxy, [warm] * 3) == 3
+    assert most_in_flight(proxy, [{"messages": seen("Hi")}] * 3) == 3
+
+
+def test_answers_that_are_sampled_in_different_ways_do_not(proxy: Proxy) -> None:
+    plain = {"messages": seen("Hi")}
+    others = [{"temperature": 0.7}, {"temperature": 1}, {"logprobs": True}]
+    assert most_in_flight(proxy, [plain, *({**plain, **each} for each in others)]) == 1
+
+
+def test_answers_about_images_are_right_and_alone(proxy: Proxy) -> None:
+    """A prompt with an image that is read together with another prompt ends the whole batch."""
+    image = tiny_vision.image()
+    bodies = [{"messages": seen("Hi", *([image] if number % 2 else []))} for number in range(6)]
+    assert most_in_flight(proxy, [bodies[1], bodies[3], bodies[5]]) == 1
     with ThreadPoolExecutor(6) as pool:
-        image = tiny_vision.image()
-        asked = [seen("Hi", image) if number % 2 else seen("Hi") for number in range(6)]
-        answers = list(pool.map(lambda it: ask(proxy, it, max_tokens=20).json(), asked))
+        answers = [*pool.map(lambda body: ask(proxy, max_tokens=20, **body).json(), bodies * 2)]
+    assert all("choices" in answer for answer in answers), answers
     expected = tiny_models.answer("eye", 20)
-    assert [it["choices"][0]["message"]["content"] for it in answers] == [expected] * 6
+    assert [it["choices"][0]["message"]["content"] for it in answers] == [expected] * 12
 
 
 # -- ends

@@ -30,6 +30,7 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
         needed_bytes=needed,
         weights_bytes=900,
         writes=name != "encoder",
+        engine="mlx_lm.server",
     )
     return ModelSpec(model, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from mlxproxy.backend.batch import ANY_BATCH
 from mlxproxy.backend.connection import ReadTimeout
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
@@ -127,7 +128,7 @@ class Scene:
         self.opened = 0
         self.disconnect = Disconnect()
         self.controller: Any = FakeController()
-        self.lease = Lease(self.controller, None, "someone", self.disconnect, exclusive=False)
+        self.lease = Lease(self.controller, None, "someone", self.disconnect, ANY_BATCH)
         nowhere: Any = None
         self.backend = FakeBackend(nowhere, model_spec("org/name"), lambda reason: None)
         self.request = Request("/v1/x", FakeBody(fields, refused))

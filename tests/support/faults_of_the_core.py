@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.backend.batch import Batch
 from mlxproxy.controller import policy
 from mlxproxy.controller.plan import Scheduler
 from mlxproxy.controller.state import (
@@ -224,12 +225,27 @@ def _what_is_coming_takes_no_memory(patch: pytest.MonkeyPatch) -> None:
 
 def _exclusive_requests_have_company(patch: pytest.MonkeyPatch) -> None:
     """Run other requests together with one that must be alone."""
-    patch.setattr(policy, "may_go", lambda request, in_flight: True)
+    patch.setattr(policy, "may_go", lambda request, slot: True)
+
+
+def _requests_of_two_batches_run_together(patch: pytest.MonkeyPatch) -> None:
+    """Keep only those apart that must be alone."""
+    patch.setattr(Batch, "admits", lambda self, other, spec: not (self.is_alone or other.is_alone))
+
+
+def _only_requests_that_must_be_alone_end_a_batch(patch: pytest.MonkeyPatch) -> None:
+    """Let a request of another batch be overtaken again and again."""
+    enough = policy.has_waited_enough
+    patch.setattr(
+        policy,
+        "has_waited_enough",
+        lambda request, slot, now: request.batch.is_alone and enough(request, slot, now),
+    )
 
 
 def _exclusive_requests_wait_for_ever(patch: pytest.MonkeyPatch) -> None:
     """Let a request that must be alone be overtaken again and again."""
-    patch.setattr(policy, "has_waited_enough", lambda request, now: False)
+    patch.setattr(policy, "has_waited_enough", lambda request, slot, now: False)
 
 
 def _the_queue_has_no_end(patch: pytest.MonkeyPatch) -> None:

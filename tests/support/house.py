@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller.plan import Scheduler
@@ -199,9 +200,9 @@ class House:
     # -- events
 
     def request(
-        self, name: str | None = None, client: str = "someone", exclusive: bool = False
+        self, name: str | None = None, client: str = "someone", batch: Batch = ANY_BATCH
     ) -> Request:
-        request = Request(client, model_spec(name) if name else None, exclusive=exclusive)
+        request = Request(client, model_spec(name) if name else None, batch=batch)
         self.do(lambda now: self.core.on_request(request, now))
         self.requests.append(request)
         return request
@@ -493,8 +494,9 @@ class House:
                     assert deadline <= self.time + 60, "a turn has no end"
         for slot in core.slots:
             assert len(slot.requests) <= limits.max_concurrent
-            if any(request.exclusive for request in slot.requests):
-                assert len(slot.requests) == 1
+            for request in slot.requests[1:]:
+                assert request.batch == slot.requests[0].batch, "two batches run together"
+                assert not request.batch.is_alone
             process = self.processes.get(slot.id)
             if slot.state is SlotState.EMPTY:
                 assert process is None, "a process in an empty slot"

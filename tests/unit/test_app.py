@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
+from mlxproxy.backend.batch import ANY_BATCH
 from mlxproxy.blueprints import answering, hooks
 from mlxproxy.blueprints.app import create_app
 from mlxproxy.blueprints.auth import Access
@@ -77,7 +78,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
             fallback=lambda: None,
             terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(
-                is_exclusive=lambda fields, has: False, unmet=lambda *_: ()
+                batch=lambda fields, spec, has: ANY_BATCH, unmet=lambda *_: ()
             ),
         ),
         bodies=Budget(1 << 20),

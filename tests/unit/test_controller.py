@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.backend.orphan import Record
 from mlxproxy.controller import Claim, History, controller
 from mlxproxy.controller.plan import LEAST_ROOM, MAX_LOADS, Scheduler
@@ -315,8 +316,14 @@ def test_with_one_place_clients_take_turns_however_many_requests_one_has(
 ) -> None:
     it = world(max_concurrent=2 if exclusive else 1)
     it.load("a")
-    greedy = [it.lease(client="greedy", exclusive=exclusive) for _ in range(30)]
-    modest = [it.lease(client="modest", exclusive=exclusive) for _ in range(2)]
+    greedy = [
+        it.lease(client="greedy", batch=Batch(settings=None) if exclusive else ANY_BATCH)
+        for _ in range(30)
+    ]
+    modest = [
+        it.lease(client="modest", batch=Batch(settings=None) if exclusive else ANY_BATCH)
+        for _ in range(2)
+    ]
     waiting, order = greedy + modest, []
     while waiting:
         (served,) = (lease for lease in waiting if lease.backend is not None)
@@ -331,7 +338,7 @@ def test_a_request_that_must_be_alone_waits_for_the_others_and_is_alone(
 ) -> None:
     it = world()
     it.load("a")
-    other, alone = it.lease(), it.lease(exclusive=True)
+    other, alone = it.lease(), it.lease(batch=Batch(settings=None))
     assert not alone.wait(0.02)
     overtaking = it.lease()
     assert overtaking.wait(0)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.controller import Claim, Lease
 from mlxproxy.controller.plan import LEAST_ROOM
 from mlxproxy.disconnect import Disconnect
@@ -79,7 +80,12 @@ class Interleavings(RuleBasedStateMachine):
     def ask(self, name: str | None, client: str, alone: bool) -> tuple[Lease, Disconnect]:
         disconnect = Disconnect()
         try:
-            lease = self.world.lease(name, client, disconnect=disconnect, exclusive=alone)
+            lease = self.world.lease(
+                name,
+                client,
+                disconnect=disconnect,
+                batch=Batch(settings=None) if alone else ANY_BATCH,
+            )
         except TooManyRequests:
             lease = self.open[0][0] if self.open else self._refused()
             return lease, disconnect
@@ -127,7 +133,7 @@ class Interleavings(RuleBasedStateMachine):
             waiting = len(controller._core.queue)
         assert len(leases) <= controller.limits.max_concurrent
         assert waiting <= controller.limits.max_queue
-        if any(lease.exclusive for lease in leases):
+        if any(lease.batch.is_alone for lease in leases):
             assert len(leases) == 1
 
     @invariant()

@@ -11,10 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.controller.state import Claim, Request, SlotState
 from mlxproxy.errors import InsufficientMemory, ShuttingDown, TooManyRequests
 from tests.support.house import House
 
+WARM, COLD, ALONE = Batch(settings=(1,)), Batch(settings=(0,)), Batch(settings=None)
+BATCHES = st.sampled_from([ANY_BATCH, WARM, WARM, COLD, ALONE])
 NAMES = st.sampled_from(["a", "b", "c", "d", "big"])
 CLIENTS = st.sampled_from("xyz")
 REFUSALS = (TooManyRequests, InsufficientMemory, ShuttingDown)
@@ -51,10 +54,10 @@ class Histories(RuleBasedStateMachine):
             idle_ttl=idle,
         )
 
-    @rule(target=requests, name=st.none() | NAMES, client=CLIENTS, alone=st.booleans())
-    def ask(self, name: str | None, client: str, alone: bool) -> Request:
+    @rule(target=requests, name=st.none() | NAMES, client=CLIENTS, batch=BATCHES)
+    def ask(self, name: str | None, client: str, batch: Batch) -> Request:
         try:
-            return self.house.request(name, client, alone)
+            return self.house.request(name, client, batch)
         except ShuttingDown:
             return Request(client)
 

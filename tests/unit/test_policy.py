@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.controller import policy
 from mlxproxy.controller.policy import Placement, place, shortage
 from mlxproxy.controller.state import Cause, Operation, Phase, Request, Slot, SlotState
@@ -154,21 +155,33 @@ def test_of_two_empty_slots_the_one_without_a_past_is_used() -> None:
     assert placed(slots) == Placement(1, ())
 
 
+ALONE = Batch(settings=None)
+
+
 @pytest.mark.parametrize(
     ("alone", "others", "goes"),
     [(False, [], True), (True, [], True), (False, [False], True),
      (True, [False], False), (False, [True], False)],
 )  # fmt: skip
 def test_a_request_that_must_be_alone_is_alone(alone: bool, others: list[bool], goes: bool) -> None:
-    in_flight = [Request("other", exclusive=each) for each in others]
-    assert policy.may_go(Request("one", exclusive=alone), in_flight) is goes
+    in_flight = [Request("other", batch=ALONE if each else ANY_BATCH) for each in others]
+    slot = Slot(0, spec=model_spec("a"), requests=in_flight)
+    assert policy.may_go(Request("one", batch=ALONE if alone else ANY_BATCH), slot) is goes
 
 
 def test_after_its_patience_a_request_that_must_be_alone_is_not_overtaken() -> None:
-    alone, other = Request("one", exclusive=True, since=100.0), Request("other", since=100.0)
-    assert not policy.has_waited_enough(alone, 110.0)
-    assert policy.has_waited_enough(alone, 110.5)
-    assert not policy.has_waited_enough(other, 200.0)
+    slot = Slot(0, spec=model_spec("a"), requests=[Request("other")], batch_since=90.0)
+    alone, other = Request("one", batch=ALONE, since=100.0), Request("other", since=100.0)
+    assert not policy.is_batch_closed(slot, [other, alone], 110.0)
+    assert policy.is_batch_closed(slot, [other, alone], 110.5)
+    assert not policy.is_batch_closed(slot, [other], 200.0)
+
+
+def test_a_batch_that_has_begun_late_is_joined_for_as_long_as_any() -> None:
+    slot = Slot(0, spec=model_spec("a"), requests=[Request("other")], batch_since=120.0)
+    alone = Request("one", batch=ALONE, since=100.0)
+    assert not policy.is_batch_closed(slot, [alone], 130.0)
+    assert policy.is_batch_closed(slot, [alone], 130.5)
 
 
 def test_a_ttl_of_zero_is_for_ever_and_none_is_the_setting() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from mlxproxy.backend.batch import Batch
 from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
 from mlxproxy.backend.spec import ModelSpec, Tuning
 from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
@@ -16,6 +17,8 @@ from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 
+_TOGETHER: Final = Batch(program.NAME)
+_ALONE: Final = Batch(program.NAME, settings=None)
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
 
 
@@ -101,9 +104,11 @@ class MlxLm:
         """Return the wire, which knows how it spells requests and answers."""
         return MlxLmWire(has)
 
-    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
-        """Return whether the backend answers this checked request alone."""
-        return rules.is_exclusive(request, has)
+    def batch(
+        self, request: Mapping[str, Any], spec: ModelSpec | None, has: Callable[[str], bool]
+    ) -> Batch:
+        """Return the requests that may be answered beside this one: all, or none."""
+        return _ALONE if rules.is_exclusive(request, has) else _TOGETHER
 
     def unmet(
         self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]

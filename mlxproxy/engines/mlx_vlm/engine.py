@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mlxproxy.backend.batch import Batch
 from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.engines.mlx_vlm import diagnosis, program, readiness, rules, unmet
@@ -98,9 +99,13 @@ class MlxVlm:
         """Return the wire, which knows how it spells requests and answers."""
         return self._wire
 
-    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
-        """Return whether the backend answers this checked request alone."""
-        return rules.is_exclusive(request)
+    def batch(
+        self, request: Mapping[str, Any], spec: ModelSpec | None, has: Callable[[str], bool]
+    ) -> Batch:
+        """Return the requests that may be answered beside this one: those sampled alike."""
+        if spec is None:  # its own defaults, which count too, are not known yet
+            return Batch(self.name, settings=None)
+        return Batch(self.name, spec.path, rules.shared_settings(request))
 
     def unmet(
         self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]

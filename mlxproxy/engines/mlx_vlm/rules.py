@@ -85,13 +85,19 @@ def is_sampled(request: Mapping[str, Any]) -> bool:
     return bool(request.get("temperature", 0) > 0)
 
 
-def is_exclusive(request: Mapping[str, Any]) -> bool:
-    """Return whether a checked request must not share a batch.
+def shared_settings(request: Mapping[str, Any]) -> tuple[object, ...] | None:
+    """Return what the requests of a batch have in common; None: this one must not share a batch.
 
-    The sampling settings, and whether there are log probabilities, are the first request's for all
-    that join its batch. Greedy answers have them all in common.
+    The first request's sampling settings, and whether it has log probabilities, hold for all that
+    join its batch. A seed makes an answer repeatable only if nothing else draws from it. An image
+    that is read together with another prompt, even without an image, ends the whole batch.
     """
-    return is_sampled(request) or bool(request.get("logprobs"))
+    if "seed" in request or shapes.images(request.get("messages", ())):
+        return None
+    logprobs = bool(request.get("logprobs"))
+    if not is_sampled(request):
+        return (logprobs,)
+    return logprobs, request["temperature"], request.get("top_p", 1.0), request.get("top_k", 0)
 
 
 def _combine(request: dict[str, Any], limits: Limits) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mlxproxy.backend.batch import ANY_BATCH, Batch
 from mlxproxy.backend.protocol import Address, Command, Examined, Fault, Fields, Probe, Stage, Unmet
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.catalog.layout import CONFIG, Folder
@@ -80,8 +81,10 @@ class Second:
     def wire(self, has: Callable[[str], bool]) -> Wire:
         return Wire()
 
-    def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
-        return False
+    def batch(
+        self, request: Mapping[str, Any], spec: ModelSpec | None, has: Callable[[str], bool]
+    ) -> Batch:
+        return ANY_BATCH
 
     def unmet(
         self, request: Mapping[str, Any], spec: ModelSpec, has: Callable[[str], bool]
