@@ -19,6 +19,7 @@ LINKS = {
     "/v1/models/loaded": "what is loaded",
     "/health": "whether all is well",
 }
+OLLAMA = "Ollama is running"  # its clients look for these words
 _KINDS = ("text/plain", "text/html", "application/json")  # the first for clients that accept any
 # The page has no style: the security headers allow it nothing but its text.
 _PAGE = Markup(
@@ -36,7 +37,9 @@ _TEXT = (
 
 @blueprint.get("/")
 def front() -> Response:
-    """Describe what runs here, as a page, as text or as JSON."""
+    """Describe what runs here, as a page, as text or as JSON; on Ollama's port, as Ollama does."""
+    if request.environ.get("SERVER_PORT") == str(services().settings.ollama_port):
+        return Response(OLLAMA, mimetype="text/plain")
     catalog = services().catalog
     count = sum(model.loadable for model in catalog.models())
     spec = services().controller.current()
