@@ -152,11 +152,13 @@ class _Named:
 
     body: RequestBody
     answer: Answer
+    lease: Lease
     name: str | None
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
         self.answer.model = self.name or spec.model_id
+        self.answer.loaded = self.lease.loaded
         self.on_spec(spec)
         return self.body.for_spec(spec)
 
@@ -177,8 +179,7 @@ def answered(
     """
     answer = translated.answer
     if translated.chat is None:
-        answer.model = _loaded(answer.model, ttl)
-        return nothing(translated)
+        return _loaded(translated, ttl)
     asked = ask(
         translated.chat,
         translated.kind,
@@ -188,7 +189,9 @@ def answered(
         {} if translated.temperature is None else {"temperature": translated.temperature},
     )
     lease, stats = asked.lease, asked.stats
-    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    request = Request(
+        PATHS[translated.kind], _Named(asked.body, answer, lease, asked.name, on_spec)
+    )
     relay = services().relay
     if translated.stream:
         stream = TranslatedStream(relay.stream(lease, request, stats), answer)
@@ -200,22 +203,29 @@ def answered(
     return response
 
 
-def nothing(translated: Translated) -> Response:
+def nothing(answer: Answer) -> Response:
     """Return the empty answer to a request that asks for no generation."""
-    answer = translated.answer
-    if translated.stream:
-        return Response(answer.begin() + answer.finish(), headers=dict(answer.headers))
     return _json(answer.whole(NOTHING))
 
 
-def _loaded(name: str, ttl: float | None) -> str:
-    """Wait for the model of that name as an answer would; return the id of the loaded model."""
-    lease = services().controller.lease(client(), disconnect(), _target(name, ttl))
+def _loaded(translated: Translated, ttl: float | None) -> Response:
+    """Return the empty answer once the model is loaded; a stream of it tells that it goes on."""
+    answer, stats = translated.answer, AnswerStats()
+    lease = services().controller.lease(client(), disconnect(), _target(answer.model, ttl))
+
+    def on_loaded() -> None:
+        answer.model, answer.loaded = lease.spec.model_id, lease.loaded
+
+    if translated.stream:
+        g.stats = stats
+        stream = services().relay.load(lease, stats, on_loaded)
+        return streamed(TranslatedStream(stream, answer), stats, answer.headers)
     try:
         lease.wait()
-        return lease.spec.model_id
+        on_loaded()
     finally:
         lease.release()
+    return nothing(answer)
 
 
 def load(spec: ModelSpec) -> None:

@@ -37,7 +37,7 @@ def _answered(body: dict[str, Any], translated: Translated) -> Response:
     seconds = ollama_request.keep_alive(body)
     if translated.chat is None and seconds == 0:
         unload(services().selection.path_of(translated.answer.model))
-        return nothing(translated)
+        return nothing(translated.answer)
     ttl = None
     if seconds is not None:  # a ttl of 0 means forever
         ttl = 0.0 if math.isinf(seconds) else max(seconds, SHORTEST_TTL_SECONDS)

@@ -184,6 +184,7 @@ class Request:
         exclusive: whether it must have its slot to itself.
         turn: see `policy.next_in_turn`.
         slot: where it was granted; None before.
+        loaded: how many seconds of its wait were a load, once it is granted.
         error: why it was rejected, or why its answer was aborted. The first one counts.
     """
 
@@ -195,6 +196,7 @@ class Request:
     since: float = 0.0
     turn: int = 0
     slot: int | None = None
+    loaded: float = 0.0
     error: ProxyError | None = None
 
 
