@@ -16,9 +16,11 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.dialects import conversation
 from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
-from mlxproxy.errors import InvalidRequest
+from mlxproxy.errors import InvalidRequest, ProxyError
 from mlxproxy.guard import check
 from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.guard.shapes import images
+from mlxproxy.preferences import Profile
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
@@ -107,19 +109,51 @@ def ask(
     controller, selection = parts.controller, parts.selection
     known = selection.expected(given.get("model"))
     profile = selection.profile(given.get("model"))
-
-    def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, profile)
-        if defaults:
-            terms = terms._replace(defaults={**defaults, **terms.defaults})
-        return Fitted(terms, spec, optional, names)
-
-    body = RequestBody(given, kind, known, fitted)
+    body = _checked(given, kind, known, profile, optional, names, defaults)
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
     target = _target(body.fields.get("model"), ttl)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
     return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+
+
+def _checked(
+    given: dict[str, Any],
+    kind: Kind,
+    known: ModelSpec | None,
+    profile: Profile | None,
+    optional: frozenset[str],
+    names: Mapping[str, str],
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
+) -> RequestBody:
+    def fitted(spec: ModelSpec | None) -> Fitted:
+        terms = services().selection.terms(spec, profile)
+        if defaults:
+            terms = terms._replace(defaults={**defaults, **terms.defaults})
+        return Fitted(terms, spec, optional, names)
+
+    return RequestBody(given, kind, known, fitted)
+
+
+def counted(translated: Translated) -> int | None:
+    """Return the exact number of tokens of a translated chat's prompt.
+
+    None: the model is not loaded, cannot count, or would reject the request.
+    """
+    chat, selection = translated.chat, services().selection
+    assert chat is not None
+    try:
+        known = selection.expected(chat.get("model"))
+        process = services().controller.process_of(known) if known is not None else None
+        if known is None or process is None:
+            return None
+        profile = selection.profile(chat.get("model"))
+        body = _checked(chat, "chat", known, profile, translated.optional, translated.names)
+    except ProxyError:
+        return None
+    if images(body.fields["messages"]):  # which become tokens as their size demands
+        return None
+    return process.count_tokens(body.fields)
 
 
 def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:

@@ -18,7 +18,7 @@ from mlxproxy.errors import ProxyError
 if TYPE_CHECKING:
     import threading
 
-    from mlxproxy.backend.protocol import Address, Wire
+    from mlxproxy.backend.protocol import Address, Fields, Wire
 
 
 class Moment(NamedTuple):
@@ -151,6 +151,9 @@ class Process(Protocol):
 
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
         """Return why it hangs, as it reports itself; None while it lives."""
+
+    def count_tokens(self, fields: Fields) -> int | None:
+        """Return how many tokens the prompt of a checked chat has; None if it does not tell."""
 
     def answers_probe(self, patience: float) -> bool:
         """Return whether it answers a short chat within `patience` seconds; also return True while

@@ -21,6 +21,7 @@ from mlxproxy.errors import (
 
 log = logging.getLogger("mlxproxy.relay")
 
+COUNT_PATH: Final = "/mlxproxy/count"  # as in inside/count.py
 _REASONING: Final = b', "reasoning": "'
 _BACKSLASH: Final = 0x5C
 _REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
@@ -33,7 +34,7 @@ _TEMPLATE = re.compile(
 )
 _EMPTY = "the prompt has no tokens"
 _TOO_LONG = re.compile(
-    r"the prompt has ((?:more than )?\d+ tokens), and the model's context is (\d{1,18})"
+    r"the prompt has ((?:about )?\d+ tokens), and the model's context is (\d{1,18})"
 )
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Try again; if the same request fails again, see the backend's log."
@@ -47,14 +48,16 @@ class MlxLmWire:
     Args:
         counts_cached: whether the keepalives of a stream count the cached tokens of the prompt;
             they do with the feature `progress` of `inside/`, but not in the plain server.
+        counts: whether it answers how many tokens a prompt has: the feature `count`.
     """
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
     reasoning_mark: Final = _REASONING
 
-    def __init__(self, counts_cached: bool) -> None:
+    def __init__(self, counts_cached: bool, counts: bool = False) -> None:
         self._counts_cached = counts_cached
+        self.count_path = COUNT_PATH if counts else None
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         """Return the body of a request."""
@@ -101,6 +104,14 @@ class MlxLmWire:
         """Return the length of the prompt from a keepalive."""
         match = _PROMPT_TOKENS.match(data) if self._counts_cached else None
         return int(match[1]) if match else None
+
+    def count_in(self, answer: bytes) -> int | None:
+        """Return the number of tokens in the answer to a question for them."""
+        try:
+            tokens = parsed(answer)["tokens"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return tokens if type(tokens) is int and tokens >= 0 else None
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the error of the backend in the contract's shape.
