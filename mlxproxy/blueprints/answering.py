@@ -126,8 +126,10 @@ def _checked(
     names: Mapping[str, str],
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> RequestBody:
+    selection = services().selection  # of this request's app: `fitted` is called outside of it, too
+
     def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = services().selection.terms(spec, profile)
+        terms = selection.terms(spec, profile)
         if defaults:
             terms = terms._replace(defaults={**defaults, **terms.defaults})
         return Fitted(terms, spec, optional, names)
