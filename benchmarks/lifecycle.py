@@ -157,7 +157,7 @@ def generate(root: Path, like: Path, count: int) -> None:
 
 
 def build_models(root: Path) -> Path:
-    """Return a models folder with two tiny models that really answer."""
-    tiny_models.build(root / "bench" / "alpha", says="alpha")
-    tiny_models.build(root / "bench" / "beta", says="beta")
+    """Return a models folder with four tiny models that really answer."""
+    for name in ("alpha", "beta", "gamma", "delta"):
+        tiny_models.build(root / "bench" / name, says=name)
     return root

@@ -296,6 +296,46 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(doctor.doctor(as_json))
 
 
+@main.group()
+def cache() -> None:
+    """Show or delete the prompts that are kept on disk.
+
+    What a model has computed for a prompt is kept in the instance folder (PROMPT_CACHE_DISK), so
+    that it need not be computed again after a swap or a restart. Both commands work without a
+    running server.
+    """
+
+
+@cache.command("ls")
+@_json
+def cache_ls(as_json: bool) -> None:
+    """List how many prompts are kept for each model."""
+    from mlxproxy import settings
+    from mlxproxy.commands import cache
+
+    try:
+        cache.ls(settings.load().instance.prompt_cache, as_json)
+    except settings.SettingError as error:
+        raise click.ClickException(harmless(str(error))) from None
+
+
+@cache.command("clear")
+@click.argument("model", required=False)
+def cache_clear(model: str | None) -> None:
+    """Delete the prompts of MODEL, or all of them.
+
+    MODEL is a name from `mlxproxy cache ls`. A running server computes them again when they are
+    needed.
+    """
+    from mlxproxy import settings
+    from mlxproxy.commands import cache
+
+    try:
+        cache.clear(settings.load().instance.prompt_cache, model)
+    except (settings.SettingError, cache.NotKept) as error:
+        raise click.ClickException(harmless(str(error))) from None
+
+
 @main.command()
 @click.argument("shell", required=False, type=click.Choice(["zsh", "bash", "fish"]))
 def completion(shell: str | None) -> None:

@@ -24,6 +24,7 @@ from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
@@ -133,7 +134,17 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
     """Return the available kinds of backends, the preferred one first."""
-    return (MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),)
+    prompt_disk = PromptDisk(
+        settings.instance.prompt_cache, settings.prompt_cache_disk, settings.stop_timeout
+    )
+    return (
+        MlxLm(
+            settings.mlx_server_bin,
+            settings.max_tokens,
+            memory_of(settings).cache_bytes,
+            prompt_disk,
+        ),
+    )
 
 
 def memory_of(settings: Settings) -> Memory:

@@ -6,7 +6,7 @@ rest of mlxproxy starts, watches, queries and stops processes only through this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -44,6 +44,10 @@ class Link(Protocol):
 
     def let_clients_in(self) -> None:
         """Tell the process that clients' requests come from now on."""
+
+    @property
+    def features(self) -> Collection[str]:
+        """The names of all features that the process has enabled."""
 
     def has(self, feature: str) -> bool:
         """Return whether the process has a feature enabled.

@@ -24,7 +24,7 @@ from mlxproxy.blueprints.services import Services
 
 
 class App(Flask):
-    """Flask without two things that no view needs, and that each short answer would pay for."""
+    """Flask without two things that no view needs here, and for which each answer would pay."""
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Return the adapter that finds the view: by path and method, whatever the host is."""

@@ -34,6 +34,7 @@ SCRIPT: Json = {
     "exit_code": None,  # exit immediately with this status, after a usage line
     "open_after": 0.0,  # seconds until the port opens; None: it never opens
     "load_seconds": 0.0,  # further seconds for which requests wait for the model
+    "megabytes": 0,  # of memory that the model takes
     "load_failure": None,  # the load fails after those seconds, for this reason
     "ignore_sigterm": False,
     "log_megabytes": 0.0,  # per second, to stderr
@@ -172,6 +173,7 @@ class Process:
             while True:  # like the original, whose generation thread keeps the process alive
                 signal.pause()
         self.log("INFO", f"Starting httpd at {host} on port {port}...")
+        self.weights = b"x" * (script["megabytes"] << 20)
         self._thread(self._load, script["load_seconds"], script["load_failure"])
         server.serve_forever()
 

@@ -23,6 +23,8 @@ class Architecture:
         name: the module's name.
         windowed: it knows caches that keep no more than the window of a sliding layer.
         makes_cache: it defines itself what its layers keep; otherwise each keeps everything.
+        recurrent: it knows caches of a state that cannot be taken back to an earlier token.
+        own_cache: it has a cache of its own making.
         defaults: its values for entries that a config.json leaves out.
         tokenizer: its settings for tokenizers that have none of their own.
     """
@@ -30,6 +32,8 @@ class Architecture:
     name: str
     windowed: bool = False
     makes_cache: bool = True
+    recurrent: bool = False
+    own_cache: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -103,6 +107,16 @@ class Package:
         return str(self._aliases.get(kind, kind))
 
     @cached_property
+    def restores_caches(self) -> bool:
+        """Whether a cache can be made from its own state alone, as from mlx-lm 0.32 on."""
+        functions = (
+            node
+            for node in ast.walk(self._tree("models/cache.py"))
+            if isinstance(node, ast.FunctionDef) and node.name == "from_state"
+        )
+        return all(len(function.args.args) == 2 for function in functions)
+
+    @cached_property
     def _modules(self) -> frozenset[str] | None:
         if self._folder is None:
             return None
@@ -149,6 +163,11 @@ class Package:
             windowed=not names.keys().isdisjoint({"RotatingKVCache", "ChunkedKVCache"}),
             makes_cache=methods is None
             or any(isinstance(it, ast.FunctionDef) and it.name == "make_cache" for it in methods),
+            recurrent=not names.keys().isdisjoint({"ArraysCache", "MambaCache"}),
+            own_cache=any(
+                isinstance(node, ast.ClassDef) and name.endswith("Cache")
+                for name, node in names.items()
+            ),
             defaults=_defaults(tree),
             tokenizer=_mapping(_constants(tree).get("TOKENIZER_DEFAULTS")),
         )
