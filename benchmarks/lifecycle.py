@@ -1,4 +1,4 @@
-"""The proxy's own costs: its start, its memory, a swap, a large library."""
+"""The proxy's own costs: its start, its memory, a swap, a schema, a large library."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from tests.support import tiny_models
 LIBRARY = 2000  # model folders
 PUBLISHERS = 40
 LISTINGS = 20
+TOKENS = 400  # of an answer with a schema, and of one without
+TEXT = {"type": "json_schema", "json_schema": {"name": "text", "schema": {"type": "string"}}}
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Lifecycle:
     idle_megabytes: list[float] = field(default_factory=list)
     swap_seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
+    free_token_milliseconds: list[float] = field(default_factory=list)
+    schema_token_milliseconds: list[float] = field(default_factory=list)
     scan_seconds: list[float] = field(default_factory=list)
     listing_milliseconds: list[float] = field(default_factory=list)
     library: int = LIBRARY
@@ -54,6 +58,8 @@ def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None])
         _start(_made(folder / f"start{number}"), models, measured)
     say("swaps of a tiny model, and bare starts of mlx_lm.server")
     _swap(_made(folder / "swap"), models, 1 if quick else 2, measured)
+    say("answers with a schema and without")
+    _schema(_made(folder / "schema"), models, 1 if quick else 5, measured)
     say(f"a library of {measured.library} models")
     _library(_made(folder / "library"), models, measured)
     return measured
@@ -82,6 +88,29 @@ def _swap(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
             _first_token(proxy.port, model)
             measured.swap_seconds.append(time.monotonic() - begin)
             measured.bare_seconds.append(_bare(models / model))
+
+
+def _schema(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
+    """Measure a token of a tiny model, free and in a text that a schema demands."""
+    with Proxy(folder, models).running() as proxy:
+        proxy.load("bench/alpha")
+        for values, fields in (
+            (measured.free_token_milliseconds, {}),
+            (measured.schema_token_milliseconds, {"response_format": TEXT}),
+        ):
+            _answer_milliseconds(proxy, fields)  # the first one compiles
+            values.extend(_answer_milliseconds(proxy, fields) / TOKENS for _ in range(rounds))
+
+
+def _answer_milliseconds(proxy: Proxy, fields: dict[str, object]) -> float:
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, **fields}
+    begin = time.monotonic()
+    status, answer = proxy.call("POST", "/v1/chat/completions", body)
+    taken = (time.monotonic() - begin) * 1000
+    if status != 200 or answer["usage"]["completion_tokens"] != TOKENS:
+        raise RuntimeError(f"an answer of {TOKENS} tokens failed: {status} {answer}")
+    return taken
 
 
 def _bare(model: Path) -> float:

@@ -140,6 +140,8 @@ def _by_itself(report: Report) -> Sheet:
         ("memory when idle, MB", "idle_megabytes", 0),
         ("swap of a tiny model, to the first token, s", "swap_seconds", 2),
         ("a bare mlx_lm.server with it, to the first token, s", "bare_seconds", 2),
+        ("a token of it, ms", "free_token_milliseconds", 2),
+        ("a token of it that a schema allows, ms", "schema_token_milliseconds", 2),
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):

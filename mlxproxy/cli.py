@@ -246,6 +246,41 @@ def chat(
 
 
 @main.command()
+@click.argument("agent", type=click.Choice(["claude", "codex", "opencode", "aider"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    shell_complete=_models,
+    help="Model to use (default: the loaded one).",
+)
+@click.option(
+    "--print",
+    "only_print",
+    is_flag=True,
+    help="Print what to type in a shell instead; nothing is loaded or started.",
+)
+@_server
+def launch(
+    client: Any, agent: str, arguments: tuple[str, ...], model: str | None, only_print: bool
+) -> None:
+    """Start a coding agent that uses this server.
+
+    AGENT is claude (Claude Code), codex, opencode or aider. The model is loaded first. The agent
+    gets its settings in its environment and as flags; its own files stay as they are. ARGUMENTS
+    after `--` are passed to it.
+
+    \b
+    mlxproxy launch claude
+    mlxproxy launch codex -m Qwen3-Coder-30B-4bit -- exec "Explain this"
+    """
+    from mlxproxy.commands import launch
+
+    launch.launch(client, agent, model, arguments, only_print)
+
+
+@main.command()
 @click.option("-f", "--follow", is_flag=True, help="Keep printing new lines as they arrive.")
 @click.option(
     "--backend", is_flag=True, help="Print the log of mlx_lm.server instead of the proxy's."

@@ -127,6 +127,21 @@ class Selection:
         """Return the profile that a request names, directly or by an alias."""
         return self.preferences.profiles.get(self._meant(name)) if isinstance(name, str) else None
 
+    def profile_for(self, name: object, spec: ModelSpec | None) -> Profile | None:
+        """Return the profile that a request names, unless another model answers it.
+
+        Args:
+            spec: the model that answers; None: not known yet.
+        """
+        profile = self.profile(name)
+        if profile is None or spec is None:
+            return profile
+        try:
+            model = self.catalog.lookup(profile.model)
+        except AmbiguousModel:
+            return None
+        return profile if model is not None and str(model.path) == spec.path else None
+
     def profiles(self) -> list[tuple[Profile, Model]]:
         """Return the profiles whose models are on disk, each with its model."""
         found = []

@@ -26,6 +26,7 @@ from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.logfile import LogFile
+from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.preferences import Preferences
@@ -125,6 +126,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         access=access,
         bus=bus,
         metrics=metrics,
+        answers=Answers(),
         bodies=Budget(BODIES * settings.max_body),
         responses=ResponsesStore(),
         chats=ResponsesStore(),

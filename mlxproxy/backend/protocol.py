@@ -194,6 +194,13 @@ class Wire(Protocol):
         contains `reasoning_mark`, so it must be cheap.
         """
 
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event of a chat without the role of its message.
+
+        OpenAI tells it in the first event only, and its libraries put the values of a field
+        together: "assistantassistant". It is called for each event after the first.
+        """
+
     def completion(self) -> Completion:
         """Return an empty whole answer, to be assembled."""
 

@@ -16,11 +16,11 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.dialects import conversation
 from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
-from mlxproxy.errors import InvalidRequest, ProxyError
+from mlxproxy.errors import AnswerEnded, InvalidRequest, ProxyError
 from mlxproxy.guard import check
 from mlxproxy.guard.check import Kind, Terms
 from mlxproxy.guard.shapes import images
-from mlxproxy.preferences import Profile
+from mlxproxy.observability.answers import UnderWay
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
@@ -72,12 +72,12 @@ class Asked:
     known: ModelSpec | None
     lease: Lease
     stats: AnswerStats
-    name: str | None  # what the answer calls the model; None: its id
+    called: Callable[[ModelSpec], str]  # the name in the answer of the model that gives it
 
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name, both_spellings=self.kind == "chat")
+        return Request(PATHS[self.kind], self.body, self.called, as_chat=self.kind == "chat")
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
@@ -107,29 +107,40 @@ def ask(
     """
     parts = services()
     controller, selection = parts.controller, parts.selection
-    known = selection.expected(given.get("model"))
-    profile = selection.profile(given.get("model"))
-    body = _checked(given, kind, known, profile, optional, names, defaults)
+    name = given.get("model")
+    known = selection.expected(name)
+    body = _checked(given, kind, known, optional, names, defaults)
+
+    def called(spec: ModelSpec) -> str:
+        profile = selection.profile_for(name, spec)
+        return profile.name if profile else spec.model_id
+
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
     target = _target(body.fields.get("model"), ttl)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
-    return Asked(body, kind, known, lease, stats, profile.name if profile else None)
+    ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
+    wanted = lease.target or known
+    answer = UnderWay(
+        g.who, stats, wanted.model_id if wanted else None, lambda: controller.abort(lease, ended)
+    )
+    g.answer = parts.answers.begin(answer)
+    return Asked(body, kind, known, lease, stats, called)
 
 
 def _checked(
     given: dict[str, Any],
     kind: Kind,
     known: ModelSpec | None,
-    profile: Profile | None,
     optional: frozenset[str],
     names: Mapping[str, str],
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> RequestBody:
     selection = services().selection  # of this request's app: `fitted` is called outside of it, too
+    name = given.get("model")
 
     def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, profile)
+        terms = selection.terms(spec, selection.profile_for(name, spec))
         if defaults:
             terms = terms._replace(defaults={**defaults, **terms.defaults})
         return Fitted(terms, spec, optional, names)
@@ -142,15 +153,14 @@ def counted(translated: Translated) -> int | None:
 
     None: the model is not loaded, cannot count, or would reject the request.
     """
-    chat, selection = translated.chat, services().selection
+    chat = translated.chat
     assert chat is not None
     try:
-        known = selection.expected(chat.get("model"))
+        known = services().selection.expected(chat.get("model"))
         process = services().controller.process_of(known) if known is not None else None
         if known is None or process is None:
             return None
-        profile = selection.profile(chat.get("model"))
-        body = _checked(chat, "chat", known, profile, translated.optional, translated.names)
+        body = _checked(chat, "chat", known, translated.optional, translated.names)
     except ProxyError:
         return None
     if images(body.fields["messages"]):  # which become tokens as their size demands
@@ -189,11 +199,11 @@ class _Named:
     body: RequestBody
     answer: Answer
     lease: Lease
-    name: str | None
+    called: Callable[[ModelSpec], str]
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
-        self.answer.model = self.name or spec.model_id
+        self.answer.model = self.called(spec)
         self.answer.loaded = self.lease.loaded
         self.on_spec(spec)
         return self.body.for_spec(spec)
@@ -226,7 +236,9 @@ def answered(
     )
     lease, stats = asked.lease, asked.stats
     request = Request(
-        PATHS[translated.kind], _Named(asked.body, answer, lease, asked.name, on_spec)
+        PATHS[translated.kind],
+        _Named(asked.body, answer, lease, asked.called, on_spec),
+        reworded=lambda error: in_their_words(error, translated.names),
     )
     relay = services().relay
     if translated.stream:

@@ -18,6 +18,7 @@ from mlxproxy.blueprints import (
     observe,
     ollama,
     openai,
+    page,
     responses,
 )
 from mlxproxy.blueprints.services import Services
@@ -51,7 +52,7 @@ def create_app(services: Services) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     hooks.install(app)
-    house = (front, health, models, openai, observe)
+    house = (front, page, health, models, openai, observe)
     for module in (*house, anthropic, responses, ollama, lmstudio):
         app.register_blueprint(module.blueprint)
     # For clients whose base URL lacks the /v1.

@@ -30,6 +30,7 @@ class Capabilities:
             ``prefix`` (whatever both begin with), ``window`` (the same while the earlier one fits
             into the model's window, else as `whole`), ``whole`` (all of it if the later one begins
             with all of it); None: nothing is kept, or that is unknown.
+        schemas: answers can be made to keep to a schema.
     """
 
     tools: bool = False
@@ -38,6 +39,7 @@ class Capabilities:
     thinking_default: bool | None = None
     thinking_switch: bool = False
     prompt_cache_disk: str | None = None
+    schemas: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object for a model's listing."""

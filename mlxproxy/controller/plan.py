@@ -159,9 +159,12 @@ class Scheduler:
         return self._decided()
 
     def on_disconnected(self, request: Request, now: Moment) -> list[Effect]:
-        """Remove a disconnected client's request from the queue, or abort its answer. A granted
-        request keeps its place until it is released."""
-        error = BackendFailed("The client disconnected.")
+        """End a disconnected client's request."""
+        return self.on_aborted(request, BackendFailed("The client disconnected."), now)
+
+    def on_aborted(self, request: Request, error: ProxyError, now: Moment) -> list[Effect]:
+        """Remove a request from the queue, or abort its answer. A granted request keeps its place
+        until it is released."""
         if request in self.queue:
             self._leave_queue(request, now)
             self._reject(request, error)

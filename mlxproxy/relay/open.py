@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
-from mlxproxy.errors import BackendFailed, ProxyError
+from mlxproxy.errors import BackendFailed, InvalidRequest, ProxyError
 from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
 
 ERROR_BYTES: Final = 1 << 16  # of the backend's own error
@@ -35,14 +36,17 @@ class Request:
 
     Attributes:
         path: the backend's path.
-        name: the model's name in the answer; None: its id.
-        both_spellings: whether the answer carries its reasoning in `reasoning_content`, too.
+        called: returns the name in the answer of the model that gives it.
+        as_chat: whether the client reads the events of a chat themselves, not a translation: it
+            finds the reasoning in `reasoning_content`, too, and the role in the first event alone.
+        reworded: returns a rejection in the client's own words.
     """
 
     path: str
     body: Body
-    name: str | None = None
-    both_spellings: bool = False
+    called: Callable[[ModelSpec], str] = attrgetter("model_id")
+    as_chat: bool = False
+    reworded: Callable[[InvalidRequest], InvalidRequest] = lambda error: error
 
 
 class Exchange:
@@ -63,6 +67,7 @@ class Exchange:
         wants_usage: whether the client asks for the token count at the end of its stream.
         reasoning_mark: what an event contains that :meth:`with_both_spellings` is to change; None:
             no event is to be changed.
+        without_role: what takes the role out of all events but the first; None: it stays in them.
 
     Raises:
         ProxyError: the request is rejected, the lease has been ended, or nothing accepts the
@@ -80,11 +85,16 @@ class Exchange:
         self.wire = backend.wire
         self.streamed = streamed or self.wire.streams_all(fields)
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
-        payload = self.wire.encode(fields, spec.path, self.streamed)
-        self.reasoning_mark = self.wire.reasoning_mark if request.both_spellings else None
+        self.reasoning_mark = self.wire.reasoning_mark if request.as_chat else None
         self.with_both_spellings = self.wire.with_both_spellings
+        self.without_role = self.wire.without_role if request.as_chat else None
+        self._reworded = request.reworded
+        try:
+            payload = self.wire.encode(fields, spec.path, self.streamed)
+        except InvalidRequest as error:
+            raise request.reworded(error) from None
         self.model_field = self.wire.model_field(spec.path)
-        self.shown_field = self.wire.model_field(request.name or spec.model_id)
+        self.shown_field = self.wire.model_field(request.called(spec))
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
         self._lease = lease
         try:
@@ -149,4 +159,6 @@ class Exchange:
         if self._lease.error is not None:
             return self._lease.error
         error = self.wire.error(self.connection.status, body)
+        if isinstance(error, InvalidRequest):
+            return self._reworded(error)
         return self._lease.fault(error) if isinstance(error, BackendFailed) else error

@@ -200,6 +200,27 @@ def test_a_field_that_cannot_be_is_refused_by_the_clients_name_of_it(scripted: A
     assert answer.headers["request-id"] == answer.headers["X-Request-Id"]
 
 
+SCHEMAS: dict[str, Json] = {
+    "anthropic": {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+    "responses": {"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}},
+    "ollama": {"format": {"type": "object"}},
+    "lmstudio-v0": {"response_format": {"type": "json_object"}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_that_this_backend_cannot_keep_to_is_never_ignored(
+    scripted: Any, name: str, stream: bool
+) -> None:
+    proxy, program = scripted()
+    answer = post(proxy, DIALECTS[name], stream=stream, **SCHEMAS[name])
+    assert "cannot be enforced by this backend; `mlxproxy doctor` says what" in answer.text
+    assert stream or answer.status_code == 400
+    asked = scripted_server.record(program, "request")
+    assert not any("Hello!" in json.dumps(request["body"]) for request in asked)
+
+
 def test_effort_is_given_up_where_a_model_cannot_think(scripted: Any) -> None:
     proxy, _ = scripted(events=1)
     answer = post(proxy, DIALECTS["anthropic"], thinking={"type": "enabled", "budget_tokens": 1024})

@@ -36,6 +36,7 @@ from mlxproxy.controller.state import (
     Stop,
 )
 from mlxproxy.errors import (
+    AnswerEnded,
     BackendFailed,
     BackendTimeout,
     InsufficientMemory,
@@ -1147,3 +1148,15 @@ def test_with_few_places_one_client_may_have_them_all(places: int, most: int) ->
     house = with_model(max_concurrent=places)
     mine = [house.request(client="one") for _ in range(places)]
     assert sum(request in house.granted for request in mine) == most
+
+
+def test_an_answer_that_somebody_ends_keeps_its_place_until_the_backend_is_free() -> None:
+    house = with_model(max_concurrent=1)
+    answered, queued, last = house.request(), house.request(), house.request()
+    error = AnswerEnded("Somebody has ended it.")
+    for request in (answered, queued):
+        house.do(lambda now, it=request: house.core.on_aborted(it, error, now))
+        assert request.error is error
+    assert last not in house.granted
+    house.release(answered)
+    assert last in house.granted

@@ -99,7 +99,7 @@ class MlxLm:
 
     def wire(self, has: Callable[[str], bool]) -> MlxLmWire:
         """Return the wire, which knows how it spells requests and answers."""
-        return MlxLmWire(counts_cached=has("progress"), counts=has("count"))
+        return MlxLmWire(has)
 
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
         """Return whether the backend answers this checked request alone."""

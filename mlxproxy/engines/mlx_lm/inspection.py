@@ -235,7 +235,9 @@ class _Reading:
             tokenizer = TokenizerFiles.read(self._folder.path, self._folder.sizes)
         except Unreadable as error:
             return Capabilities(vision=self._vision), str(error)
-        return capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision), None
+        found = capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision)
+        schemas = self._package.keeps_to_schemas and tokenizer.is_byte_pair()
+        return replace(found, schemas=schemas), None
 
     def _quantized_config(self) -> Mapping[str, Any]:
         """Return the config with its quantization in the place where mlx-lm looks for it."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+ENFORCER = "../llguidance"  # the package that inside/grammar.py uses
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ class Package:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or _installed()
         self._architectures: dict[str, Architecture | None] = {}
+        # Folders are scanned at the same time, and Python 3.11 may fail with a SystemError ("AST
+        # constructor recursion depth mismatch") if two threads parse at the same time.
+        self._parsing = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
         """An identifier that changes if the tables may change; it takes only a few `stat` calls."""
         parts = [str(self._folder)]
-        for name in ("utils.py", "models", "processors", "_version.py"):
+        for name in ("utils.py", "models", "processors", "_version.py", ENFORCER):
             try:
                 status = os.stat(os.path.join(self._folder or "", name))
             except OSError:
@@ -61,6 +67,11 @@ class Package:
             else:
                 parts.append(f"{status.st_mtime_ns}.{status.st_size}")
         return ":".join(parts)
+
+    @property
+    def keeps_to_schemas(self) -> bool:
+        """Whether what makes answers keep to a schema is installed beside it."""
+        return self._folder is not None and (self._folder / ENFORCER).is_dir()
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture | None:
         """Return the module with which mlx-lm would load a config; None if it has none.
@@ -148,7 +159,9 @@ class Package:
 
     def _tree(self, file: str) -> ast.Module:
         try:
-            return ast.parse((self._folder or Path()).joinpath(file).read_bytes())
+            source = (self._folder or Path()).joinpath(file).read_bytes()
+            with self._parsing:
+                return ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             return ast.Module(body=[], type_ignores=[])
 

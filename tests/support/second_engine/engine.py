@@ -130,6 +130,9 @@ class Wire:
     def with_both_spellings(self, data: bytes) -> bytes:
         return data
 
+    def without_role(self, data: bytes) -> bytes:
+        return data
+
     def completion(self) -> Completion:
         return Completion()
 
