@@ -23,6 +23,10 @@
 # -- Port to listen on.
 # PROXY_PORT = 8080
 
+# -- A second port to listen on, such as 11434, for Ollama's clients that cannot be told another
+# -- one: there, the address itself answers as Ollama does.
+# OLLAMA_PORT = 11434
+
 # -- Default thinking mode, for loads that do not set enable_thinking.
 # ENABLE_THINKING = False
 

@@ -159,12 +159,17 @@ class Wire(Protocol):
         chunk_end: the end of an event that carries only a part of the text. Such events are passed
             on without being parsed; the event that carries the token count, or an error, must end
             differently.
+        count_path: the path that answers how many tokens the prompt of a chat has; None: no path
+            does.
         reasoning_mark: the bytes with which the field `reasoning` begins, and nothing else does.
         authorization: the value of that header of a request; empty: none is sent.
     """
 
     @property
     def chunk_end(self) -> bytes: ...
+
+    @property
+    def count_path(self) -> str | None: ...
 
     @property
     def reasoning_mark(self) -> bytes: ...
@@ -217,6 +222,9 @@ class Wire(Protocol):
     def prompt_tokens(self, data: bytes) -> int | None:
         """Return the length of the prompt, cached tokens included, if the beginning of a stream
         reveals it."""
+
+    def count_in(self, answer: bytes) -> int | None:
+        """Return the number of tokens that `count_path` answers; None if it does not know."""
 
     def failure(self, event: bytes) -> ProxyError | None:
         """Return the error with which the engine ends a stream, if this event is one."""

@@ -42,7 +42,7 @@ def _answered(body: dict[str, Any], translated: Translated) -> Response:
     seconds = ollama_request.keep_alive(body)
     if translated.chat is None and seconds == 0:
         unload(services().selection.path_of(translated.answer.model))
-        return nothing(translated)
+        return nothing(translated.answer)
     return answered(translated, ollama_request.ttl(body))
 
 

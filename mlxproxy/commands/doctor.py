@@ -109,6 +109,8 @@ def examine() -> Iterator[Finding]:
     yield _disk(found)
     yield _leftovers(found, proxy)
     yield _port(found.proxy_port, "PROXY_PORT", proxy)
+    if found.ollama_port is not None:
+        yield _port(found.ollama_port, "OLLAMA_PORT", proxy)
     for port in found.backend_ports:
         yield _port(port, "MLX_BACKEND_PORT", proxy)
     yield _service()

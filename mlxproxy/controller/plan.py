@@ -619,6 +619,7 @@ class Scheduler:
             self.queue.remove(request)
             slot.requests.append(request)
             request.slot = slot.id
+            request.loaded = max(0.0, min(slot.load_seconds, slot.ready_at - request.since))
             held[request.client] += 1
             policy.served(self.queue, request.client, next(self._turns))
             self._effects.append(Grant(request, slot.id, slot.process))

@@ -188,7 +188,8 @@ def _only(body: Mapping[str, Any], empty: bool) -> Only:
 def _translated(
     body: Mapping[str, Any], chat: Json | None, answer: OllamaAnswer, only: Only
 ) -> Translated:
-    stream = fields.flag(body, "stream", True) and only is None
+    # Ollama answers a load with one object; whoever asks for a stream of it learns that it goes on.
+    stream = fields.flag(body, "stream", only is None) and only != "unload"
     if chat is not None:
         chat["stream"] = stream
     return Translated(chat, answer, stream, _NAMES, TEMPERATURE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 from mlxproxy import sse
 from mlxproxy.backend.connection import BackendConnection
@@ -21,6 +21,9 @@ from mlxproxy.relay.pump import HEARTBEAT, collect, pump
 from mlxproxy.relay.stall import INTERVAL_SECONDS
 from mlxproxy.relay.statistics import AnswerStats
 
+Begin: TypeAlias = Callable[[], Exchange | None]
+"""What follows once a place has been granted: a request is sent; or nothing, if the model was only
+to be loaded."""
 OPENING: Final = sse.comment()
 SILENT_WAIT_SECONDS: Final = 2.0
 """How long a stream waits for its place before it commits to a status of 200."""
@@ -44,7 +47,25 @@ class Relay:
         Raises:
             ProxyError: it has another status; the lease has been released.
         """
-        answer = Stream(self, lease, request, stats)
+        answer = Stream(lease, stats, lambda: self.open(lease, request, stats, streamed=True))
+        answer.open()
+        return answer
+
+    def load(self, lease: Lease, stats: AnswerStats, on_loaded: Callable[[], None]) -> Stream:
+        """Return a stream of comments that ends when the lease's model is loaded.
+
+        Args:
+            on_loaded: called then, before the end.
+
+        Raises:
+            ProxyError: as for :meth:`stream`.
+        """
+
+        def begin() -> None:
+            _note_place(lease, stats)
+            on_loaded()
+
+        answer = Stream(lease, stats, begin)
         answer.open()
         return answer
 
@@ -98,8 +119,7 @@ class Relay:
         Raises:
             ProxyError: the request is rejected, or cannot be sent.
         """
-        stats.granted = time.monotonic()
-        stats.model = lease.spec.model_id
+        _note_place(lease, stats)
         return Exchange(lease, request, streamed, self._stall_timeout, self._connect)
 
 
@@ -107,13 +127,16 @@ class Stream:
     """A streamed answer: :meth:`open` decides its status, and iteration yields its body.
 
     :meth:`close` must be called, even if the answer has not begun: it gives the place back.
+
+    Args:
+        begin: called once, when the place has been granted.
     """
 
-    def __init__(self, relay: Relay, lease: Lease, request: Request, stats: AnswerStats) -> None:
-        self._relay = relay
+    def __init__(self, lease: Lease, stats: AnswerStats, begin: Begin) -> None:
         self._lease = lease
-        self._request = request
         self._stats = stats
+        self._begin = begin
+        self._has_begun = False
         self._exchange: Exchange | None = None
         self._comment: bytes | None = None  # for a client that waits
         self._body = self._answer()
@@ -149,13 +172,12 @@ class Stream:
         Args:
             patience: seconds to wait for the place.
         """
-        if self._exchange is None:
+        if not self._has_begun:
             if not self._lease.wait(patience):
                 return sse.comment(self._lease.waiting_for())
-            self._exchange = self._relay.open(
-                self._lease, self._request, self._stats, streamed=True
-            )
-        return None if self._exchange.await_head() else HEARTBEAT
+            self._has_begun = True
+            self._exchange = self._begin()
+        return None if self._exchange is None or self._exchange.await_head() else HEARTBEAT
 
     def _answer(self) -> Generator[bytes, None, None]:
         outcome = "client_gone"
@@ -164,8 +186,8 @@ class Stream:
                 yield self._comment
                 self._comment = self._wait(INTERVAL_SECONDS)
             yield OPENING  # sends the head now: the first token may be minutes away
-            assert self._exchange is not None
-            yield from pump(self._exchange, self._stats)
+            if self._exchange is not None:
+                yield from pump(self._exchange, self._stats)
             outcome = "done"
         except ProxyError as error:
             outcome = _outcome(self._lease, error)
@@ -181,6 +203,11 @@ class Stream:
         if self._stats.ended is None:
             self._lease.release(finished=outcome == "done")
             self._stats.end(outcome)
+
+
+def _note_place(lease: Lease, stats: AnswerStats) -> None:
+    stats.granted = time.monotonic()
+    stats.model = lease.spec.model_id
 
 
 def _outcome(lease: Lease, error: ProxyError) -> str:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlxproxy.backend.orphan import ChildRecord
-from mlxproxy.backend.protocol import Address
+from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.controller import Controller, History, Lease, Limits
@@ -94,6 +94,9 @@ class FakeBackend:
 
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
         return self.hangs
+
+    def count_tokens(self, fields: Fields) -> int | None:
+        return None
 
     def answers_probe(self, patience: float) -> bool:
         return not self.deaf

@@ -517,6 +517,16 @@ def test_with_nothing_loaded_a_request_that_names_a_model_loads_it() -> None:
     assert asked in house.granted
 
 
+def test_a_request_knows_how_much_of_its_wait_was_a_load() -> None:
+    house = House()
+    first = house.request("a")
+    house.wait(4.0)
+    late = house.request("a")
+    house.wait(2.0)
+    house.ready(seconds=6.0)
+    assert (first.loaded, late.loaded, house.request("a").loaded) == (6.0, 2.0, 0.0)
+
+
 def test_a_request_that_comes_while_a_model_is_being_stopped_gets_its_model() -> None:
     house = with_model()
     house.unload()

@@ -56,6 +56,7 @@ class MlxVlmWire:
     chunk_end: Final = b"\0"
     # It writes both spellings of the reasoning itself: nothing is to be added.
     reasoning_mark: Final = b"\0"
+    count_path: Final = None
 
     def __init__(self, key: str) -> None:
         self.authorization = f"Bearer {key}"
@@ -127,6 +128,9 @@ class MlxVlmWire:
     def prompt_tokens(self, data: bytes) -> int | None:
         """Return None: a stream tells the length of the prompt only at its end."""
         return None
+
+    def count_in(self, answer: bytes) -> None:
+        """Return None: it is not asked."""
 
     def failure(self, event: bytes) -> ProxyError | None:
         """Return the error in an event: `{"error": "<text>"}`, with which an answer ends."""

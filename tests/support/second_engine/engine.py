@@ -118,6 +118,7 @@ class Wire:
     """Chunks in JSON without spaces; options in an object of their own; errors in `detail`."""
 
     chunk_end = b'"usage":null}\n\n'
+    count_path = None
     reasoning_mark = b',"reasoning":"'
     authorization = ""
 
@@ -145,6 +146,9 @@ class Wire:
         return usage
 
     def prompt_tokens(self, data: bytes) -> int | None:
+        return None
+
+    def count_in(self, answer: bytes) -> int | None:
         return None
 
     def failure(self, event: bytes) -> None:
