@@ -16,7 +16,7 @@ from mlxproxy.blueprints.answering import Asked, ask
 from mlxproxy.blueprints.hooks import json_body, warn
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import vectors
-from mlxproxy.errors import ContextLengthExceeded
+from mlxproxy.errors import BackendFailed, ContextLengthExceeded
 from mlxproxy.guard.check import PATHS
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
@@ -118,21 +118,34 @@ def _read(
             body = _Part(asked.body, field, [texts[index] for index in group])
             yield Request(PATHS[asked.kind], body)
 
-    found = Found("", [None] * len(texts))
+    def may_be_cut(group: Sequence[int]) -> bool:
+        return len(group) == 1 and sizes[group[0]] > limit
+
+    def too_long(tokens: str, group: Sequence[int]) -> ContextLengthExceeded:
+        return ContextLengthExceeded.of(tokens, limit, param=f"{field}[{group[0]}]")
+
+    found, done = Found("", [None] * len(texts)), 0
     answers = services().relay.series(asked.lease, requests, asked.stats)
     with contextlib.closing(answers):
-        for number, data in enumerate(answers):
-            group = order[number]
-            answer = json.loads(data)
-            tokens = answer["usage"]["prompt_tokens"]
-            if len(group) == 1 and sizes[group[0]] > limit and tokens >= limit:
-                if whole:
-                    what = f"{limit} tokens or more"
-                    raise ContextLengthExceeded.of(what, limit, param=f"{field}[{group[0]}]")
-                found.cut += 1
-            for index, value in zip(group, values_of(answer, len(group)), strict=True):
-                found.values[index] = value
-            found.tokens += tokens
+        try:
+            for data in answers:
+                group = order[done]
+                answer = json.loads(data)
+                tokens = answer["usage"]["prompt_tokens"]
+                if may_be_cut(group) and tokens >= limit:
+                    # If it has read more than it can, it has not cut the text: the vector is wrong.
+                    if whole or tokens > limit:
+                        raise too_long(f"{limit} tokens or more", group)
+                    found.cut += 1
+                for index, value in zip(group, values_of(answer, len(group)), strict=True):
+                    found.values[index] = value
+                found.tokens += tokens
+                done += 1
+        except BackendFailed:  # the same, if nonsense came of it that is not even a number
+            failed = order[done] if done < len(order) else []
+            if asked.lease.error is None and may_be_cut(failed):
+                raise too_long(f"perhaps more than {limit} tokens", failed) from None
+            raise
         found.model = asked.called(asked.lease.spec)
     g.stats.usage({"prompt_tokens": found.tokens})
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,20 @@ def test_a_text_that_is_too_long_is_refused_or_cut_and_said(proxy: Proxy) -> Non
     assert near(vectors(answer.json())[1], vectors(embed(proxy, head, truncate=True))[0])
     short = proxy.post("/v1/embeddings", {**body, "input": "bread"})
     assert "X-Mlxproxy-Warning" not in short.headers
+
+
+def test_a_model_that_does_not_cut_a_text_gives_no_wrong_vector_for_it(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    folder = tiny_vision.build_encoder(tmp_path / "models" / "tiny" / "encoder")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["model_max_length"]  # without it, nothing cuts: positions beyond the last are read
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    proxy = start(tmp_path / "models", VLM_SERVER_BIN=VLM_SERVER_BIN)
+    assert vectors(embed(proxy, "bread"))
+    for truncate in (False, True):
+        error = embed(proxy, ["bread", LONG], 400, truncate=truncate)["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input[1]")
 
 
 def test_openais_names_mean_the_embedding_model_that_there_is(proxy: Proxy) -> None:

@@ -20,6 +20,7 @@ from mlxproxy.guard.shapes import Limits
 MAX_TEXTS: Final = 2048  # OpenAI's own limit
 MAX_TOP_LOGPROBS: Final = 20  # as the command line says, too
 _CONTEXT_SIZE: Final = shapes.integer(0, 1 << 20)
+_TEMPLATE_KWARGS: Final = frozenset({"enable_thinking", "reasoning_effort"})
 _NOT_ENFORCED: Final = (
     "cannot be enforced by mlx-vlm. Leave it out, or use a model that mlx_lm.server serves."
 )
@@ -112,6 +113,11 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
     if request.get("top_logprobs", 0) and not request.get("logprobs"):
         raise InvalidRequest("top_logprobs is only possible with logprobs.", param="top_logprobs")
     template = request.pop("chat_template_kwargs", {})
+    if others := template.keys() - _TEMPLATE_KWARGS:
+        raise InvalidRequest(
+            f"chat_template_kwargs: mlx-vlm passes no {', '.join(sorted(others))} to a template.",
+            param="chat_template_kwargs",
+        )
     effort = request.pop("reasoning_effort", template.get("reasoning_effort"))
     thinking = template.get("enable_thinking", request.pop("enable_thinking", None))
     if thinking is None and effort is not None:

@@ -29,7 +29,6 @@ _SENT: Final = (
     "frequency_context_size",
     "logit_bias",
     "tools",
-    "tool_choice",
     "enable_thinking",
 )
 _OTHERS_SENT: Final = (("input",), ("documents", "query"))  # to embed, to rank
