@@ -48,7 +48,11 @@ PROBE_INTERVAL_SECONDS = 0.1  # between two checks of what may end the wait for 
 HEALTH_SECONDS = 2.0
 EXIT_REASON_SECONDS = 0.5  # in which the reason of an exit arrives after the end of a connection
 ANSWER_BYTES = 1 << 20  # of an answer to a probe
-_FRAME = re.compile(r"\s|Traceback \(most recent")  # lines of a traceback
+# Lines of a traceback, of which only the exceptions themselves tell anything.
+_FRAME = re.compile(
+    r"\s|$|(?:[A-Z]+:\s+)?Traceback \(most recent|During handling of the above exception, another|"
+    r"The above exception was the direct cause"
+)
 _PORT_TAKEN = os.strerror(errno.EADDRINUSE).lower()
 
 T = TypeVar("T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,3 +87,21 @@ def test_a_failed_load_says_what_the_process_did_to_the_connection(backend: Made
     told = made.failure("it does not speak HTTP")
     assert isinstance(told, ProxyError)
     assert told.message == "a: second.server could not load it: it does not speak HTTP"
+
+
+def test_a_failed_load_shows_the_exceptions_of_its_log_but_no_traceback(backend: Made) -> None:
+    made, _ = backend()
+    log = [
+        "2026-11-25 - ERROR - Error loading model",
+        "Traceback (most recent call last):",
+        '  File "server.py", line 1, in load',
+        "ValueError: no weights",
+        "",
+        "During handling of the above exception, another exception occurred:",
+        "",
+        "ERROR:    Traceback (most recent call last):",
+        "RuntimeError: cannot start",
+    ]
+    output: Any = SimpleNamespace(tail=lambda: log)
+    made._output = output
+    assert made.last_words() == [log[0], "ValueError: no weights", "RuntimeError: cannot start"]
