@@ -310,6 +310,12 @@ class Settings:
         "The mlx_lm.server program",
         shown="the one next to the running Python, else the one on PATH",
     )
+    vlm_server_bin: Path | None = _setting(
+        None,
+        _optional_path,
+        "The mlx_vlm.server program, for models that see, embed or rank (`make install-vision`)",
+        shown="the one next to the running Python, else the one on PATH, if there is one",
+    )
     mlx_backend_port: int = _setting(
         18080, _port, "Port of the backend (mlx_lm.server) on 127.0.0.1"
     )

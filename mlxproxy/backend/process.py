@@ -509,7 +509,7 @@ class Backend:
         )
         try:
             body = None if probe.body is None else json.dumps(probe.body).encode()
-            connection.send(probe.path, body)
+            connection.send(probe.path, body, probe.authorization)
             _patiently(connection.read_head, check)
             answer = b""
             while len(answer) < ANSWER_BYTES and (data := _patiently(connection.read, check)):

@@ -18,14 +18,13 @@ from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
 from mlxproxy.errors import AnswerEnded, InvalidRequest, ProxyError
 from mlxproxy.guard import check
-from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.guard.check import PATHS, Kind, Terms
 from mlxproxy.guard.shapes import images
 from mlxproxy.observability.answers import UnderWay
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
 
-PATHS: Mapping[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
 NO_NAMES: Mapping[str, str] = {}
 NO_DEFAULTS: Mapping[str, Any] = {}
 
@@ -108,7 +107,7 @@ def ask(
     parts = services()
     controller, selection = parts.controller, parts.selection
     name = given.get("model")
-    known = selection.expected(name)
+    known = selection.expected(name, kind)
     body = _checked(given, kind, known, optional, names, defaults)
 
     def called(spec: ModelSpec) -> str:
@@ -117,7 +116,7 @@ def ask(
 
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
-    target = _target(body.fields.get("model"), ttl)
+    target = _target(body.fields.get("model"), ttl, kind)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
     ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
     wanted = lease.target or known
@@ -168,11 +167,11 @@ def counted(translated: Translated) -> int | None:
     return process.count_tokens(body.fields)
 
 
-def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
+def _target(name: object, ttl: float | None, kind: Kind = "chat") -> Callable[[], ModelSpec | None]:
     selection = services().selection
 
     def target() -> ModelSpec | None:
-        spec = selection.named_spec(name)
+        spec = selection.meant(name, kind)
         return spec if spec is None or ttl is None else replace(spec, ttl=ttl)
 
     return target

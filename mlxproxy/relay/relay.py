@@ -8,11 +8,12 @@ never notices by itself), and a hang can be detected.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final, TypeAlias
 
 from mlxproxy import sse
 from mlxproxy.backend.connection import BackendConnection
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
 from mlxproxy.errors import InternalError, ProxyError
 from mlxproxy.relay.open import Connect, Exchange, Request
@@ -74,15 +75,37 @@ class Relay:
         Raises:
             ProxyError: there is none, for this reason.
         """
+        (answer,) = self.series(lease, lambda spec: (request,), stats)
+        return answer
+
+    def series(
+        self, lease: Lease, requests: Callable[[ModelSpec], Iterable[Request]], stats: AnswerStats
+    ) -> Generator[bytes, None, None]:
+        """Yield the whole answers to several requests, one after the other, in one place.
+
+        The lease is released at the end, or when the generator is closed.
+
+        Args:
+            requests: makes the requests for the model that answers.
+
+        Raises:
+            ProxyError: there is no answer, for this reason.
+        """
         outcome = InternalError.code
+        exchange = None
         try:
             lease.wait()
-            exchange = self.open(lease, request, stats, streamed=False)
-            while not exchange.await_head():
-                pass
-            answer = collect(exchange, stats)
+            for request in requests(lease.spec):
+                if exchange is not None:  # the last connection is the lease's to close
+                    exchange.connection.close()
+                exchange = self.open(lease, request, stats, streamed=False)
+                while not exchange.await_head():
+                    pass
+                answer = collect(exchange, stats)
+                outcome = "done"  # if this is the last one that is wanted
+                yield answer
+                outcome = InternalError.code
             outcome = "done"
-            return answer
         except ProxyError as error:
             outcome = _outcome(lease, error)
             raise

@@ -337,7 +337,8 @@ def test_ollama_lists_what_there_is(scripted: Any) -> None:
     assert proxy.post("/api/show", {"model": names[0]}).json()["details"]["family"]
     assert proxy.post("/api/pull", {"name": names[0] + ":latest"}).json() == {"status": "success"}
     assert proxy.post("/api/pull", {"name": "no/such"}).status_code == 404
-    assert "no embeddings" in proxy.post("/api/embed", {"model": names[0]}).json()["error"]
+    refused = proxy.post("/api/embed", {"model": names[0], "input": "Hi"})
+    assert "does not answer /v1/embeddings" in refused.json()["error"]
     assert proxy.get("/api/version").json()["version"]
     assert requests.head(proxy.url + "/api/tags", timeout=30).status_code == 200
 

@@ -24,7 +24,12 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
     needed = 2000 if name == "big" else 1000
     path = Path("/models") / name
     model: Any = SimpleNamespace(
-        path=path, id=name, size_bytes=1000, needed_bytes=needed, weights_bytes=900
+        path=path,
+        id=name,
+        size_bytes=1000,
+        needed_bytes=needed,
+        weights_bytes=900,
+        writes=name != "encoder",
     )
     return ModelSpec(model, **options)
 

@@ -1150,6 +1150,16 @@ def test_with_few_places_one_client_may_have_them_all(places: int, most: int) ->
     assert sum(request in house.granted for request in mine) == most
 
 
+def test_a_model_that_only_embeds_never_answers_for_one_that_writes() -> None:
+    house = House(slots=2, max_loaded=2)
+    for slot, name in enumerate(("a", "encoder")):  # the latest load is the encoder's
+        house.load(name)
+        house.ready(slot)
+    spec = house.core.main_slot().spec
+    assert spec is not None
+    assert spec.model_id == "a"
+
+
 def test_an_answer_that_somebody_ends_keeps_its_place_until_the_backend_is_free() -> None:
     house = with_model(max_concurrent=1)
     answered, queued, last = house.request(), house.request(), house.request()

@@ -57,6 +57,7 @@ class MlxLmWire:
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
     reasoning_mark: Final = _REASONING
+    authorization: Final = ""
 
     def __init__(self, has: Callable[[str], bool]) -> None:
         self._has = has
@@ -128,6 +129,9 @@ class MlxLmWire:
         except (ValueError, KeyError, TypeError):
             return None
         return tokens if type(tokens) is int and tokens >= 0 else None
+
+    def failure(self, event: bytes) -> None:
+        """Return None: it ends a failed stream by closing the connection."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the error of the backend in the contract's shape.

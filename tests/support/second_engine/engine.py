@@ -96,6 +96,7 @@ class Inspector:
     """Finds the models of this engine."""
 
     fingerprint = NAME
+    kinds = frozenset({"second"})
 
     def __call__(self, folder: Folder) -> Model:
         config = json.loads(Path(folder.path, CONFIG).read_text())
@@ -116,6 +117,7 @@ class Wire:
     chunk_end = b'"usage":null}\n\n'
     count_path = None
     reasoning_mark = b',"reasoning":"'
+    authorization = ""
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         options = {**fields["options"], "stream": streamed}
@@ -144,6 +146,9 @@ class Wire:
         return None
 
     def count_in(self, answer: bytes) -> int | None:
+        return None
+
+    def failure(self, event: bytes) -> None:
         return None
 
     def error(self, status: int, body: bytes) -> ProxyError:
