@@ -53,9 +53,9 @@ class MlxVlmWire:
 
     # Every event carries `"usage":`, and nothing at its end tells which one counts: all are parsed.
     chunk_end: Final = b"\0"
+    count_path: Final = None
     # It writes both spellings of the reasoning itself: nothing is to be added.
     reasoning_mark: Final = b"\0"
-    count_path: Final = None
 
     def __init__(self, key: str) -> None:
         self.authorization = f"Bearer {key}"
@@ -128,8 +128,8 @@ class MlxVlmWire:
         """Return None: a stream tells the length of the prompt only at its end."""
         return None
 
-    def count_in(self, answer: bytes) -> None:
-        """Return None: it is not asked."""
+    def count_in(self, answer: bytes) -> int | None:
+        """Return None: it does not count the tokens of a prompt."""
 
     def failure(self, event: bytes) -> ProxyError | None:
         """Return the error in an event: `{"error": "<text>"}`, with which an answer ends."""
