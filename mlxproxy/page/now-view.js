@@ -3,7 +3,7 @@
 import { api } from "./api.js";
 import { curve } from "./curve.js";
 import { button, h } from "./dom.js";
-import { bytes, clock, many, rate, seconds, shortName } from "./format.js";
+import { bytes, clock, count, many, rate, seconds, shortName } from "./format.js";
 import { progressBar } from "./models-view.js";
 import { store } from "./store.js";
 import { View, attempt } from "./view.js";
@@ -98,6 +98,7 @@ function residents() {
           fact("In flight", `${model.in_flight}`),
           fact("Waiting", `${model.waiting}`),
           fact("Unload when idle", idle(model)),
+          model.options?.context && fact("Context", `${count(model.options.context)} tokens`),
           model.enable_thinking && fact("Thinking", "on"))),
       h("div", { class: "acts" },
         button("chat", "Chat", { "data-arg": model.id, class: "primary", "aria-label": `Chat with ${model.id}` }),

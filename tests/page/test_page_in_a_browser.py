@@ -60,11 +60,15 @@ def test_a_load_is_given_its_options(site: Site, visit: Visit) -> None:
     page = visit(site.proxy, "models")
     page.get_by_role("button", name="Load beta with options").click()
     page.get_by_label("Unload when unused for").select_option("30m")
+    page.get_by_label("Context, in tokens").fill("1024")
     page.get_by_label("Pin it").check()
     page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()
     until(lambda: site.proxy.loaded().get("id") == "tiny/beta", what="the load")
     options = site.proxy.loaded()["options"]
-    assert (options["ttl"], options["pin"]) == (1800, True)
+    assert (options["ttl"], options["context"], options["pin"]) == (1800, 1024, True)
+    page.goto(f"{site.proxy.url}/#now")
+    facts = page.locator("mlx-now .row", has_text="beta").locator("dl")
+    facts.get_by_text("1,024 tokens").wait_for()
     assert site.proxy.unload().ok
 
 
