@@ -145,6 +145,43 @@ def test_memory_speed_and_time_to_first_token_are_shown(site: Site, visit: Visit
     assert re.search(r"[\d.]+ tokens/s", page.locator(".curve").first.inner_text())
 
 
+def drawn(page: Any, model: str, title: str = "Speed") -> str:
+    """Return the path of a model's curve; dots, and the line of the speed, begin with M."""
+    figure = page.locator("mlx-now .row", has_text=model).locator(".curve", has_text=title)
+    path = figure.locator("path.line, path.dots[d^='M']")
+    path.wait_for(state="attached")
+    return str(path.get_attribute("d"))
+
+
+def test_the_curves_are_there_when_the_page_is_opened_and_after_a_reload(
+    site: Site, visit: Visit
+) -> None:
+    """The first time, the page was not open while the answer came."""
+    site.script(events=15, interval=0.1)
+    assert site.proxy.load("tiny/beta").ok, "a model that nobody else has asked"
+    site.proxy.chat("beta", max_tokens=15)
+    page = visit(site.proxy, "now")
+    for _ in range(2):
+        until(lambda: highest(drawn(page, "beta")) > 1, what="the curve of the speed")
+        assert drawn(page, "beta", "Time to first token").count("M") >= 1
+        assert page.get_by_role("img", name="Speed of beta, last 5 minutes: at most").is_visible()
+        page.reload()
+    site.script(events=600, interval=0.05)
+    stream = site.proxy.chat("beta", stream=True, max_tokens=600)
+    dots = drawn(page, "beta", "Time to first token").count("M")
+    until(
+        lambda: drawn(page, "beta", "Time to first token").count("M") > dots,
+        what="the dot of an answer that has not ended",
+    )
+    stream.close()
+
+
+def highest(path: str) -> float:
+    """Return how high a curve gets above its lowest point."""
+    heights = [float(pair.split(" ")[1]) for pair in path[1:].split("L")]
+    return max(heights) - min(heights)
+
+
 # -- chat
 
 
@@ -435,6 +472,7 @@ def test_after_a_gap_the_page_shows_what_is_so(site: Site, visit: Visit) -> None
     page = visit(site.proxy, "now")
     page.locator("mlx-now .row", has_text="alpha").wait_for()
     told = requests.get(f"{site.proxy.url}/v1/events?follow=false", timeout=10).json()
+    told["curves"] = {}
     stale = {**told, "models": [], "answers": [{"name": "x", "path": "/stale", "client": "?"}]}
     lines = [("snapshot", stale), ("lost", {"count": 9}), ("snapshot", told)]
     body = "".join(f"event: {kind}\ndata: {json.dumps(data)}\n\n" for kind, data in lines)
