@@ -46,7 +46,10 @@ class Store extends EventTarget {
   get isLive() { return this.phase === "live"; }
   get residents() { return this.state?.models ?? []; }
   get answers() { return this.state?.answers ?? []; }
-  get loads() { return [...this.#loads.values()]; }
+  get loads() {
+    const others = this.residents.filter((model) => model.state === "loading" && !this.#loads.has(model.id));
+    return [...this.#loads.values(), ...others.map((model) => this.load(model.id))];
+  }
 
   resident(id) { return this.residents.find((model) => model.id === id); }
   /** Return {speed, first}: a model's curves, a value for each second, the newest last. */
@@ -55,7 +58,12 @@ class Store extends EventTarget {
     return this.#curves.values(id, underWay, this.#toldAt, this.time);
   }
 
-  load(id) { return this.#loads.get(id); }
+  /** Return the load of a model; its state tells of one before its progress does. */
+  load(id) {
+    const resident = this.resident(id);
+    return this.#loads.get(id) ?? (resident?.state === "loading"
+      ? { id, phase: "starting", seconds: Math.max(0, this.time - resident.state_since) } : undefined);
+  }
   model(id) { return this.models?.find((model) => model.id === id); }
 
   async readModels() {

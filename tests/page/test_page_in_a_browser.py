@@ -86,6 +86,42 @@ def test_a_load_under_way_can_be_cancelled(site: Site, visit: Visit) -> None:
     assert site.proxy.loaded().get("id") != "tiny/beta"
 
 
+def test_a_load_can_only_be_cancelled_even_before_its_progress_is_known(
+    site: Site, visit: Visit
+) -> None:
+    told = site.proxy.get("/v1/events?follow=false").json()
+    (model,) = told["models"]
+    told |= {"curves": {}, "operations": [], "models": [{**model, "state": "loading"}]}
+    page = visit(site.proxy, "chat")
+    page.route(
+        "**/v1/events?figures=true",
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=f"event: snapshot\ndata: {json.dumps(told)}\n\n"
+        ),
+    )
+    page.goto(f"{site.proxy.url}/#models")
+    page.reload()
+    page.get_by_role("button", name="Cancel the load of alpha").wait_for()
+    assert page.get_by_role("button", name="Chat with alpha").count() == 0
+
+
+def test_a_button_never_becomes_one_for_something_else(site: Site, visit: Visit) -> None:
+    """Or else somebody who clicks "Chat" cancels the load that has just begun."""
+    page = visit(site.proxy)
+    kept = page.evaluate(
+        """async () => {
+            const { button, h, morph } = await import(document.querySelector("script").src
+                .replace("main.js", "dom.js"));
+            const row = h("div", {}, button("chat", "Chat", { "data-arg": "a" }), button("x", "X"));
+            const [chat, x] = row.children;
+            const cancel = button("cancel", "Cancel", { "data-arg": "a" });
+            morph(row, h("div", {}, cancel, button("x", "Y")));
+            return [row.contains(chat), row.contains(x), row.textContent];
+        }"""
+    )
+    assert kept == [False, True, "CancelY"]
+
+
 def test_a_model_that_cannot_be_loaded_shows_its_reason(site: Site, visit: Visit) -> None:
     page = visit(site.proxy, "models")
     page.get_by_text("2 models can be loaded, 1 cannot.").wait_for()
