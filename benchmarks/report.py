@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.allin import AllIn
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
+from benchmarks.page import Page
 from benchmarks.part import Part, to_json
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
@@ -21,7 +22,7 @@ from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
 MANY = 256
-PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Prompts)}
+PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Page, Prompts)}
 
 
 def machine() -> str:

@@ -177,6 +177,12 @@ def ps(client: Any, as_json: bool) -> None:
     metavar="DURATION",
     help="Unload after this much idle time (90, 30m, 2h); 0: never.",
 )
+@click.option(
+    "--context",
+    type=int,
+    metavar="TOKENS",
+    help="Most tokens of prompt and answer together.",
+)
 @click.option("--force", is_flag=True, help="Load even if it is not expected to fit in memory.")
 @click.option("--pin", is_flag=True, help="Never evict it for another model.")
 @_json
@@ -186,6 +192,7 @@ def load(
     model: str,
     thinking: bool | None,
     ttl: str | None,
+    context: int | None,
     force: bool,
     pin: bool,
     as_json: bool,
@@ -198,7 +205,8 @@ def load(
     """
     from mlxproxy.commands import load
 
-    options = {"enable_thinking": thinking, "ttl": ttl, "force": force or None, "pin": pin or None}
+    flags = {"force": force or None, "pin": pin or None}
+    options = {"enable_thinking": thinking, "ttl": ttl, "context": context, **flags}
     load.load(client, model, as_json, **options)
 
 

@@ -18,7 +18,7 @@ from mlxproxy.backend.spec import Tuning
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.check import Kind, Rules, Terms
 from mlxproxy.guard.shapes import Limits
-from mlxproxy.settings import SettingError, Settings, byte_size, seconds
+from mlxproxy.settings import SettingError, Settings, byte_size, context_length, seconds
 
 LOADED = "loaded"  # the target of an alias that means whatever is loaded
 T = TypeVar("T")
@@ -64,7 +64,7 @@ LOAD_OPTIONS: Mapping[str, Callable[[Any], Any]] = {
     "enable_thinking": _boolean,
     "ttl": _ttl,
     "pin": _boolean,
-    "context": _whole(128, 1 << 24),
+    "context": context_length,
     "draft_model": _text,
     "adapter": _text,
     "kv_bits": _kv_bits,

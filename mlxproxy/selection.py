@@ -59,6 +59,8 @@ class Selection:
         if tuning.draft_model is not None:
             draft = self.catalog.find(tuning.draft_model, fresh=False)
             tuning = replace(tuning, draft_model=str(draft.path))
+        if (context := options.get("context")) is not None:
+            tuning = replace(tuning, context=context)
         files = files_of(model) if fresh else None
         return ModelSpec(
             model, tuning=tuning, draft=draft, files=files, **{**chosen.load, **options}

@@ -131,6 +131,17 @@ def seconds(value: Any, low: float = 0.0) -> float:
     return result
 
 
+def context_length(value: Any) -> int:
+    """Return a number of tokens that a model may be limited to, prompt and answer together.
+
+    Raises:
+        ValueError: the value is not allowed; the message says what is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 128 <= value <= 1 << 24:
+        raise ValueError(f"a whole number from 128 to {1 << 24}")
+    return value
+
+
 @_shown_as("SIZE")
 def byte_size(value: Any) -> int:
     """Return bytes from a number or from a text such as ``512K``, ``32M``, ``24GB``.

@@ -37,6 +37,7 @@ class ModelSpec:
         ttl: seconds without a request until it is unloaded; None: the setting.
         force: load it even if, by the estimate, it does not fit into memory.
         pin: never evict it for another model.
+        context: the limit that the load itself named, also in `tuning`; None: that of the settings.
         adapters: adapter folders that requests may name.
         draft_models: draft models that requests may name.
         draft: the draft model of `tuning`, which is in memory with the model.
@@ -53,6 +54,7 @@ class ModelSpec:
     files: Fingerprint | None = field(default=None, compare=False, repr=False)
     force: bool = field(default=False, compare=False)
     pin: bool = field(default=False, compare=False)
+    context: int | None = field(default=None, compare=False)
     path: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class ModelSpec:
             "enable_thinking": self.enable_thinking,
             "ttl": self.ttl,
             "pin": self.pin,
+            "context": self.tuning.context,
             "adapters": sorted(self.adapters),
             "draft_models": sorted(self.draft_models),
         }

@@ -327,5 +327,4 @@ def entries() -> list[dict[str, Any]]:
 
 def contexts() -> dict[str, int]:
     """Return the ids of the loaded models, each with the length of its context in tokens."""
-    models = [spec.model for spec in services().controller.residents()]
-    return {model.id: model.max_context_length or 0 for model in models}
+    return {spec.model_id: spec.max_context or 0 for spec in services().controller.residents()}

@@ -91,7 +91,7 @@ def load_v1() -> dict[str, Any]:
         "status": "loaded",
     }
     if fields.flag(body, "echo_load_config", False):
-        told["load_config"] = {"context_length": spec.model.max_context_length or 0}
+        told["load_config"] = {"context_length": spec.max_context or 0}
     return told
 
 

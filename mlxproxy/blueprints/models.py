@@ -26,7 +26,7 @@ from mlxproxy.errors import (
 )
 from mlxproxy.guard import check
 from mlxproxy.preferences import Profile
-from mlxproxy.settings import seconds
+from mlxproxy.settings import context_length, seconds
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
@@ -177,6 +177,11 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
             raise InvalidRequest(
                 'ttl must be seconds or a duration such as "30m"; 0 means never.', param="ttl"
             ) from None
+    if (context := body.get("context")) is not None:
+        try:
+            said["context"] = context_length(context)
+        except ValueError as error:
+            raise InvalidRequest(f"context must be {error}: tokens.", param="context") from None
     for flag in ("enable_thinking", "pin"):
         if body.get(flag) is not None:
             said[flag] = _flag(body, flag, False)

@@ -13,7 +13,10 @@
                     model ``model``, ``outcome``, ``tokens_in``, ``cached_tokens``, ``tokens_out``,
                     ``waited``, ``first_token``, ``tokens_per_second``
 ``figures``         with ``?figures=true``, every second while an answer or a load is under way:
-                    ``answers``, ``models`` (each with its speed and memory), the memory budget
+                    ``answers``, ``models`` (each with its speed and memory), the memory budget;
+                    each snapshot then has ``curves``: by the id of each model that has answered,
+                    ``tokens_per_second`` and ``first_token`` (seconds) in each of the 300 seconds
+                    before ``at``, the oldest first, of the answers that have ended
 ``lost``            the reader was too slow: ``count`` events are lost, a new snapshot follows
 =================== ================================================================================
 """
@@ -121,6 +124,14 @@ def snapshot(parts: Services) -> dict[str, Any]:
     }
 
 
+def _first(parts: Services, wants_figures: bool) -> dict[str, Any]:
+    """Return what a follower is told first: with `figures`, also the curves that those continue."""
+    told = snapshot(parts)
+    if wants_figures:
+        told["curves"] = parts.metrics.curves.describe(time.monotonic())
+    return told
+
+
 def _figures(parts: Services, described: Snapshot) -> dict[str, Any]:
     """Return what changes while answers go on: the answers, speeds (tokens/s), memory (bytes)."""
     held, budget = parts.controller.memory(), parts.controller.budget()
@@ -185,13 +196,13 @@ def _events(
     parts: Services, client: Disconnect, subscription: Subscriber, wants_figures: bool
 ) -> Iterator[bytes]:
     lost, busy = 0, False
-    yield _event("snapshot", snapshot(parts))
+    yield _event("snapshot", _first(parts, wants_figures))
     tick = said = time.monotonic()
     while not (parts.bus.closed or client.gone):
         event = subscription.get(max(0.0, tick + TICK - time.monotonic()))
         if subscription.lost > lost:
             yield _event("lost", {"count": subscription.lost - lost})
-            yield _event("snapshot", snapshot(parts))
+            yield _event("snapshot", _first(parts, wants_figures))
             lost = subscription.lost
         if event is not None:
             yield _event(*event)

@@ -61,7 +61,7 @@ def running() -> dict[str, Any]:
         assert slot.spec is not None
         model, left = slot.spec.model, slot.idle_unload_in
         size = slot.memory or slot.spec.needed_bytes
-        context = model.max_context_length or 0
+        context = slot.spec.max_context or 0
         told.append((model.to_dict(), math.inf if left is None else left, size, context))
     return ollama_models.running(told, time.time())
 

@@ -21,7 +21,7 @@ def load(client: Client, model: str, as_json: bool, **options: Any) -> dict[str,
     """Load a model and print the result; return the server's last event.
 
     Args:
-        options: `enable_thinking`, `ttl`, `force`, `pin`; None: use the server's setting.
+        options: `enable_thinking`, `ttl`, `context`, `force`, `pin`; None: the server's own.
 
     Raises:
         ClientError: the model was not loaded.

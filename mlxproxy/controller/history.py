@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.files import note, read_record
-from mlxproxy.settings import seconds
+from mlxproxy.settings import context_length, seconds
 
 KEPT = 200
 FLAGS = ("force", "pin")  # of a load, stored only if they are set
@@ -49,6 +49,7 @@ class History:
                 "enable_thinking": spec.enable_thinking,
                 "ttl": spec.ttl,
                 **{name: True for name in FLAGS if getattr(spec, name)},
+                **_context(spec.context),
             }
             self._store()
 
@@ -78,7 +79,16 @@ def _last(stored: object) -> dict[str, Any] | None:
         "enable_thinking": stored.get("enable_thinking") is True,
         "ttl": _duration(stored.get("ttl")),
         **{name: True for name in FLAGS if stored.get(name) is True},
+        **_context(stored.get("context")),
     }
+
+
+def _context(stored: object) -> dict[str, int]:
+    """Return the context as an option of a load; nothing if none was given, or it is not valid."""
+    try:
+        return {"context": context_length(stored)}
+    except ValueError:
+        return {}
 
 
 def _duration(stored: object) -> float | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from mlxproxy.controller.state import Event, Exited, Loaded, SlotSnapshot, SlotState, Snapshot
+from mlxproxy.observability.curves import Curves
 from mlxproxy.relay.statistics import AnswerStats
 
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
@@ -76,9 +77,14 @@ class _Place:
 
 
 class Metrics:
-    """The counts of one proxy. May be used by many threads."""
+    """The counts of one proxy. May be used by many threads.
+
+    Attributes:
+        curves: the speed of the last minutes.
+    """
 
     def __init__(self) -> None:
+        self.curves = Curves()
         self._lock = threading.Lock()
         self._counts = Counts()
         self._last_speed: float | None = None
@@ -112,6 +118,8 @@ class Metrics:
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
         """Record that a request has ended; `stats` is given if a model was to answer it."""
         figures = stats.figures() if stats is not None else {}
+        if stats is not None:
+            self.curves.add(stats)
         model = figures.get("model")
         with self._lock:
             counts = self._counts

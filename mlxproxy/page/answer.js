@@ -10,7 +10,7 @@ export function wire(conversation, messages) {
     .map(({ role, content, images }) => ({
       role,
       content: images?.length
-        ? [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: content }]
+        ? [...images.map((url) => ({ type: "image_url", image_url: { url } })), ...(content ? [{ type: "text", text: content }] : [])]
         : content,
     }));
   return conversation.system ? [{ role: "system", content: conversation.system }, ...told] : told;

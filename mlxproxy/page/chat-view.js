@@ -5,7 +5,7 @@ import { all, forget, fresh, keep } from "./conversations.js";
 import { copyFrom } from "./copy.js";
 import { choice, dialog, field } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
-import { shortName } from "./format.js";
+import { bytes, shortName } from "./format.js";
 import "./message.js";
 import { abilities } from "./models-view.js";
 import { store } from "./store.js";
@@ -80,12 +80,12 @@ class ChatView extends HTMLElement {
     this.text.addEventListener("input", () => this.#fit());
     this.picker.addEventListener("change", () => { this.#current.model = this.picker.value; this.#models(); this.#save(this.#current); });
     this.attach.querySelector("input").addEventListener("change", (event) => {
-      this.#addImages([...event.target.files]);
+      this.#addImages([...event.target.files], event);
       event.target.value = "";
     });
     this.text.addEventListener("paste", (event) => this.#addImages([...event.clipboardData.files], event));
-    this.addEventListener("dragover", (event) => event.preventDefault());
-    this.addEventListener("drop", (event) => { event.preventDefault(); this.#addImages([...event.dataTransfer.files]); });
+    this.addEventListener("dragover", (event) => { if (event.dataTransfer.types.includes("Files")) event.preventDefault(); });
+    this.addEventListener("drop", (event) => this.#addImages([...event.dataTransfer.files], event));
     this.log.addEventListener("scroll", () => {
       this.#isAtEnd = this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 60;
     }, { passive: true });
@@ -315,20 +315,18 @@ class ChatView extends HTMLElement {
     this.text.rows = Math.min(10, Math.max(1, this.text.value.split("\n").length, Math.ceil(this.text.value.length / 90)));
   }
 
+  /** Attach these files, and say of each that cannot be sent why it cannot. */
   async #addImages(files, event) {
-    const images = files.filter((file) => file.type.startsWith("image/"));
-    if (!images.length) return;
-    event?.preventDefault();
+    if (!files.length) return; // text that was pasted or dropped
+    event.preventDefault();
     if (this.attach.hidden) {
       tell(`${shortName(this.#current.model)} cannot see images.`, "bad");
       return;
     }
-    for (const file of images) {
-      if (!IMAGE_TYPES.includes(file.type) || file.size > IMAGE_BYTES) {
-        tell(`${file.name} cannot be sent: images are PNG, JPEG, GIF or WebP of at most 20 MB.`, "bad");
-      } else {
-        this.#images.push(await dataUrl(file));
-      }
+    for (const file of files) {
+      const problem = await problemOf(file);
+      if (problem) tell(`${file.name} cannot be sent: ${problem}`, "bad");
+      else this.#images.push(await dataUrl(file));
     }
     this.#showImages();
   }
@@ -337,6 +335,18 @@ class ChatView extends HTMLElement {
     this.thumbs.replaceChildren(...this.#images.map((src, at) => h("span", {}, h("img", { src, alt: `Image ${at + 1}` }),
       iconButton("drop-image", "close", `Remove image ${at + 1}`, { "data-arg": at }))));
   }
+}
+
+/** Return in words why the server would not take this file as an image; nothing if it would. */
+async function problemOf(file) {
+  if (!IMAGE_TYPES.includes(file.type)) return "images are PNG, JPEG, GIF or WebP.";
+  if (file.size > IMAGE_BYTES) return `it has ${bytes(file.size)}, and an image may have 20 MB.`;
+  try {
+    (await createImageBitmap(file)).close();
+  } catch {
+    return "it is damaged, or no image.";
+  }
+  return "";
 }
 
 function dataUrl(file) {

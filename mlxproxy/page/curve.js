@@ -11,9 +11,9 @@ const figure = (value) => value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0);
  * Return a figure with a curve.
  *
  * values: one for each second, the newest last; null where there is none. `dots` draws each value
- * by itself, for figures that come now and then.
+ * by itself, for figures that come now and then. `of` names whose they are.
  */
-export function curve({ title, unit, values, now, dots = false }) {
+export function curve({ title, of, unit, values, now, dots = false }) {
   const most = Math.max(...values.filter((value) => value !== null), 0);
   const top = most > 0 ? most * 1.15 : 1;
   const x = (at) => (WIDTH - values.length + at).toFixed(1);
@@ -28,7 +28,7 @@ export function curve({ title, unit, values, now, dots = false }) {
   return h("figure", { class: "curve" },
     h("figcaption", {}, h("span", {}, title), h("strong", {}, now, h("small", {}, ` ${unit}`))),
     svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img",
-      "aria-label": `${title}, last ${Math.round(WIDTH / 60)} minutes: ${most > 0 ? `at most ${figure(most)} ${unit}` : "nothing yet"}` },
+      "aria-label": `${title} of ${of}, last ${Math.round(WIDTH / 60)} minutes: ${most > 0 ? `at most ${figure(most)} ${unit}` : "nothing yet"}` },
     shape),
     h("div", { class: "axis", "aria-hidden": "true" }, h("span", {}, "5 min ago"),
       h("span", {}, most > 0 ? `max ${figure(most)}` : ""), h("span", {}, "now")));

@@ -20,9 +20,12 @@ export const h = (tag, attributes, ...children) =>
 export const svg = (tag, attributes, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
 
+// A button never becomes one for something else while somebody is about to click it.
+const named = (action, attributes) =>
+  ({ type: "button", "data-do": action, "data-key": `${action} ${attributes["data-arg"] ?? ""}`, ...attributes });
+
 /** Return a button whose click the view handles under the name of `action`. */
-export const button = (action, label, attributes = {}) =>
-  h("button", { type: "button", "data-do": action, ...attributes }, label);
+export const button = (action, label, attributes = {}) => h("button", named(action, attributes), label);
 
 const ICONS = {
   now: "M3 12h4l3-8 4 16 3-8h4",
@@ -49,7 +52,7 @@ export const icon = (name) =>
 
 /** Return a button that shows only an icon. */
 export const iconButton = (action, name, label, attributes = {}) =>
-  h("button", { type: "button", "data-do": action, "aria-label": label, title: label, ...attributes,
+  h("button", { ...named(action, attributes), "aria-label": label, title: label, ...attributes,
     class: `quiet square ${attributes.class ?? ""}`.trim() }, icon(name));
 
 const isSame = (a, b) => a.nodeType === b.nodeType && a.nodeName === b.nodeName &&

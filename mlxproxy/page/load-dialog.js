@@ -3,7 +3,9 @@
 import { api } from "./api.js";
 import { choice, dialog, field } from "./dialog.js";
 import { h } from "./dom.js";
-import { bytes, shortName } from "./format.js";
+import { bytes, count, shortName } from "./format.js";
+
+const LEAST_CONTEXT = 128;
 
 export function loadDialog(model) {
   const can = model.capabilities;
@@ -16,6 +18,9 @@ export function loadDialog(model) {
       can.thinking && field("Thinking", choice("thinking", [["", "As set for the model"], ["true", "On"], ["false", "Off"]], ""),
         "The default for requests that do not say."),
       field("Unload when unused for", choice("ttl", [["", "As set for the model"], ["5m", "5 minutes"], ["30m", "30 minutes"], ["2h", "2 hours"], ["0", "Never"]], "")),
+      field("Context, in tokens", h("input", { type: "number", name: "context", min: LEAST_CONTEXT, max: model.max_context_length,
+        step: 1, placeholder: model.max_context_length ? `As set for the model; it has ${count(model.max_context_length)}` : "As set for the model" }),
+      "The most of prompt and answer together. A longer prompt is rejected."),
       h("label", { class: "check" }, h("input", { type: "checkbox", name: "pin" }),
         h("span", {}, "Pin it: never unload it for another model")),
       h("label", { class: "check" }, h("input", { type: "checkbox", name: "force" }),
@@ -25,6 +30,7 @@ export function loadDialog(model) {
       const body = { model_id: model.id, wait: false };
       if (form.get("thinking")) body.enable_thinking = form.get("thinking") === "true";
       if (form.get("ttl")) body.ttl = form.get("ttl");
+      if (form.get("context")) body.context = Number(form.get("context"));
       if (form.has("pin")) body.pin = true;
       if (form.has("force")) body.force = true;
       await api.json("/v1/models/load", { method: "POST", body });

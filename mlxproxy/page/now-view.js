@@ -3,7 +3,7 @@
 import { api } from "./api.js";
 import { curve } from "./curve.js";
 import { button, h } from "./dom.js";
-import { bytes, clock, many, rate, seconds, shortName } from "./format.js";
+import { bytes, clock, count, many, rate, seconds, shortName } from "./format.js";
 import { progressBar } from "./models-view.js";
 import { store } from "./store.js";
 import { View, attempt } from "./view.js";
@@ -24,17 +24,10 @@ class NowView extends View {
   render() {
     const state = store.state;
     if (!state) return [h("header", { class: "top" }, h("h1", {}, "Now")), h("p", { class: "empty" }, "Waiting for mlxproxy…")];
-    const firsts = store.samples.map((sample) => sample.first);
-    const lastFirst = firsts.findLast((value) => value !== null);
     return [
       h("header", { class: "top" }, h("h1", {}, "Now"),
         h("p", { class: "muted" }, `${many(state.in_flight, "answer")} in flight, ${state.waiting} waiting.`)),
       h("section", { class: "card", "aria-label": "Memory" }, memory(state)),
-      h("div", { class: "pair" },
-        h("section", { class: "card" }, curve({ title: "Speed", unit: "tokens/s", values: store.samples.map((sample) => sample.speed),
-          now: rate(store.samples.at(-1)?.speed || state.tokens_per_second?.now || 0) })),
-        h("section", { class: "card" }, curve({ title: "Time to first token", unit: "s", dots: true, values: firsts,
-          now: lastFirst === undefined ? "–" : lastFirst.toFixed(2) }))),
       h("section", { "aria-labelledby": "in-memory" }, h("h2", { id: "in-memory" }, "In memory"), residents()),
       h("section", { "aria-labelledby": "served" }, h("h2", { id: "served" }, "Being served"), served()),
       h("section", { "aria-labelledby": "failed" }, h("h2", { id: "failed" }, "Last failures"), failures()),
@@ -94,11 +87,12 @@ function residents() {
           model.pinned && h("span", { class: "tag" }, "pinned")),
         h("dl", { class: "facts" },
           fact("Memory", bytes(model.memory_bytes)),
-          fact("Speed", speed(model)),
           fact("In flight", `${model.in_flight}`),
           fact("Waiting", `${model.waiting}`),
           fact("Unload when idle", idle(model)),
-          model.enable_thinking && fact("Thinking", "on"))),
+          model.options?.context && fact("Context", `${count(model.options.context)} tokens`),
+          model.enable_thinking && fact("Thinking", "on")),
+        curves(model)),
       h("div", { class: "acts" },
         button("chat", "Chat", { "data-arg": model.id, class: "primary", "aria-label": `Chat with ${model.id}` }),
         button("unload", "Unload", { "data-arg": model.id, "aria-label": `Unload ${model.id}` })))));
@@ -106,10 +100,15 @@ function residents() {
 
 const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
 
-function speed(model) {
+function curves(model) {
+  const { speed, first } = store.curves(model.id);
   const { now, last } = model.tokens_per_second ?? {};
-  if (now) return `${rate(now)} tokens/s`;
-  return last ? `${rate(last)} tokens/s (last)` : "–";
+  const lastFirst = first.findLast((value) => value !== null);
+  const of = shortName(model.id);
+  return h("div", { class: "pair" },
+    curve({ title: "Speed", of, unit: now || !last ? "tokens/s" : "tokens/s (last)", values: speed, now: rate(now || last) }),
+    curve({ title: "Time to first token", of, unit: "s", dots: true, values: first,
+      now: lastFirst === undefined ? "–" : lastFirst.toFixed(2) }));
 }
 
 function idle(model) {

@@ -2,12 +2,12 @@
 // so nothing that was missed leaves it wrong.
 
 import { api } from "./api.js";
+import { Curves } from "./curves.js";
 
 const RETRY_MS = [250, 500, 1000, 2000];
 const HIDDEN_MS = 60_000; // after which a page that nobody sees follows nothing
 const SILENCE_MS = 40_000; // more than two of the server's keepalives
 const MODELS_MS = 120_000; // between two looks at what is on disk
-const SAMPLES = 300; // seconds that the curves show
 const KEPT = 30; // of the last answers and failures
 
 class Store extends EventTarget {
@@ -19,9 +19,10 @@ class Store extends EventTarget {
   modelsError = null;
   recent = []; // the last answers, the newest first
   failures = [];
-  samples = []; // {speed, first, models: {id: speed}} for each second
   #loads = new Map();
-  #firsts = [];
+  #curves = new Curves();
+  #restoredAt = 0; // when the proxy has told them
+  #toldAt = 0; // when the answers were as they are in `state`, in the server's time
   #controller = null;
   #figuresAt = 0;
   #ahead = 0;
@@ -36,7 +37,7 @@ class Store extends EventTarget {
       else { this.#wake(); this.readModels(); }
     });
     window.addEventListener("online", () => this.#wake());
-    setInterval(() => this.#sample(), 1000);
+    setInterval(() => this.#second(), 1000);
     setInterval(() => { if (!document.hidden) this.readModels(); }, MODELS_MS);
     this.#follow();
     this.readModels();
@@ -45,10 +46,24 @@ class Store extends EventTarget {
   get isLive() { return this.phase === "live"; }
   get residents() { return this.state?.models ?? []; }
   get answers() { return this.state?.answers ?? []; }
-  get loads() { return [...this.#loads.values()]; }
+  get loads() {
+    const others = this.residents.filter((model) => model.state === "loading" && !this.#loads.has(model.id));
+    return [...this.#loads.values(), ...others.map((model) => this.load(model.id))];
+  }
 
   resident(id) { return this.residents.find((model) => model.id === id); }
-  load(id) { return this.#loads.get(id); }
+  /** Return {speed, first}: a model's curves, a value for each second, the newest last. */
+  curves(id) {
+    const underWay = this.answers.filter((answer) => answer.model === id);
+    return this.#curves.values(id, underWay, this.#toldAt, this.time);
+  }
+
+  /** Return the load of a model; its state tells of one before its progress does. */
+  load(id) {
+    const resident = this.resident(id);
+    return this.#loads.get(id) ?? (resident?.state === "loading"
+      ? { id, phase: "starting", seconds: Math.max(0, this.time - resident.state_since) } : undefined);
+  }
   model(id) { return this.models?.find((model) => model.id === id); }
 
   async readModels() {
@@ -125,6 +140,9 @@ class Store extends EventTarget {
     const before = this.residents.map((model) => model.id + model.state).join();
     if (kind === "snapshot") {
       this.state = data;
+      this.#toldAt = data.at;
+      this.#restoredAt = data.at;
+      this.#curves.restore(data.curves, data.at);
       this.#setLoads(data.operations);
       this.#noteFailure(data.last_failure);
       this.#figuresAt = performance.now();
@@ -138,6 +156,7 @@ class Store extends EventTarget {
       const figures = new Map(models.map((model) => [model.slot, model]));
       const residents = this.residents.map((model) => ({ ...model, ...figures.get(model.slot) }));
       this.state = { ...this.state, ...rest, models: residents };
+      this.#toldAt = data.at;
       this.#setLoads(operations);
       this.#figuresAt = performance.now();
     } else if (kind === "load" && data.id) {
@@ -161,7 +180,8 @@ class Store extends EventTarget {
 
   #noteAnswer(data) {
     this.recent = [data, ...this.recent].slice(0, KEPT);
-    if (data.first_token !== null && data.first_token !== undefined) this.#firsts.push(data.first_token);
+    if (data.at > this.#restoredAt) this.#curves.add(data, data.at); // or else they have it
+    this.state = { ...this.state, answers: this.answers.filter((answer) => answer.id !== data.id) };
     if (!["done", "client_gone", "answer_ended"].includes(data.outcome)) {
       this.#fail({ at: data.at, id: data.model, reason: `An answer on ${data.path} failed: ${data.outcome.replaceAll("_", " ")}.` });
     }
@@ -179,15 +199,9 @@ class Store extends EventTarget {
     }
   }
 
-  #sample() {
+  #second() {
     if (!this.isLive) return;
     const isFresh = performance.now() - this.#figuresAt < 2500; // no figures: nothing is under way
-    const firsts = this.#firsts.splice(0);
-    this.samples.push({
-      speed: isFresh ? this.state.tokens_per_second?.now ?? 0 : 0,
-      first: firsts.length ? firsts.reduce((a, b) => a + b) / firsts.length : null,
-    });
-    if (this.samples.length > SAMPLES) this.samples.shift();
     if (!isFresh && this.answers.length) this.state = { ...this.state, answers: [] };
     this.dispatchEvent(new Event("second"));
   }

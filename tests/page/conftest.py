@@ -7,7 +7,6 @@ skipped.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,26 @@ from typing import Any
 
 import pytest
 
+from tests.support import browser as system_browser
 from tests.support import model_folders, scripted_server
 from tests.support.proxy import Proxy
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 MILLISECONDS = 10_000  # that a wait in the browser may take
-
-
-def program_of_the_browser() -> str | None:
-    """Return the path of the system's browser; the variable BROWSER_PROGRAM may name another."""
-    named = os.environ.get("BROWSER_PROGRAM")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    return named or found or (MAC if Path(MAC).exists() else None)
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A browser without a window."""
     playwright = pytest.importorskip("playwright.sync_api")
-    program = program_of_the_browser()
+    program = system_browser.program()
     if program is None and "BROWSER_REQUIRED" in os.environ:
-        pytest.fail("there is no Chromium or Chrome here")
+        pytest.fail(system_browser.MISSING)
     if program is None:
-        pytest.skip("there is no Chromium or Chrome here (on Debian: apt-get install chromium)")
+        pytest.skip(system_browser.MISSING)
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = started.chromium.launch(
+            executable_path=program, args=list(system_browser.ARGUMENTS)
+        )
         yield chromium
         chromium.close()
 

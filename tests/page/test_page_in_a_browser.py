@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import requests
 
 from mlxproxy.observability.events import FOLLOWERS_OF_ONE
 from tests.page.conftest import Site
-from tests.support import scripted_server
+from tests.support import model_folders, scripted_server
 from tests.support.proxy import Proxy
 from tests.support.waiting import until
 
 Visit = Callable[..., Any]
 KEY = "key-of-alice"
+PIXEL = bytes.fromhex(  # a GIF
+    "47494638396101000100800000000000ffffff21f90401000000002c00000000010001000002024401003b"
+)
 LAST = "mlx-message.assistant:last-of-type"
 
 
@@ -60,11 +64,15 @@ def test_a_load_is_given_its_options(site: Site, visit: Visit) -> None:
     page = visit(site.proxy, "models")
     page.get_by_role("button", name="Load beta with options").click()
     page.get_by_label("Unload when unused for").select_option("30m")
+    page.get_by_label("Context, in tokens").fill("1024")
     page.get_by_label("Pin it").check()
     page.get_by_role("dialog").get_by_role("button", name="Load", exact=True).click()
     until(lambda: site.proxy.loaded().get("id") == "tiny/beta", what="the load")
     options = site.proxy.loaded()["options"]
-    assert (options["ttl"], options["pin"]) == (1800, True)
+    assert (options["ttl"], options["context"], options["pin"]) == (1800, 1024, True)
+    page.goto(f"{site.proxy.url}/#now")
+    facts = page.locator("mlx-now .row", has_text="beta").locator("dl")
+    facts.get_by_text("1,024 tokens").wait_for()
     assert site.proxy.unload().ok
 
 
@@ -76,6 +84,42 @@ def test_a_load_under_way_can_be_cancelled(site: Site, visit: Visit) -> None:
     page.get_by_role("button", name="Load beta", exact=True).wait_for()
     until(lambda: site.proxy.loaded()["transition"] is None, what="the end of the load")
     assert site.proxy.loaded().get("id") != "tiny/beta"
+
+
+def test_a_load_can_only_be_cancelled_even_before_its_progress_is_known(
+    site: Site, visit: Visit
+) -> None:
+    told = site.proxy.get("/v1/events?follow=false").json()
+    (model,) = told["models"]
+    told |= {"curves": {}, "operations": [], "models": [{**model, "state": "loading"}]}
+    page = visit(site.proxy, "chat")
+    page.route(
+        "**/v1/events?figures=true",
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=f"event: snapshot\ndata: {json.dumps(told)}\n\n"
+        ),
+    )
+    page.goto(f"{site.proxy.url}/#models")
+    page.reload()
+    page.get_by_role("button", name="Cancel the load of alpha").wait_for()
+    assert page.get_by_role("button", name="Chat with alpha").count() == 0
+
+
+def test_a_button_never_becomes_one_for_something_else(site: Site, visit: Visit) -> None:
+    """Or else somebody who clicks "Chat" cancels the load that has just begun."""
+    page = visit(site.proxy)
+    kept = page.evaluate(
+        """async () => {
+            const { button, h, morph } = await import(document.querySelector("script").src
+                .replace("main.js", "dom.js"));
+            const row = h("div", {}, button("chat", "Chat", { "data-arg": "a" }), button("x", "X"));
+            const [chat, x] = row.children;
+            const cancel = button("cancel", "Cancel", { "data-arg": "a" });
+            morph(row, h("div", {}, cancel, button("x", "Y")));
+            return [row.contains(chat), row.contains(x), row.textContent];
+        }"""
+    )
+    assert kept == [False, True, "CancelY"]
 
 
 def test_a_model_that_cannot_be_loaded_shows_its_reason(site: Site, visit: Visit) -> None:
@@ -139,6 +183,43 @@ def test_memory_speed_and_time_to_first_token_are_shown(site: Site, visit: Visit
     page.wait_for_selector(".curve path.line")
     page.locator(".curve path.dots[d^='M']").wait_for(state="attached")
     assert re.search(r"[\d.]+ tokens/s", page.locator(".curve").first.inner_text())
+
+
+def drawn(page: Any, model: str, title: str = "Speed") -> str:
+    """Return the path of a model's curve; dots, and the line of the speed, begin with M."""
+    figure = page.locator("mlx-now .row", has_text=model).locator(".curve", has_text=title)
+    path = figure.locator("path.line, path.dots[d^='M']")
+    path.wait_for(state="attached")
+    return str(path.get_attribute("d"))
+
+
+def test_the_curves_are_there_when_the_page_is_opened_and_after_a_reload(
+    site: Site, visit: Visit
+) -> None:
+    """The first time, the page was not open while the answer came."""
+    site.script(events=15, interval=0.1)
+    assert site.proxy.load("tiny/beta").ok, "a model that nobody else has asked"
+    site.proxy.chat("beta", max_tokens=15)
+    page = visit(site.proxy, "now")
+    for _ in range(2):
+        until(lambda: highest(drawn(page, "beta")) > 1, what="the curve of the speed")
+        assert drawn(page, "beta", "Time to first token").count("M") >= 1
+        assert page.get_by_role("img", name="Speed of beta, last 5 minutes: at most").is_visible()
+        page.reload()
+    site.script(events=600, interval=0.05)
+    stream = site.proxy.chat("beta", stream=True, max_tokens=600)
+    dots = drawn(page, "beta", "Time to first token").count("M")
+    until(
+        lambda: drawn(page, "beta", "Time to first token").count("M") > dots,
+        what="the dot of an answer that has not ended",
+    )
+    stream.close()
+
+
+def highest(path: str) -> float:
+    """Return how high a curve gets above its lowest point."""
+    heights = [float(pair.split(" ")[1]) for pair in path[1:].split("L")]
+    return max(heights) - min(heights)
 
 
 # -- chat
@@ -245,36 +326,98 @@ def test_an_answer_that_fails_keeps_what_came_and_says_why(site: Site, visit: Vi
     page.locator(LAST).get_by_text("Now it works.").wait_for()
 
 
-def test_images_can_only_be_attached_for_a_model_that_sees(site: Site, visit: Visit) -> None:
-    page = visit(site.proxy, "chat")
-    page.get_by_label("Model", exact=True).locator("option").first.wait_for(state="attached")
-    assert not page.locator("mlx-chat .attach").is_visible()
-    # The same list, but of models that see.
-    seeing = requests.get(f"{site.proxy.url}/v1/models?all=true", timeout=10).json()
-    for model in seeing["data"]:
-        model["capabilities"]["vision"] = True
-    page.route("**/v1/models?all=true", lambda route: route.fulfill(json=seeing))
-    sent: list[Any] = []
-
-    def answered(route: Any) -> None:
-        sent.append(route.request.post_data_json)
-        route.fulfill(content_type="text/event-stream", body="data: [DONE]\n\n")
-
-    page.route("**/v1/chat/completions", answered)
-    page.reload()
-    page.locator("mlx-chat .attach").wait_for()
-    pixel = bytes.fromhex(
-        "47494638396101000100800000000000ffffff21f90401000000002c00000000010001000002024401003b"
-    )
+def attach(page: Any, name: str, kind: str, content: bytes) -> None:
     page.locator("mlx-chat input[type=file]").set_input_files(
-        {"name": "pixel.gif", "mimeType": "image/gif", "buffer": pixel}
+        {"name": name, "mimeType": kind, "buffer": content}
     )
-    page.get_by_alt_text("Image 1").wait_for()
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Proxy, Path]]:
+    """A proxy with a model that sees and one that does not, and the stand-in's program."""
+    folder = tmp_path_factory.mktemp("gallery")
+    models = folder / "models"
+    model_folders.model(models / "tiny" / "blind")
+    config = {"model_type": "muse_spark", "vision_config": {"depth": 2}}
+    model_folders.model(models / "tiny" / "sees", config=config)
+    program = scripted_server.install(folder / "standin")
+    proxy = Proxy(folder / "instance", models, MLX_SERVER_BIN=program).start()
+    yield proxy, program
+    proxy.clean_up()
+
+
+@pytest.fixture
+def seeing(gallery: tuple[Proxy, Path], visit: Visit) -> tuple[Any, Path]:
+    """The chat with the model that sees, which is loaded."""
+    proxy, program = gallery
+    if not proxy.get("/v1/models/tiny/sees").json()["capabilities"]["vision"]:
+        pytest.skip("this mlx-lm gives images to no model")
+    assert proxy.load("tiny/sees").ok
+    page = visit(proxy, "chat")
+    page.locator("mlx-chat .attach").wait_for()
+    return page, program
+
+
+def asked(program: Path) -> Any:
+    """Return the content of the last message that the backend was asked."""
+    return scripted_server.record(program, "request")[-1]["body"]["messages"][-1]["content"]
+
+
+def test_an_image_is_shown_and_sent_to_a_model_that_sees(seeing: tuple[Any, Path]) -> None:
+    page, program = seeing
+    url = f"data:image/gif;base64,{base64.b64encode(PIXEL).decode()}"
+    attach(page, "pixel.gif", "image/gif", PIXEL)
+    attach(page, "again.gif", "image/gif", PIXEL)
+    page.get_by_role("button", name="Remove image 2").click()
+    thumb = page.get_by_alt_text("Image 1")
+    thumb.wait_for()
+    assert thumb.evaluate("image => image.decode().then(() => image.naturalWidth)") == 1
+    assert page.get_by_alt_text("Image 2").count() == 0
     say(page, "What is this?")
-    until(lambda: bool(sent), what="the request")
-    image, text = sent[0]["messages"][0]["content"]
-    assert image["image_url"]["url"].startswith("data:image/gif;base64,R0lGODlh")
-    assert text == {"type": "text", "text": "What is this?"}
+    finished(page)
+    image = {"type": "image_url", "image_url": {"url": url}}
+    assert asked(program) == [image, {"type": "text", "text": "What is this?"}]
+    assert thumb.count() == 0, "it is part of the message now"
+    shown = page.locator("mlx-message.user").get_by_alt_text("Attached image")
+    assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") == 1
+    page.reload()
+    shown.wait_for()
+    page.get_by_role("button", name="New conversation").first.click()
+    attach(page, "pixel.gif", "image/gif", PIXEL)
+    thumb.wait_for()
+    page.get_by_role("button", name="Send").click()
+    finished(page)
+    assert asked(program) == [image], "without a word"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "content", "reason"),
+    [
+        ("drawing.svg", "image/svg+xml", b"<svg/>", "images are PNG, JPEG, GIF or WebP."),
+        ("notes.pdf", "application/pdf", b"%PDF-1.7", "images are PNG, JPEG, GIF or WebP."),
+        ("large.gif", "image/gif", b"GIF89a" + bytes(20_500_000), "it has 20.5 MB, and an image"),
+        ("torn.png", "image/png", b"\x89PNG\r\n\x1a\n", "it is damaged, or no image."),
+    ],
+    ids=["an SVG", "no image", "too large", "damaged"],
+)
+def test_a_file_that_cannot_be_sent_is_refused_in_words(
+    seeing: tuple[Any, Path], name: str, kind: str, content: bytes, reason: str
+) -> None:
+    page, _ = seeing
+    attach(page, name, kind, content)
+    page.locator(".toast.bad", has_text=f"{name} cannot be sent: {reason}").wait_for()
+    assert page.get_by_alt_text("Image 1").count() == 0
+
+
+def test_a_model_that_does_not_see_is_given_no_images(seeing: tuple[Any, Path]) -> None:
+    page, _ = seeing
+    attach(page, "pixel.gif", "image/gif", PIXEL)
+    page.get_by_alt_text("Image 1").wait_for()
+    page.get_by_label("Model", exact=True).select_option("tiny/blind")
+    page.get_by_alt_text("Image 1").wait_for(state="detached")
+    assert not page.locator("mlx-chat .attach").is_visible()
+    attach(page, "pixel.gif", "image/gif", PIXEL)
+    page.locator(".toast.bad", has_text="blind cannot see images.").wait_for()
 
 
 # -- what a model writes
@@ -431,6 +574,7 @@ def test_after_a_gap_the_page_shows_what_is_so(site: Site, visit: Visit) -> None
     page = visit(site.proxy, "now")
     page.locator("mlx-now .row", has_text="alpha").wait_for()
     told = requests.get(f"{site.proxy.url}/v1/events?follow=false", timeout=10).json()
+    told["curves"] = {}
     stale = {**told, "models": [], "answers": [{"name": "x", "path": "/stale", "client": "?"}]}
     lines = [("snapshot", stale), ("lost", {"count": 9}), ("snapshot", told)]
     body = "".join(f"event: {kind}\ndata: {json.dumps(data)}\n\n" for kind, data in lines)

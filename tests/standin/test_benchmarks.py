@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import allin, load, several
+import mlxproxy
+from benchmarks import allin, load, page, several
 from benchmarks.contestants import MODEL, Proxy, standin_in
 from benchmarks.lifecycle import build_models
 from benchmarks.load import Work
@@ -76,6 +77,27 @@ def test_the_benchmark_of_several_models_shows_what_turns_save_and_what_resident
         assert 0 < cost.request < 1000
     stored = json.loads(json.dumps(asdict(measured)))
     assert several.Several.from_json(stored) == measured
+
+
+def test_the_benchmark_of_the_page_measures_it_and_what_an_open_one_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = build_models(tmp_path / "models")
+    monkeypatch.setattr(page.browser, "program", lambda: None)
+    measured = page.Page.measure(Place(tmp_path, models, tmp_path, lambda _: None), quick=True)
+    files = [file for file in (Path(mlxproxy.__file__).parent / "page").iterdir() if file.is_file()]
+    own = sum(file.stat().st_size for file in files)
+    assert own <= measured.size < 1.2 * own, "each file once, and the links of the document"
+    for outcome in (*measured.alone, *measured.watched):
+        assert outcome.broken == 0
+        assert outcome.cpu_per_event > 5
+    assert measured.paint == []
+    assert measured.unpainted
+    first, *_ = measured.goals()
+    assert first.verdict == "-"
+    shown = [cell for sheet in measured.sheets() for row in sheet.rows for cell in row]
+    assert f"not measured: {measured.unpainted}" in shown
+    assert page.Page.from_json(json.loads(json.dumps(asdict(measured)))) == measured
 
 
 def test_the_benchmark_counts_the_price_of_the_requests_themselves(

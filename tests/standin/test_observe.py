@@ -127,3 +127,24 @@ def test_logs_events_and_metrics_need_a_key(start: Callable[..., Proxy], models:
         assert proxy.get(path).status_code == 401
         right = proxy.get(path + "?follow=false", headers={"Authorization": "Bearer right"})
         assert right.ok
+
+
+# -- curves
+
+
+def test_a_follower_is_told_the_curves_of_what_came_before(
+    proxy: Proxy, follow: Callable[..., Following]
+) -> None:
+    assert proxy.load("tiny/alpha").ok
+    assert proxy.chat().ok
+
+    def told() -> list[float | None] | None:
+        """The waits for a first token, once the second of the answer is over."""
+        followed = follow(proxy, "/v1/events?figures=true")
+        curves = followed.until("snapshot")["curves"]
+        followed.close()
+        curve = curves.get("tiny/alpha")
+        return curve["first_token"] if curve and any(curve["tokens_per_second"]) else None
+
+    assert any(until(told, what="the answer on the curve"))
+    assert "curves" not in follow(proxy, "/v1/events").until("snapshot")

@@ -103,6 +103,36 @@ def test_a_load_that_does_not_say_gets_what_is_set_for_the_model(
     assert (said["enable_thinking"], said["ttl"], said["pin"]) == (False, 60.0, False)
 
 
+def test_a_load_may_name_its_context_which_then_bounds_prompts_and_is_listed(
+    serve: Callable[..., tuple[Proxy, Path]],
+) -> None:
+    proxy, program = serve("alpha", config='MODELS = {"tiny/*": {"context": 2048}}')
+    assert proxy.load("tiny/alpha").json()["context"] == 2048
+    said = proxy.load("tiny/alpha", context=256).json()
+    assert (said["context"], said["changed"]) == (256, True)
+    assert proxy.loaded()["options"]["context"] == 256
+    refused = proxy.post("/v1/chat/completions", {"messages": long_prompt(20_000)})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "256" in refused.json()["error"]["message"]
+    argv = scripted_server.record(program, "started")[-1]["argv"]
+    assert argv[argv.index("--max-tokens") + 1] == "256"
+    (running,) = proxy.get("/api/ps").json()["models"]
+    assert running["context_length"] == 256
+    (listed,) = proxy.get("/api/v0/models").json()["data"]
+    assert (listed["max_context_length"], listed["loaded_context_length"]) == (32768, 256)
+    for wrong in (64, 1 << 25, "1024", True, 1024.0):
+        refused = proxy.load("tiny/alpha", context=wrong)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "context"
+        assert "a whole number from 128" in refused.json()["error"]["message"]
+
+
+def long_prompt(length: int) -> list[dict[str, str]]:
+    """One message of that many characters."""
+    return [{"role": "user", "content": "a" * length}]
+
+
 def test_names_in_a_circle_stop_the_start_with_the_names(
     tmp_path: Path, serve: Callable[..., tuple[Proxy, Path]]
 ) -> None:

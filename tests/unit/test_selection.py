@@ -253,6 +253,21 @@ def test_a_context_that_is_set_bounds_the_prompt(limit: int | None, tmp_path: Pa
         assert spec.max_context == spec.model.max_context_length
 
 
+def test_a_context_that_a_load_named_is_restored_with_it(tmp_path: Path) -> None:
+    config = 'MODELS = {"a/one": {"context": 512}}'
+    house = House(tmp_path, config)
+    assert house.selection.spec_for("one").tuning.context == 512
+    named = house.selection.spec_for("one", context=256)
+    assert named.max_context == 256
+    house.history.loaded(named, 1.0)
+    assert (restored := house.selection.fallback().spec) is not None
+    assert restored.is_met_by(named)
+    house.history.loaded(house.selection.spec_for("one"), 1.0)
+    last = house.history.last()
+    assert last is not None
+    assert "context" not in last, "the settings may say something else by then"
+
+
 def test_what_is_in_force_is_shown(tmp_path: Path) -> None:
     config = 'MODELS = {"a/*": {"ttl": 60, "kv_bits": 8, "temperature": 0.3}}'
     selection = House(tmp_path, config).selection
