@@ -13,6 +13,7 @@ from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.process import Backend, BackendConfig
 from mlxproxy.backend.protocol import Address, Engine
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.backend.standby import Standby
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.auth import Access, own_names
 from mlxproxy.blueprints.budget import Budget
@@ -46,10 +47,12 @@ class Proxy:
     services: Services
     lock: PortLock
     log_files: tuple[LogFile, ...]
+    standby: Standby
 
     def close(self) -> None:
         """Let answers finish, stop the backends, release the ports."""
         self.services.bus.close()
+        self.standby.close()
         self.services.controller.shutdown()
         for log_file in self.log_files:
             log_file.close()
@@ -83,12 +86,14 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     history = History(instance.history)
     log_files = tuple(LogFile(instance.backend_log(port, ports.start)) for port in ports)
     records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
+    standby = Standby()
     configs = [
         settings.part(
             BackendConfig,
             log_file=log_file,
             mark=record.mark,
             on_log=lambda text: bus.publish("backend_log", {"text": text}),
+            standby=standby,
         )
         for log_file, record in zip(log_files, records, strict=True)
     ]
@@ -106,14 +111,30 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         metrics.event(event)
         bus.publish(*shapes.event(event))
 
+    machine = memory_of(settings)
+
+    def available(held: int) -> int:
+        return machine.available(held + standby.memory())
+
+    def room() -> int:
+        if memory.shortage() is not None:
+            return -1
+        return controller.budget() - sum(controller.memory().values()) - standby.memory()
+
+    def prepare(spec: ModelSpec) -> None:
+        standby.prepare(by_name[spec.model.engine], spec.path)
+
     limits = settings.part(
         Limits,
         swap_on_request=settings.model_selection == "requested",
         max_loaded=settings.slots,
     )
     controller = Controller(
-        limits, launch, records, history, emit, memory_of(settings).available, memory.shortage
+        limits, launch, records, history, emit, available, memory.shortage, prepare
     )
+    if settings.standby:
+        record = ChildRecord(instance.folder, ports.start, slot=None)
+        standby.watch(record, controller.is_idle, room)
     services = Services(
         settings=settings,
         roots=roots,
@@ -128,7 +149,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         responses=ResponsesStore(),
         chats=ResponsesStore(),
     )
-    return Proxy(services, lock, log_files)
+    return Proxy(services, lock, log_files, standby)
 
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:

@@ -7,15 +7,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
+from mlxproxy.backend.protocol import (
+    Address,
+    Command,
+    Examined,
+    Probe,
+    Stage,
+    StandbyCommand,
+    Unmet,
+)
 from mlxproxy.backend.spec import ModelSpec, Tuning
 from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
 from mlxproxy.engines.mlx_lm.inspection import Inspector
-from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.link import Link, WaitingLink
 from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
+from mlxproxy.errors import LoadFailed
 
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
+STANDBY_FLAG = "--standby"  # as in inside/standby.py
+ENVIRONMENT: Mapping[str, str] = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class MlxLm:
@@ -55,7 +66,7 @@ class MlxLm:
         start = program.program_command(program.server_program(self._server_bin))
         inside = program.is_inside(start)
         cache = spec.tuning.prompt_cache_bytes
-        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = dict(ENVIRONMENT)
         if inside:
             options = {"context": spec.max_context}
             environment[INSIDE_OPTIONS] = json.dumps(options)
@@ -78,6 +89,22 @@ class MlxLm:
             remedy=(
                 "Set MLX_SERVER_BIN to a working mlx_lm.server (`pip install mlx-lm` provides one)."
             ),
+        )
+
+    def standby(self) -> StandbyCommand | None:
+        """Return the command of a process that waits for a load; None if the program is a wrapper,
+        or missing."""
+        try:
+            start = program.program_command(program.server_program(self._server_bin))
+        except LoadFailed:
+            return None
+        if not program.is_inside(start):
+            return None
+        return StandbyCommand(
+            argv=(*start, STANDBY_FLAG),
+            environment=ENVIRONMENT,
+            link=WaitingLink,
+            version=Package(program.package_of(self._server_bin)).installation,
         )
 
     def stages(self, spec: ModelSpec) -> Sequence[Stage]:
