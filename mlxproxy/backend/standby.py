@@ -146,15 +146,16 @@ class Standby:
         """Drop the process if it is of no use any more; start one if that is due."""
         waiting, engine = self._waiting, self._engine
         if waiting is not None:
-            why = waiting.fault() or ("memory is short" if room() < 0 else None)
-            if why is not None:
-                with self._lock:
-                    if self._waiting is not waiting:
-                        return  # it has just been taken
-                    self._waiting = None
-                    if not waiting.is_ready():
-                        self._engine = None  # this program cannot wait
-                self._discard(waiting, why)
+            fault = waiting.fault()
+            if fault is None and room() >= 0:
+                return
+            with self._lock:
+                if self._waiting is not waiting:
+                    return  # it has just been taken
+                self._waiting = None
+                if fault is not None:
+                    self._engine = None  # or it might be started and lost again every two seconds
+            self._discard(waiting, fault or "memory is short")
         elif engine is not None and is_idle and room() >= NEEDED_BYTES:
             self._start(engine, record)
 
