@@ -47,12 +47,11 @@ class Proxy:
     services: Services
     lock: PortLock
     log_files: tuple[LogFile, ...]
-    standby: Standby
 
     def close(self) -> None:
         """Let answers finish, stop the backends, release the ports."""
         self.services.bus.close()
-        self.standby.close()
+        self.services.standby.close()
         self.services.controller.shutdown()
         for log_file in self.log_files:
             log_file.close()
@@ -140,6 +139,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         roots=roots,
         catalog=catalog,
         controller=controller,
+        standby=standby,
         selection=Selection(settings, by_name, catalog, controller, history, preferences),
         relay=Relay(settings.stall_timeout),
         access=access,
@@ -149,7 +149,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         responses=ResponsesStore(),
         chats=ResponsesStore(),
     )
-    return Proxy(services, lock, log_files, standby)
+    return Proxy(services, lock, log_files)
 
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:

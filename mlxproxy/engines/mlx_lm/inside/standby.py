@@ -66,13 +66,13 @@ def prepare(utils: Any, folder: Path) -> None:
     Args:
         utils: `mlx_lm.utils`.
     """
-    load = utils.load_tokenizer
     try:
         files = _files(folder)
         asked = (folder, TOKENIZER_CONFIG, utils.load_config(folder).get("eos_token_id"))
-        tokenizer = load(*asked)
+        tokenizer = utils.load_tokenizer(*asked)
     except Exception:  # the load itself will say what is wrong
         return
+    load = utils.load_tokenizer  # now: one prepared before is gone with the call above
 
     @functools.wraps(load)
     def load_tokenizer(
