@@ -24,6 +24,7 @@ from tests.support.proxy import Proxy
 from tests.support.server_process import SERVER_BIN
 from tests.support.waiting import until
 
+DEFECTS = tiny_models.DEFECTS
 Start = Callable[..., Proxy]
 
 
@@ -178,6 +179,11 @@ def own_installation(folder: Path) -> Path:
     return program
 
 
+def reasons(log: list[str]) -> set[str]:
+    """Return the lines of a log, but for times and the polls of the proxy."""
+    return {re.sub(r"\d", "", line) for line in log if " - - [" not in line}
+
+
 def unknown_tokenizer(folder: Path) -> None:
     """Make the tokenizer look sound to those who only read the file."""
     file = folder / "tokenizer.json"
@@ -188,8 +194,8 @@ def unknown_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        tiny_models.DEFECTS["shape_mismatch"],
-        tiny_models.DEFECTS["raising_template"],
+        DEFECTS["shape_mismatch"],
+        DEFECTS["raising_template"],
         unknown_tokenizer,
     ],
     ids=["weights", "template", "tokenizer"],
@@ -209,8 +215,7 @@ def test_a_load_that_fails_in_it_says_the_same_as_without(
     assert (warm.status_code, cold.status_code) == (500, 500)
     errors = [answer.json()["error"] for answer in (cold, warm)]
     assert errors[0]["message"] == errors[1]["message"]
-    cold_log, warm_log = ({re.sub(r"\d", "", line) for line in error["log"]} for error in errors)
-    assert cold_log == warm_log
+    assert reasons(errors[0]["log"]) == reasons(errors[1]["log"])
     assert proxy.children() == []
     assert is_free(proxy.backend_port)
     assert proxy.load("tiny/alpha").ok
