@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
 from benchmarks.rounds import MAIN, Rounds
+from benchmarks.swaps import BARE, SMOL, STANDBY, TINY
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
@@ -72,6 +73,9 @@ class Report:
             ours, nginx = (rounds.of(MAIN, it, attribute) for it in ("mlxproxy", "nginx"))
             return ours.ratio(nginx)
 
+        def swap(model: str) -> float:
+            return life.swap(model, STANDBY).median / life.swap(model, BARE).median
+
         cpu = against_nginx("cpu_per_event")
         first = rounds.first_byte("mlxproxy").ratio(rounds.first_byte("nginx"))
         broken = sum(
@@ -95,6 +99,8 @@ class Report:
                 f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
             ),
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
+            Goal(f"swap of {TINY}", swap(TINY), 0.25, f"x {BARE}"),
+            Goal(f"swap of {SMOL}", swap(SMOL), 0.45, f"x {BARE}"),
         ]
 
     @classmethod

@@ -13,6 +13,7 @@ from rich.table import Table
 from benchmarks.figures import Figure
 from benchmarks.report import Report
 from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
+from benchmarks.swaps import WAYS
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTES = f"""\
@@ -76,7 +77,7 @@ def put(document: str, report: Report) -> str:
 
 def sheets(report: Report) -> Iterator[Sheet]:
     """Yield all tables."""
-    for sheet in (_comparison, _by_streams, _by_itself, _goals):
+    for sheet in (_comparison, _by_streams, _by_itself, _swaps, _goals):
         yield sheet(report)
 
 
@@ -142,12 +143,18 @@ def _by_itself(report: Report) -> Sheet:
     for head, name, digits in (
         ("start to the first answer, s", "start_seconds", 2),
         ("memory when idle, MB", "idle_megabytes", 0),
-        ("swap of a tiny model, to the first token, s", "swap_seconds", 2),
-        ("a bare mlx_lm.server with it, to the first token, s", "bare_seconds", 2),
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
         table.add(head, _spread(life.figure(name), digits))
+    return table
+
+
+def _swaps(report: Report) -> Sheet:
+    life = report.lifecycle
+    table = Sheet("From a request for another model to its first token, s", ("", *WAYS))
+    for model in life.swaps:
+        table.add(model, *(_spread(life.swap(model, way), 2) for way in WAYS))
     return table
 
 
