@@ -26,6 +26,7 @@ from mlxproxy.errors import LoadFailed
 
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
 STANDBY_FLAG = "--standby"  # as in inside/standby.py
+# Read when Python starts or mlx_lm is imported, so a standby needs them from the start.
 ENVIRONMENT: Mapping[str, str] = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
