@@ -608,14 +608,29 @@ def test_a_standby_is_handed_its_command_line_and_confirms_it(
     until(lambda: link.has("departures"), what="the features")
 
 
-def test_a_standby_that_says_nothing_or_ends_is_not_waited_for_long(
+def test_a_standby_that_says_nothing_is_not_waited_for_long(
     waiting: tuple[WaitingLink, socket.socket],
 ) -> None:
     link, theirs = waiting
     theirs.sendall(b'{"waiting": ""}\n')
     until(link.is_waiting, what="readiness")
     assert not link.hand_over(Command(("x",), remedy=""), 0.01)
-    theirs.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_standby_that_ends_instead_of_confirming_is_not_waited_for(
+    waiting: tuple[WaitingLink, socket.socket],
+) -> None:
+    link, theirs = waiting
+
+    def end() -> None:
+        with theirs.makefile("rb") as lines:
+            lines.readline()
+        theirs.shutdown(socket.SHUT_RDWR)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert not link.hand_over(Command(("x",), remedy=""), 60)
+    ending.join()
     assert not link.hand_over(Command(("x",), remedy=""), 60)
 
 
