@@ -220,7 +220,7 @@ def _end_line(response: Response) -> None:
     if response.mimetype != "application/json" or not isinstance(parts, list) or not parts:
         return
     if not parts[-1].endswith(b"\n"):
-        parts.append(b"\n")  # without a copy of a long answer
+        parts[-1] += b"\n"  # a part of its own would be sent, and wake the client, on its own
         response.content_length = sum(map(len, parts))
 
 

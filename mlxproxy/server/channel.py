@@ -19,7 +19,7 @@ import math
 import socket
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.task import ErrorTask, WSGITask
@@ -149,6 +149,22 @@ class BadRequest(ErrorTask):
         self.write(b"" if self.request.command == "HEAD" else body)
 
 
+class Bell:
+    """The server as one connection sees it: its trigger tells which connection has changed."""
+
+    def __init__(self, server: Any, connection: Channel) -> None:
+        self._server = server
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def pull_trigger(self) -> None:
+        """Wake the I/O thread, which then asks the connection what it waits for."""
+        self._server.changed(self._connection)
+        self._server.pull_trigger()
+
+
 class Channel(HTTPChannel):
     """A client's connection, from its acceptance to its end.
 
@@ -177,6 +193,14 @@ class Channel(HTTPChannel):
     _parted: float | None = None  # when everything had been sent to it (monotonic seconds)
     _discarded = 0
     _last_activity = 0.0
+
+    def __init__(self, server: Any, *args: Any, **named: Any) -> None:
+        super().__init__(Bell(server, self), *args, **named)
+
+    @property
+    def descriptor(self) -> int | None:
+        """The socket's descriptor; None once it is closed."""
+        return cast("int | None", self._fileno)
 
     @property
     def last_activity(self) -> float:

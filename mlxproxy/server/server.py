@@ -20,6 +20,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ThreadedTaskDispatcher
 
 from mlxproxy.server.channel import Channel, DirectChannel
+from mlxproxy.server.poller import Poller
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.server")
@@ -49,6 +50,16 @@ class Listener(TcpWSGIServer):
     """The listening socket. It accepts what can be served; the rest stays in the kernel's queue."""
 
     _resting_until = -math.inf
+    _map: Poller  # as in waitress, which has no type hints
+
+    def changed(self, connection: Channel) -> None:
+        """Note that a request's thread may have changed what its connection waits for."""
+        if (descriptor := connection.descriptor) is not None:
+            self._map.changed(descriptor, connection)
+
+    @property
+    def descriptor(self) -> int:
+        return int(self._fileno)
 
     @property
     def full(self) -> bool:
@@ -88,7 +99,8 @@ class Listener(TcpWSGIServer):
             return
         try:
             self.set_socket_options(connection)
-            self.channel_class(self, connection, address, self.adj, map=self._map)
+            channel = self.channel_class(self, connection, address, self.adj, map=self._map)
+            channel.handle_read()  # the request is often there already
         except OSError:  # on macOS, if the client has already disconnected
             connection.close()
 
@@ -137,13 +149,14 @@ class Server:
             clear_untrusted_proxy_headers=True,
             log_socket_errors=False,
         )
-        self._map: dict[int, Any] = {}
+        self._poller = Poller()
+        self._full = False
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
         try:
             self._server = Listener(
                 app,
-                self._map,
+                self._poller,
                 _sock=listener,
                 dispatcher=self._dispatcher,
                 adj=adjustments,
@@ -169,7 +182,7 @@ class Server:
         while not self._finished.is_set():
             self._turn(1.0)
         self._drain_buffers()
-        wasyncore.close_all(self._map)
+        wasyncore.close_all(self._poller)
 
     def stop(self) -> None:
         """Begin the stop; a second call hurries it. May be called from a signal handler."""
@@ -194,32 +207,23 @@ class Server:
         Unlike waitress's own loop, it notices the end of connections that are neither to be read
         nor to be written. Each connection itself says when it expires, on the monotonic clock.
         """
-        poll = select.poll()
-        until = now = time.monotonic()
-        until += timeout
-        for descriptor, it in list(self._map.items()):
-            wanted = select.POLLIN if it.readable() else 0
-            if not it.accepting and it.writable():
-                wanted |= select.POLLOUT
-            poll.register(descriptor, wanted)
-            if isinstance(it, (Channel, Listener)):
-                until = min(until, it.deadline())
-        for descriptor, happened in poll.poll(max(0.0, until - now) * 1000):
-            it = self._map.get(descriptor)
-            if it is None:
-                continue
+        poller, server = self._poller, self._server
+        poller.changed(server.descriptor, server)  # accepts or not, by the number of connections
+        for descriptor, it, happened in poller.wait(timeout):
             if happened & select.POLLIN:
                 wasyncore.read(it)
-            if happened & select.POLLOUT and self._map.get(descriptor) is it:
+            if happened & select.POLLOUT and poller.get(descriptor) is it:
                 wasyncore.write(it)
             # If there is something to read, reading shows what has ended: on macOS, a client that
             # has only ended its sending is reported as hung up.
             if not happened & (select.POLLIN | select.POLLOUT):
                 it.handle_close()
-        now = time.monotonic()
-        for it in list(self._map.values()):
-            if isinstance(it, (Channel, Listener)) and it.deadline() <= now:
-                it.expire()
+        if (
+            server.full is not self._full
+        ):  # which shortens every connection's patience, or ends that
+            self._full = server.full
+            poller.look_at_all()
+        poller.expire()
 
     def _drain_buffers(self) -> None:
         """Let the last bytes, including the errors of aborted requests, reach their clients."""

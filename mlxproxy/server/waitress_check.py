@@ -21,7 +21,7 @@ SUITABLE = ">= 3.0.1, < 4"  # as in setup.cfg
 
 _CONNECTION = """
     parser_class task_class error_task_class server adj socket addr connected
-    request requests requests_lock last_activity will_close close_when_flushed
+    request requests requests_lock last_activity _fileno will_close close_when_flushed
     outbufs outbuf_lock total_outbufs_len current_outbuf_count
     readable writable received service handle_read handle_write handle_close send_continue
     write_soon _flush_exception _flush_some _flush_some_if_lockable
@@ -37,7 +37,7 @@ _REQUEST = """
     received parse_header get_body_stream close
 """
 _LISTENER = """
-    adj socket accepting channel_class active_channels _map
+    adj socket accepting channel_class active_channels _map _fileno
     readable writable handle_accept set_socket_options add_task pull_trigger
 """
 

@@ -35,6 +35,6 @@ class BareServer:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
-        server.wasyncore.close_all(self.server._map)
+        server.wasyncore.close_all(self.server._poller)
         self._listener.close()
         self.server._dispatcher.shutdown(timeout=1)
