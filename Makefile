@@ -21,7 +21,7 @@ SETTINGS  = env -u MAKEFLAGS -u MFLAGS $(foreach n,$(GIVEN),-u $(n)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run install test lint format bench fuzz soak reference clean
+.PHONY: help run install test lint format bench fuzz soak clients reference clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -47,11 +47,15 @@ format: $(VENV)/.dev ## Format the code
 bench: $(VENV)/.bench ## Measure the proxy against nginx and a direct connection
 	$(IN_VENV) -m benchmarks
 
-fuzz: $(VENV)/.dev ## A thousand generated requests against the real backend
+fuzz: $(VENV)/.dev ## Generated requests and schemas against the real backend
 	FUZZ_CASES=1000 $(IN_VENV) -m pytest tests/backend/test_fuzz.py
+	FUZZ_SCHEMAS=500 FUZZ_DEMO=1 $(IN_VENV) -m pytest -s tests/backend/test_schemas.py
 
 soak: $(VENV)/.dev ## Ten minutes of clients, swaps, kills and disconnects
 	$(IN_VENV) -m tools.soak
+
+clients: $(VENV)/.dev ## Drive real clients (installed into build/clients) against a real proxy
+	$(IN_VENV) -m tools.clients
 
 reference: $(VENV)/.dev ## Rewrite the generated parts of docs/
 	$(IN_VENV) -m tools.reference

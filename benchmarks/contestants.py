@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import psutil
 
 from benchmarks import standin, threads
 from benchmarks.processes import accepts, free_port, running, until
+from tests.support.ports import free_range
 
 MODEL = "bench/alpha"
 MAX_CONCURRENT = 300  # 256 of one client, and what is reserved for others
@@ -68,6 +70,7 @@ class Proxy:
         models: its models folder.
         server_bin: the backend program; None for the real one.
         delay: milliseconds that are added to its relay, to check that the benchmark detects it.
+        program: the module that is run.
         settings: additional settings, by NAME.
     """
 
@@ -77,10 +80,11 @@ class Proxy:
         models: Path,
         server_bin: Path | None = None,
         delay: float = 0.0,
+        program: str = "mlxproxy",
         **settings: Any,
     ) -> None:
         self.port = free_port()
-        self.backend_port = free_port()
+        self.backend_port = free_range(settings.get("MAX_LOADED", 1))
         self.pid = 0
         given = {
             "INSTANCE_PATH": folder / "instance",
@@ -99,8 +103,8 @@ class Proxy:
             **{name: it for name, it in os.environ.items() if not name.startswith(strange)},
             **{f"MLXPROXY_{name}": str(value) for name, value in given.items()},
         }
-        program = ["benchmarks.delayed", str(delay)] if delay else ["mlxproxy"]
-        self._command = [sys.executable, "-m", *program, "serve"]
+        run = ["benchmarks.delayed", str(delay)] if delay else [program]
+        self._command = [sys.executable, "-m", *run, "serve"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Proxy]:
@@ -142,17 +146,21 @@ class Proxy:
             raise RuntimeError(f"the load of {model} failed: {answer}")
 
 
-def standin_in(folder: Path) -> Path:
-    """Return the stand-in as a program that can replace `mlx_lm.server`."""
+def standin_in(folder: Path, before: str = ":") -> Path:
+    """Return the stand-in as a program that can replace `mlx_lm.server`.
+
+    Args:
+        before: a shell command that runs before it.
+    """
     program = folder / "standin"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
+    program.write_text(f'#!/bin/sh\n{before}\nexec "{sys.executable}" "{standin.__file__}" "$@"\n')
     program.chmod(0o755)
     return program
 
 
 @contextlib.contextmanager
 def all_of_them(
-    folder: Path, models: Path, delay: float, skipped: Callable[[str], None]
+    folder: Path, models: Path, delay: float, skipped: Callable[[str], None], go: bool = False
 ) -> Iterator[list[Contestant]]:
     """Run all contestants for the block; the direct connection is first, this proxy is last.
 
@@ -160,6 +168,7 @@ def all_of_them(
         folder: where their files are created.
         models: a models folder with :data:`MODEL` in it.
         skipped: called with a sentence for each missing contestant, which says why it is missing.
+        go: whether the reverse proxy of Go's library takes part.
     """
     ours = Proxy(folder, models, standin_in(folder), delay, MAX_CONCURRENT=MAX_CONCURRENT)
     with contextlib.ExitStack() as stack:
@@ -172,6 +181,10 @@ def all_of_them(
             skipped("nginx is not installed (apt-get install nginx, brew install nginx): no column")
         else:
             contestants.append(stack.enter_context(_nginx(nginx, folder, backend)))
+        if go and (compiler := shutil.which("go")) is not None:
+            contestants.append(stack.enter_context(_go(compiler, folder, backend)))
+        elif go:
+            skipped("Go is not installed (apt-get install golang-go, brew install go): no column")
         contestants.append(stack.enter_context(_threads(backend)))
         children = {child.pid for child in psutil.Process(ours.pid).children(recursive=True)}
         pids = [ours.pid, *(children - _holders(backend))]
@@ -189,6 +202,19 @@ def _nginx(program: str, folder: Path, backend: int) -> Iterator[Contestant]:
         until(lambda: accepts(port), 10, "nginx' first answer")
         workers = psutil.Process(master.pid).children()
         yield Contestant("nginx", port, [master.pid, *(worker.pid for worker in workers)])
+
+
+@contextlib.contextmanager
+def _go(compiler: str, folder: Path, backend: int) -> Iterator[Contestant]:
+    port = free_port()
+    program = folder / "reverse"
+    source = Path(__file__).with_name("reverse.go")
+    cache = {"GOCACHE": str(folder / "go"), "GO111MODULE": "off", "GOFLAGS": ""}
+    build = [compiler, "build", "-o", str(program), str(source)]
+    subprocess.run(build, env={**os.environ, **cache}, check=True)
+    with running([str(program), str(port), str(backend)]) as process:
+        until(lambda: accepts(port), 10, "the first answer of Go's proxy")
+        yield Contestant("go", port, [process.pid])
 
 
 @contextlib.contextmanager

@@ -38,6 +38,10 @@ class Figure:
         """Return the difference from another figure, round by round."""
         return Figure([a - b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
+    def over(self, other: Figure) -> Figure:
+        """Return the quotient with another figure, round by round."""
+        return Figure([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
+
     def ratio(self, other: Figure) -> float:
         """Return this median divided by the other figure's; NaN if that is meaningless."""
         return self.median / other.median if other.median > 0 else math.nan

@@ -1,4 +1,4 @@
-"""The proxy's own costs: its start, its memory, a swap, a large library."""
+"""The proxy's own costs: its start, its memory, a schema, a large library."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import swaps
 from benchmarks.contestants import Proxy
 from benchmarks.figures import Figure, percentile
 from benchmarks.processes import resident_bytes, until
-from benchmarks.swaps import Seconds
 from mlxproxy.catalog import Catalog
 from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.package import Package
@@ -24,29 +22,24 @@ from tests.support import tiny_models
 LIBRARY = 2000  # model folders
 PUBLISHERS = 40
 LISTINGS = 20
+TOKENS = 400  # of an answer with a schema, and of one without
+TEXT = {"type": "json_schema", "json_schema": {"name": "text", "schema": {"type": "string"}}}
 
 
 @dataclass
 class Lifecycle:
-    """Seconds, megabytes and milliseconds as the names say; one value from each round.
-
-    Attributes:
-        swaps: see :mod:`benchmarks.swaps`.
-    """
+    """Seconds, megabytes and milliseconds as the names say; one value from each round."""
 
     start_seconds: list[float] = field(default_factory=list)
     idle_megabytes: list[float] = field(default_factory=list)
+    free_token_milliseconds: list[float] = field(default_factory=list)
+    schema_token_milliseconds: list[float] = field(default_factory=list)
     scan_seconds: list[float] = field(default_factory=list)
     listing_milliseconds: list[float] = field(default_factory=list)
-    swaps: Seconds = field(default_factory=dict)
     library: int = LIBRARY
 
     def figure(self, name: str) -> Figure:
         return Figure(getattr(self, name))
-
-    def swap(self, model: str, way: str) -> Figure:
-        """Return the seconds of the swaps of a model."""
-        return Figure(self.swaps.get(model, {}).get(way, []))
 
 
 def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None]) -> Lifecycle:
@@ -60,7 +53,8 @@ def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None])
     say("starts of the proxy")
     for number in range(1 if quick else 5):
         _start(_made(folder / f"start{number}"), models, measured)
-    measured.swaps = swaps.measure(_made(folder / "swaps"), models, quick, say)
+    say("answers with a schema and without")
+    _schema(_made(folder / "schema"), models, 1 if quick else 5, measured)
     say(f"a library of {measured.library} models")
     _library(_made(folder / "library"), models, measured)
     return measured
@@ -76,6 +70,29 @@ def _start(folder: Path, models: Path, measured: Lifecycle) -> None:
     with Proxy(folder, models).running() as proxy:
         measured.start_seconds.append(time.monotonic() - begin)
         measured.idle_megabytes.append(resident_bytes([proxy.pid]) / (1 << 20))
+
+
+def _schema(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
+    """Measure a token of a tiny model, free and in a text that a schema demands."""
+    with Proxy(folder, models).running() as proxy:
+        proxy.load("bench/alpha")
+        for values, fields in (
+            (measured.free_token_milliseconds, {}),
+            (measured.schema_token_milliseconds, {"response_format": TEXT}),
+        ):
+            _answer_milliseconds(proxy, fields)  # the first one compiles
+            values.extend(_answer_milliseconds(proxy, fields) / TOKENS for _ in range(rounds))
+
+
+def _answer_milliseconds(proxy: Proxy, fields: dict[str, object]) -> float:
+    messages = [{"role": "user", "content": "Hello!"}]
+    body = {"messages": messages, "max_tokens": TOKENS, "temperature": 0, **fields}
+    begin = time.monotonic()
+    status, answer = proxy.call("POST", "/v1/chat/completions", body)
+    taken = (time.monotonic() - begin) * 1000
+    if status != 200 or answer["usage"]["completion_tokens"] != TOKENS:
+        raise RuntimeError(f"an answer of {TOKENS} tokens failed: {status} {answer}")
+    return taken
 
 
 def _library(folder: Path, models: Path, measured: Lifecycle) -> None:
@@ -124,7 +141,7 @@ def generate(root: Path, like: Path, count: int) -> None:
 
 
 def build_models(root: Path) -> Path:
-    """Return a models folder with two tiny models that really answer."""
-    tiny_models.build(root / "bench" / "alpha", says="alpha")
-    tiny_models.build(root / "bench" / "beta", says="beta")
+    """Return a models folder with four tiny models that really answer."""
+    for name in ("alpha", "beta", "gamma", "delta"):
+        tiny_models.build(root / "bench" / name, says=name)
     return root

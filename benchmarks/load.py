@@ -29,6 +29,7 @@ class Work:
         together: whether all streams have their events at the same moment, as from a batch that is
             generated step by step; otherwise they are spread evenly over the interval.
         settle: seconds from the start that count towards neither latency nor processor time.
+        model: the model that the requests name.
     """
 
     streams: int
@@ -36,6 +37,7 @@ class Work:
     interval: float
     together: bool = False
     settle: float = 0.5
+    model: str = "bench"
 
     @property
     def seconds(self) -> float:
@@ -117,20 +119,34 @@ def whole_answers(port: int, count: int, tokens: int, interval: float) -> float:
     Raises:
         RuntimeError: an answer was missing or incomplete.
     """
+    return whole_answers_in_turns((port,), count, tokens, interval)[0]
+
+
+def whole_answers_in_turns(
+    ports: Sequence[int], count: int, tokens: int, interval: float, model: str = "bench"
+) -> list[float]:
+    """Return the same for each port, where each request goes to the next port."""
     wish = {"events": tokens, "interval": interval, "from_now": True}
-    request = wire.request(port, wish, stream=False)
-    took = []
-    for _ in range(count):
-        start = time.monotonic_ns()
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(request)
-            raw = b""
-            while not wire.is_answered(raw):
-                if not (data := connection.recv(RECV_BYTES)):
-                    raise RuntimeError(f"no whole answer: {raw[:300]!r}")
-                raw += data
-            took.append((time.monotonic_ns() - start) / 1e6)
-    return percentile(took, 50)
+    took: dict[int, list[float]] = {port: [] for port in ports}
+    for number in range(count):
+        first = number % len(ports)
+        for port in (*ports[first:], *ports[:first]):
+            request = wire.request(port, wish, stream=False, model=model)
+            start = time.monotonic_ns()
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(request)
+                raw = b""
+                while not wire.is_answered(raw):
+                    if not (data := connection.recv(RECV_BYTES)):
+                        raise RuntimeError(f"no whole answer: {raw[:300]!r}")
+                    raw += data
+                took[port].append((time.monotonic_ns() - start) / 1e6)
+    return [percentile(some, 50) for some in took.values()]
+
+
+def streams(port: int, work: Work) -> list[list[wire.Piece]]:
+    """Return the pieces of each stream, with the times of their arrival."""
+    return _streams(port, work, _Meter((), 0.0, 0.0))[1]
 
 
 class _Meter:
@@ -174,7 +190,7 @@ def _streams(port: int, work: Work, meter: _Meter) -> tuple[list[int], list[list
             "phase": 0.0 if work.together else work.interval * number / work.streams,
             "together": work.together,
         }
-        request = wire.request(port, wish, stream=True)
+        request = wire.request(port, wish, stream=True, model=work.model)
         started.append(clock())
         connection = socket.create_connection(("127.0.0.1", port))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any
 
+from benchmarks.allin import AllIn
 from benchmarks.figures import Figure, Goal
 from benchmarks.lifecycle import Lifecycle
+from benchmarks.part import Part, to_json
+from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
-from benchmarks.swaps import BARE, SMOL, STANDBY, TINY
+from benchmarks.several import Several
+from benchmarks.swaps import Swaps
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
 MANY = 256
+PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Swaps, Prompts)}
 
 
 def machine() -> str:
@@ -34,6 +39,7 @@ class Report:
 
     Attributes:
         contestants: their names in order; nginx may be missing.
+        parts: those that have been measured, by their names.
         version: the version of mlxproxy.
         machine: the machine of the measurement.
         day: the date, as in ISO 8601.
@@ -42,6 +48,7 @@ class Report:
     contestants: Sequence[str]
     rounds: Rounds
     lifecycle: Lifecycle
+    parts: Mapping[str, Part] = field(default_factory=dict)
     version: str = __version__
     machine: str = field(default_factory=machine)
     day: str = field(default_factory=lambda: date.today().isoformat())
@@ -73,9 +80,6 @@ class Report:
             ours, nginx = (rounds.of(MAIN, it, attribute) for it in ("mlxproxy", "nginx"))
             return ours.ratio(nginx)
 
-        def swap(model: str) -> float:
-            return life.swap(model, STANDBY).median / life.swap(model, BARE).median
-
         cpu = against_nginx("cpu_per_event")
         first = rounds.first_byte("mlxproxy").ratio(rounds.first_byte("nginx"))
         broken = sum(
@@ -99,8 +103,7 @@ class Report:
                 f"first scan of {life.library} models", life.figure("scan_seconds").median, 2, "s"
             ),
             Goal("GET /v1/models of them", life.figure("listing_milliseconds").median, 50, "ms"),
-            Goal(f"swap of {TINY}", swap(TINY), 0.25, f"x {BARE}"),
-            Goal(f"swap of {SMOL}", swap(SMOL), 0.45, f"x {BARE}"),
+            *(goal for part in self.parts.values() for goal in part.goals()),
         ]
 
     @classmethod
@@ -110,6 +113,7 @@ class Report:
             stored["contestants"],
             Rounds.from_json(stored["rounds"]),
             Lifecycle(**stored["lifecycle"]),
+            {name: PARTS[name].from_json(it) for name, it in stored["parts"].items()},
             stored["mlxproxy"],
             stored["machine"],
             stored["day"],
@@ -124,6 +128,7 @@ class Report:
             "contestants": list(self.contestants),
             "rounds": asdict(self.rounds),
             "lifecycle": asdict(self.lifecycle),
+            "parts": {name: to_json(part) for name, part in self.parts.items()},
             "goals": [
                 {
                     **asdict(goal),

@@ -1,7 +1,4 @@
-"""The time of a swap, with and without a standby, beside a start of `mlx_lm.server` by itself.
-
-`python -m benchmarks.swaps` measures nothing else.
-"""
+"""The time of a swap, with and without a standby, beside a start of `mlx_lm.server` alone."""
 
 from __future__ import annotations
 
@@ -9,17 +6,19 @@ import contextlib
 import http.client
 import json
 import os
-import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Final
+from typing import Any, ClassVar, Final
 
 from benchmarks.contestants import Proxy
+from benchmarks.figures import Figure, Goal
+from benchmarks.part import Place
 from benchmarks.processes import accepts, free_port, running, until
-from mlxproxy import settings
-from mlxproxy.demo.provide import NAME as DEMO
+from benchmarks.sheet import Sheet, spread
+from mlxproxy.demo import provide
 from mlxproxy.engines.mlx_lm.program import server_program
 from tests.support import tiny_models
 
@@ -32,34 +31,77 @@ BARE: Final = "mlx_lm.server by itself"
 WAYS: Final = (STANDBY, ALONE, BARE)
 STANDBY_SECONDS = 60.0  # until there is one
 
-Seconds = dict[str, dict[str, list[float]]]
-"""By model, then by way: the seconds of each round."""
+NOTE = """\
+A swap is measured from the request for another model to its first token, stop and start included;
+"by itself" is a start of the backend's program alone, in the same rounds. The weights are in the
+page cache."""
 
 
-def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None]) -> Seconds:
-    """Measure from a request for another model to its first token.
+@dataclass
+class Swaps:
+    """The seconds of each round, by model, then by way."""
 
-    Args:
-        folder: where files are created.
-        models: a models folder with `bench/alpha` and `bench/beta`.
-    """
-    pairs = {TINY: (models / "bench" / "alpha", models / "bench" / "beta")}
-    if not quick:
-        pairs |= dict(_larger(folder / "models", say))
-    return {
-        name: _measure_pair(folder / str(number), pair, 1 if quick else 3, name, say)
-        for number, (name, pair) in enumerate(pairs.items())
-    }
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    day: str = field(default_factory=lambda: date.today().isoformat())
+
+    NAME: ClassVar = "swaps"
+    ALWAYS: ClassVar = True
+    NOTE: ClassVar = NOTE
+
+    @classmethod
+    def measure(cls, place: Place, quick: bool) -> Swaps:
+        """Measure everything; `quick`: the tiny model alone."""
+        pairs = {TINY: (place.models / "bench" / "alpha", place.models / "bench" / "beta")}
+        if not quick:
+            pairs |= dict(_larger(place))
+        measured = cls()
+        for number, (name, pair) in enumerate(pairs.items()):
+            place.say(f"swaps of {name}")
+            measured.seconds[name] = _swap(place.folder / str(number), pair, 1 if quick else 3)
+        return measured
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Swaps:
+        """Return what `dataclasses.asdict` and JSON have converted."""
+        return cls(**stored)
+
+    def figure(self, model: str, way: str) -> Figure:
+        return Figure(self.seconds.get(model, {}).get(way, []))
+
+    def goals(self) -> Iterator[Goal]:
+        """Yield the goals."""
+        for model, limit in ((TINY, 0.25), (SMOL, 0.45)):
+            ratio = self.figure(model, STANDBY).ratio(self.figure(model, BARE))
+            yield Goal(f"swap of {model}", ratio, limit, f"x {BARE}")
+
+    def sheets(self) -> Iterator[Sheet]:
+        """Yield the table."""
+        title = f"From a request for another model to its first token, s ({self.day})"
+        table = Sheet(title, ("", *WAYS, f"{STANDBY},\nx {BARE}"))
+        for model in self.seconds:
+            quotient = self.figure(model, STANDBY).ratio(self.figure(model, BARE))
+            spreads = (spread(self.figure(model, way), 2) for way in WAYS)
+            table.add(model, *spreads, f"{quotient:.2f}")
+        yield table
 
 
-def _larger(folder: Path, say: Callable[[str], None]) -> Iterator[tuple[str, tuple[Path, Path]]]:
-    demo = settings.load().instance.models / DEMO
-    if demo.is_dir():
-        yield SMOL, (_twin(demo, folder / "demo" / "one"), _twin(demo, folder / "demo" / "two"))
+def _larger(place: Place) -> Iterator[tuple[str, tuple[Path, Path]]]:
+    try:
+        provide.ensure(place.demo)
+    except provide.DemoUnavailable as error:
+        place.say(str(error))
     else:
-        say(f"no swap of {SMOL}: the demo model has not been downloaded")
-    big = tiny_models.build(folder / "big" / "one", layers=10, hidden=2048, says="big")
-    yield BIG, (big, _twin(big, folder / "big" / "two"))
+        folder = place.folder / "models" / "demo"
+        yield (
+            SMOL,
+            (
+                _twin(place.demo / provide.NAME, folder / "one"),
+                _twin(place.demo / provide.NAME, folder / "two"),
+            ),
+        )
+    folder = place.folder / "models" / "big"
+    big = tiny_models.build(folder / "one", layers=10, hidden=2048, says="big")
+    yield BIG, (big, _twin(big, folder / "two"))
 
 
 def _twin(model: Path, folder: Path) -> Path:
@@ -70,27 +112,25 @@ def _twin(model: Path, folder: Path) -> Path:
     return folder
 
 
-def _measure_pair(
-    folder: Path, pair: tuple[Path, Path], rounds: int, name: str, say: Callable[[str], None]
-) -> Mapping[str, list[float]]:
+def _swap(folder: Path, pair: tuple[Path, Path], rounds: int) -> dict[str, list[float]]:
+    """Take the ways in turn, so that whatever else happens concerns them all."""
     measured: dict[str, list[float]] = {way: [] for way in WAYS}
-    for way, wanted in ((STANDBY, True), (ALONE, False)):
-        say(f"swaps of {name}, {way}")
-        own = folder / ("standby" if wanted else "alone")
-        own.mkdir(parents=True)
-        with Proxy(own, pair[0].parents[1], STANDBY=wanted).running() as proxy:
-            models = [f"{path.parent.name}/{path.name}" for path in pair]
-            proxy.load(models[0])
-            for number in range(rounds):
-                model = models[(number + 1) % 2]
-                if wanted:
-                    until(lambda: _has_standby(proxy), STANDBY_SECONDS, "a standby", pause=0.1)
+    names = [f"{path.parent.name}/{path.name}" for path in pair]
+    root = pair[0].parents[1]
+    with contextlib.ExitStack() as stack:
+        proxies = {}
+        for way, wanted in ((STANDBY, True), (ALONE, False)):
+            (own := folder / str(wanted)).mkdir(parents=True)
+            proxies[way] = stack.enter_context(Proxy(own, root, STANDBY=wanted).running())
+            proxies[way].load(names[0])
+        for number in range(1, rounds + 1):
+            until(lambda: _has_standby(proxies[STANDBY]), STANDBY_SECONDS, "a standby", pause=0.1)
+            for way, proxy in proxies.items():
                 begin = time.monotonic()
-                proxy.load(model)
-                _first_token(proxy.port, model)
+                proxy.load(names[number % 2])
+                _first_token(proxy.port, names[number % 2])
                 measured[way].append(time.monotonic() - begin)
-                if not wanted:
-                    measured[BARE].append(_bare(pair[(number + 1) % 2]))
+            measured[BARE].append(_bare(pair[number % 2]))
     return measured
 
 
@@ -124,22 +164,3 @@ def _first_token(port: int, model: str) -> None:
             if line.startswith(b"data: {"):
                 return
     raise RuntimeError(f"no token from {model}")
-
-
-def main() -> None:
-    """Measure the swaps alone, and print the seconds of each round."""
-    with tempfile.TemporaryDirectory(prefix="mlxproxy-bench-") as name:
-        models = Path(name) / "models"
-        for model in ("alpha", "beta"):
-            tiny_models.build(models / "bench" / model, says=model)
-        seconds = measure(Path(name) / "swaps", models, False, print)
-    for model, ways in seconds.items():
-        bare = statistics.median(ways[BARE])
-        for way, rounds in ways.items():
-            each = " ".join(f"{value:.2f}" for value in rounds)
-            ratio = statistics.median(rounds) / bare
-            print(f"{model}, {way}: {each} s, {ratio:.2f} x {BARE}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.table import Table
 from benchmarks.figures import Figure
 from benchmarks.report import Report
 from benchmarks.rounds import MAIN, TOGETHER, WHOLE_INTERVAL, WHOLE_TOKENS
-from benchmarks.swaps import WAYS
+from benchmarks.sheet import Sheet, spread
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTES = f"""\
@@ -26,18 +25,6 @@ stream: the floor of the language. A whole (unstreamed) answer has {WHOLE_TOKENS
 and assembles it."""
 
 
-@dataclass
-class Sheet:
-    """A table, independent of its output format."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-
-    def add(self, *cells: str) -> None:
-        self.rows.append(cells)
-
-
 def show(report: Report, console: Console) -> None:
     """Print all tables."""
     console.print(f"\n{report.origin}; median (least-most) of the rounds\n")
@@ -48,7 +35,7 @@ def show(report: Report, console: Console) -> None:
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
-    console.print(NOTES, highlight=False)
+    console.print(notes(report), highlight=False)
 
 
 def markdown(report: Report) -> str:
@@ -59,7 +46,7 @@ def markdown(report: Report) -> str:
         rule = "|---|" + "--:|" * (len(sheet.columns) - 1)
         rows = ("| " + " | ".join(cell.strip() for cell in row) + " |" for row in sheet.rows)
         parts.append("\n".join((f"**{sheet.title}**", "", head, rule, *rows)))
-    return "\n\n".join((*parts, NOTES))
+    return "\n\n".join((*parts, notes(report)))
 
 
 def put(document: str, report: Report) -> str:
@@ -77,8 +64,16 @@ def put(document: str, report: Report) -> str:
 
 def sheets(report: Report) -> Iterator[Sheet]:
     """Yield all tables."""
-    for sheet in (_comparison, _by_streams, _by_itself, _swaps, _goals):
+    for sheet in (_comparison, _by_streams, _by_itself):
         yield sheet(report)
+    for part in report.parts.values():
+        yield from part.sheets()
+    yield _goals(report)
+
+
+def notes(report: Report) -> str:
+    """Return what a reader of the tables has to know."""
+    return "\n\n".join((NOTES, *(part.NOTE for part in report.parts.values())))
 
 
 def _comparison(report: Report) -> Sheet:
@@ -111,7 +106,7 @@ def _comparison(report: Report) -> Sheet:
         ]
         table.add(
             head,
-            *(_spread(figure(name), digits) for name in report.contestants),
+            *(spread(figure(name), digits) for name in report.contestants),
             *("" if math.isnan(share) else f"{share:.2f}" for share in shares),
         )
     return table
@@ -143,18 +138,12 @@ def _by_itself(report: Report) -> Sheet:
     for head, name, digits in (
         ("start to the first answer, s", "start_seconds", 2),
         ("memory when idle, MB", "idle_megabytes", 0),
+        ("a token of it, ms", "free_token_milliseconds", 2),
+        ("a token of it that a schema allows, ms", "schema_token_milliseconds", 2),
         (f"first scan of {life.library} models, s", "scan_seconds", 2),
         ("GET /v1/models of them, ms", "listing_milliseconds", 1),
     ):
-        table.add(head, _spread(life.figure(name), digits))
-    return table
-
-
-def _swaps(report: Report) -> Sheet:
-    life = report.lifecycle
-    table = Sheet("From a request for another model to its first token, s", ("", *WAYS))
-    for model in life.swaps:
-        table.add(model, *(_spread(life.swap(model, way), 2) for way in WAYS))
+        table.add(head, spread(life.figure(name), digits))
     return table
 
 
@@ -164,12 +153,3 @@ def _goals(report: Report) -> Sheet:
         value = "" if math.isnan(goal.value) else f"{goal.value:.2f} {goal.unit}"
         table.add(goal.name, value, f"{goal.limit:.4g} {goal.unit}", goal.verdict)
     return table
-
-
-def _spread(figure: Figure, digits: int) -> str:
-    if not any(figure.rounds):
-        return ""
-    median = f"{figure.median:.{digits}f}"
-    if len(figure.rounds) < 2:
-        return median
-    return f"{median} ({figure.low:.{digits}f}-{figure.high:.{digits}f})"

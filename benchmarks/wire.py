@@ -53,11 +53,11 @@ class Answer:
         return self.status == 200 and got == expected and self.done and self.clean
 
 
-def request(port: int, wish: Mapping[str, Any], *, stream: bool) -> bytes:
+def request(port: int, wish: Mapping[str, Any], *, stream: bool, model: str = "bench") -> bytes:
     """Return a chat request; the wish is for the stand-in."""
     body = json.dumps(
         {
-            "model": "bench",
+            "model": model,
             "messages": [{"role": "user", "content": "Hello!"}],
             "max_tokens": 4096,
             "stream": stream,

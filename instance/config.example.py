@@ -35,6 +35,11 @@
 # -- most 80%.
 # MEMORY_BUDGET = "24GB"
 
+# -- Disk space for what models have computed for earlier prompts, so that it need not be computed
+# -- again after a swap or a restart, such as 50GB or 20% of the free disk; 0: keep nothing on disk.
+# -- Default: 20GB, or a tenth of the free disk if that is less.
+# PROMPT_CACHE_DISK = "50GB"
+
 # -- Options for a model, by its id or a pattern: of a load (enable_thinking, ttl, pin, context,
 # -- draft_model, adapter, kv_bits, prompt_cache_bytes, decode_concurrency), and of requests that
 # -- do not say (temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,

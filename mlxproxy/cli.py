@@ -246,6 +246,41 @@ def chat(
 
 
 @main.command()
+@click.argument("agent", type=click.Choice(["claude", "codex", "opencode", "aider"]))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    shell_complete=_models,
+    help="Model to use (default: the loaded one).",
+)
+@click.option(
+    "--print",
+    "only_print",
+    is_flag=True,
+    help="Print what to type in a shell instead; nothing is loaded or started.",
+)
+@_server
+def launch(
+    client: Any, agent: str, arguments: tuple[str, ...], model: str | None, only_print: bool
+) -> None:
+    """Start a coding agent that uses this server.
+
+    AGENT is claude (Claude Code), codex, opencode or aider. The model is loaded first. The agent
+    gets its settings in its environment and as flags; its own files stay as they are. ARGUMENTS
+    after `--` are passed to it.
+
+    \b
+    mlxproxy launch claude
+    mlxproxy launch codex -m Qwen3-Coder-30B-4bit -- exec "Explain this"
+    """
+    from mlxproxy.commands import launch
+
+    launch.launch(client, agent, model, arguments, only_print)
+
+
+@main.command()
 @click.option("-f", "--follow", is_flag=True, help="Keep printing new lines as they arrive.")
 @click.option(
     "--backend", is_flag=True, help="Print the log of mlx_lm.server instead of the proxy's."
@@ -294,6 +329,46 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     from mlxproxy.commands import doctor
 
     ctx.exit(doctor.doctor(as_json))
+
+
+@main.group()
+def cache() -> None:
+    """Show or delete the prompts that are kept on disk.
+
+    What a model has computed for a prompt is kept in the instance folder (PROMPT_CACHE_DISK), so
+    that it need not be computed again after a swap or a restart. Both commands work without a
+    running server.
+    """
+
+
+@cache.command("ls")
+@_json
+def cache_ls(as_json: bool) -> None:
+    """List how many prompts are kept for each model."""
+    from mlxproxy import settings
+    from mlxproxy.commands import cache
+
+    try:
+        cache.ls(settings.load().instance.prompt_cache, as_json)
+    except settings.SettingError as error:
+        raise click.ClickException(harmless(str(error))) from None
+
+
+@cache.command("clear")
+@click.argument("model", required=False)
+def cache_clear(model: str | None) -> None:
+    """Delete the prompts of MODEL, or all of them.
+
+    MODEL is a name from `mlxproxy cache ls`. A running server computes them again when they are
+    needed.
+    """
+    from mlxproxy import settings
+    from mlxproxy.commands import cache
+
+    try:
+        cache.clear(settings.load().instance.prompt_cache, model)
+    except (settings.SettingError, cache.NotKept) as error:
+        raise click.ClickException(harmless(str(error))) from None
 
 
 @main.command()

@@ -123,6 +123,13 @@ class LoadCancelled(ProxyError):
     code = "load_cancelled"
 
 
+class AnswerEnded(ProxyError):
+    """Somebody has ended the answer. No client library retries a request with this status."""
+
+    status = 410
+    code = "answer_ended"
+
+
 class RequestTooLarge(_ClientError):
     status = 413
     code = "request_too_large"

@@ -32,6 +32,11 @@ class Instance:
         """The record of past loads and how long each took."""
         return self.folder / "history.json"
 
+    @property
+    def prompt_cache(self) -> Path:
+        """The folder for what models have computed for earlier prompts."""
+        return self.folder / "prompt-cache"
+
     def log(self, source: str) -> Path:
         """Return the path of the log of the `proxy`, the `backend` or the `service`."""
         return self.folder / "logs" / f"{source}.log"

@@ -67,8 +67,8 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
         try:
             _announce(services)
             selection = services.selection
-            for name in selection.missing_profiles():
-                log.warning("PROFILES[%r]: its model is not on disk (yet)", name)
+            for sentence in selection.strangers():
+                log.warning("%s", sentence)
             selection.preload(lambda: services.bus.closed)
             server.run()
         finally:

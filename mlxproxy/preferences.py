@@ -162,6 +162,27 @@ class Preferences:
         exact = self._models.get(model_id)
         return exact.over(found) if exact else found
 
+    def strangers(self, knows: Callable[[str], bool]) -> list[str]:
+        """Return, each as a sentence, the settings that name a model which is not there.
+
+        Args:
+            knows: returns whether a model has that name.
+        """
+        named: list[tuple[str, Any]] = [
+            *((f"PROFILES[{each.name!r}]", each.model) for each in self.profiles.values()),
+            *((f"ALIASES[{name!r}]", self._followed(name)) for name in self._aliases),
+            *(
+                (f"MODELS[{pattern!r}]: draft_model", options.tuning.get("draft_model"))
+                for pattern, options in self._models.items()
+            ),
+        ]
+        own = {None, LOADED, *self.profiles}
+        return [
+            f"{where} names {model!r}, which is not on disk (yet)."
+            for where, model in named
+            if model not in own and not knows(model)
+        ]
+
     def meaning(self, name: str) -> str | None:
         """Return the target of an alias (a model, a profile, `LOADED`); None for other names."""
         if name in self._aliases:

@@ -15,7 +15,7 @@ from mlxproxy.catalog import Catalog, Model
 from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, History
 from mlxproxy.controller.state import Fallback
-from mlxproxy.errors import ModelNotFound, ModelsRootUnavailable, ProxyError
+from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable, ProxyError
 from mlxproxy.guard.check import Terms
 from mlxproxy.guard.shapes import Limits
 from mlxproxy.preferences import LOADED, Options, Preferences, Profile
@@ -42,23 +42,58 @@ class Selection:
         """Return the load that a name means, with the settings' defaults.
 
         Args:
-            name: an id, a path, the unambiguous end of an id, or a profile.
+            name: an id, a path, the unambiguous end of an id, a profile, or an alias of these.
             fresh: check the disk, so that a model that has changed there is loaded again. A chat
                 that names a known model skips this, because it would cost each chat too much.
 
         Raises:
             ProxyError: no model has that name, several have it, or it cannot be loaded.
         """
-        profile = self.preferences.profiles.get(name)
-        model = self.catalog.find(profile.model if profile else name, fresh=fresh)
+        model, profile = self.find(name, fresh)
         model.require_loadable()
         chosen = self._options(model, profile)
-        tuning = chosen.tuned()
+        tuning, draft = chosen.tuned(), None
         if tuning.draft_model is not None:
             draft = self.catalog.find(tuning.draft_model, fresh=False)
             tuning = replace(tuning, draft_model=str(draft.path))
         files = files_of(model) if fresh else None
-        return ModelSpec(model, tuning=tuning, files=files, **{**chosen.load, **options})
+        return ModelSpec(
+            model, tuning=tuning, draft=draft, files=files, **{**chosen.load, **options}
+        )
+
+    def find(self, name: str, fresh: bool = True) -> tuple[Model, Profile | None]:
+        """Return the model that a name means, and the profile if it means one.
+
+        Args:
+            name, fresh: see :meth:`spec_for`.
+
+        Raises:
+            ProxyError: no model has that name, or several have it.
+        """
+        profile = self.profile(name)
+        meant = profile.model if profile else self._meant(name)
+        return self.catalog.find(meant, fresh=fresh), profile
+
+    def _meant(self, name: str) -> str:
+        """Return the name of the model or profile that a name means. A model's own name counts more
+        than an alias; what an alias names is not looked up as an alias again."""
+        if name in self.preferences.profiles:
+            return name
+        meant = self.preferences.meaning(name)
+        if meant in (None, LOADED):
+            return name
+        try:
+            return meant if self.catalog.lookup(name) is None else name
+        except AmbiguousModel:
+            return name
+
+    def needed_bytes(self, model: Model) -> int:
+        """Return the memory that a load of the model needs, its draft model's included."""
+        name = self.preferences.of(model.id).tuning.get("draft_model")
+        if name is not None:
+            with contextlib.suppress(ProxyError):
+                return model.needed_bytes + self.catalog.find(name, fresh=False).needed_bytes
+        return model.needed_bytes
 
     def _options(self, model: Model, profile: Profile | None) -> Options:
         """Return what is set for a model, from the general to the particular."""
@@ -77,10 +112,12 @@ class Selection:
             return None
         if (resident := self.resident(name)) is not None:
             return resident
-        profile = self.preferences.profiles.get(name)
-        if profile is None and self.catalog.lookup(name) is None:
-            meant = self.preferences.meaning(name)
-            return None if meant in (None, LOADED) else self.named_spec(meant)
+        meant = self._meant(name)
+        if meant not in self.preferences.profiles:
+            if (resident := self.resident(meant)) is not None:
+                return resident
+            if self.catalog.lookup(meant) is None:
+                return None
         try:
             return self.spec_for(name, fresh=False)
         except (ModelNotFound, ModelsRootUnavailable):
@@ -88,10 +125,7 @@ class Selection:
 
     def profile(self, name: object) -> Profile | None:
         """Return the profile that a request names, directly or by an alias."""
-        if not isinstance(name, str):
-            return None
-        profiles = self.preferences.profiles
-        return profiles.get(name) or profiles.get(self.preferences.meaning(name) or "")
+        return self.preferences.profiles.get(self._meant(name)) if isinstance(name, str) else None
 
     def profiles(self) -> list[tuple[Profile, Model]]:
         """Return the profiles whose models are on disk, each with its model."""
@@ -101,11 +135,9 @@ class Selection:
                 found.append((profile, self.catalog.find(profile.model, fresh=False)))
         return found
 
-    def missing_profiles(self) -> list[str]:
-        """Return the names of the profiles whose models are not on disk."""
-        return sorted(
-            self.preferences.profiles.keys() - {profile.name for profile, _ in self.profiles()}
-        )
+    def strangers(self) -> list[str]:
+        """Return, each as a sentence, the settings that name a model which is not on disk."""
+        return self.preferences.strangers(self.catalog.knows)
 
     def in_force(self, model: Model, profile: Profile | None = None) -> dict[str, Any]:
         """Return the effective settings of a model: its load options and request defaults."""
@@ -145,7 +177,9 @@ class Selection:
         return self.engines[spec.model.engine] if spec else next(iter(self.engines.values()))
 
     def resident(self, name: object) -> ModelSpec | None:
-        """Return the loaded model with that id or path."""
+        """Return the loaded model with that id or path; a profile of that name counts more."""
+        if name in self.preferences.profiles:
+            return None
         loaded = self.controller.residents()
         return next((spec for spec in loaded if name in (spec.path, spec.model_id)), None)
 
@@ -167,7 +201,7 @@ class Selection:
             ProxyError: no model has that name, or several have it.
         """
         resident = self.resident(name)
-        return resident.path if resident is not None else str(self.catalog.find(name).path)
+        return resident.path if resident is not None else str(self.find(name)[0].path)
 
     def terms(self, spec: ModelSpec | None, profile: Profile | None = None) -> Terms:
         """Return what a request to this model may say.

@@ -155,6 +155,17 @@ def _budget(value: Any) -> int | float | None:
     raise ValueError("a size such as 24GB, or a percentage of the memory such as 60%")
 
 
+@_shown_as("SIZE|PERCENT|0")
+def _disk_budget(value: Any) -> int | float | None:
+    """Return bytes (an int; 0: none), or a fraction of the free disk (a float)."""
+    if str(value).strip() == "0":
+        return 0
+    try:
+        return _budget(value)
+    except ValueError:
+        raise ValueError("a size such as 50GB, a percentage such as 20%, or 0") from None
+
+
 @_shown_as("true|false")
 def _boolean(value: Any) -> bool:
     words = {"true": True, "yes": True, "on": True, "1": True}
@@ -327,6 +338,13 @@ class Settings:
         "Memory for all models together, such as 24GB or 60%",
         shown="what Metal recommends on macOS; elsewhere what is free, but with MAX_LOADED above 1 "
         "at most 80%",
+    )
+    prompt_cache_disk: int | float | None = _setting(
+        None,
+        _disk_budget,
+        "Disk space for what models have computed for earlier prompts, such as 50GB or 20% of the "
+        "free disk; 0: keep nothing on disk",
+        shown="20GB, or a tenth of the free disk if that is less",
     )
     models: Table = _setting(
         (),

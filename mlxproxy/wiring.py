@@ -25,7 +25,9 @@ from mlxproxy.controller import Controller, History, Limits
 from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
+from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.logfile import LogFile
+from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.preferences import Preferences
@@ -145,6 +147,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         access=access,
         bus=bus,
         metrics=metrics,
+        answers=Answers(),
         bodies=Budget(BODIES * settings.max_body),
         responses=ResponsesStore(),
         chats=ResponsesStore(),
@@ -154,7 +157,17 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
 
 def engines_of(settings: Settings) -> tuple[Engine, ...]:
     """Return the available kinds of backends, the preferred one first."""
-    return (MlxLm(settings.mlx_server_bin, settings.max_tokens, memory_of(settings).cache_bytes),)
+    prompt_disk = PromptDisk(
+        settings.instance.prompt_cache, settings.prompt_cache_disk, settings.stop_timeout
+    )
+    return (
+        MlxLm(
+            settings.mlx_server_bin,
+            settings.max_tokens,
+            memory_of(settings).cache_bytes,
+            prompt_disk,
+        ),
+    )
 
 
 def memory_of(settings: Settings) -> Memory:

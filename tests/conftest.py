@@ -1,7 +1,8 @@
 """The fixtures that tests share: tiny models that really answer, and proxies as a user starts them.
 
 A test's folder shows its cost: a test of `unit` starts no process, one of `standin` starts
-programs, with a scripted stand-in if a backend is needed, one of `backend` uses the real mlx-lm.
+programs, with a scripted stand-in if a backend is needed, one of `backend` uses the real mlx-lm,
+one of `page` drives a browser.
 """
 
 from __future__ import annotations

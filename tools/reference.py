@@ -42,12 +42,21 @@ def rewritten(text: str, part: str) -> str:
     Raises:
         ValueError: the document does not have the part's two markers.
     """
+    return put(text, part, PARTS[part]())
+
+
+def put(text: str, part: str, content: str) -> str:
+    """Return a document's text with this content between the part's markers.
+
+    Raises:
+        ValueError: the document does not have the part's two markers.
+    """
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
     head, found, rest = text.partition(begin)
     _, ended, tail = rest.partition(end)
     if not (found and ended):
         raise ValueError(f"there is no {begin} … {end}")
-    return f"{head}{begin}\n{PARTS[part]()}{end}{tail}"
+    return f"{head}{begin}\n{content}{end}{tail}"
 
 
 def contexts(context: click.Context) -> Iterator[click.Context]:

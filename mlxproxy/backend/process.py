@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from mlxproxy.backend import memory, ports, processes
 from mlxproxy.backend.connection import BackendConnection, BrokenConnection, ReadTimeout
 from mlxproxy.backend.launch import Launched, launch
 from mlxproxy.backend.output import Listener, OutputPump
-from mlxproxy.backend.processes import Mark, ask
+from mlxproxy.backend.processes import Mark, ask, lives
 from mlxproxy.backend.protocol import Address, Command, Engine, Fault, Link, Probe, Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.backend.standby import Standby
@@ -105,6 +105,7 @@ class Backend:
         self._planned: Command | None = None
         self._launched: Launched | None = None
         self._leader: psutil.Process | None = None  # the same process, for psutil
+        self._members: set[psutil.Process] = set()  # with a wrapper, those that it has started
         self._output: OutputPump | None = None
         self._link: Link | None = None
         self._oom_kills = 0  # the system's count before the start
@@ -136,6 +137,11 @@ class Backend:
     def ended(self) -> str | None:
         """The reason why the backend can no longer generate; None while it can."""
         return self._ended
+
+    @property
+    def features(self) -> Collection[str]:
+        """The features that the process has enabled; see `protocol.Link`."""
+        return () if self._link is None else self._link.features
 
     def has(self, feature: str) -> bool:
         """Return whether the process has a feature enabled; see `protocol.Link`."""
@@ -190,8 +196,12 @@ class Backend:
         return ask(lambda: int(psutil.Process(pid).io_counters().read_chars))
 
     def memory(self) -> int | None:
-        """Return the bytes that the process holds; None if it is gone."""
-        return memory.footprint(self.pid) if self.pid else None
+        """Return the bytes that it holds, all its processes together; None if it is gone."""
+        if self.pid is None:
+            return None
+        others = (each.pid for each in self._members if each.pid != self.pid and lives(each))
+        held = [memory.footprint(pid) for pid in (self.pid, *others)]
+        return sum(each for each in held if each is not None) or None
 
     # -- lifecycle
 
@@ -404,7 +414,10 @@ class Backend:
             PortInUse: it is another process.
         """
         holder = ports.listener(self.port)
-        if holder is None or holder.pid == self.pid or Mark.of(holder) == self._mark:
+        if holder is not None and holder.pid == self.pid:
+            return
+        self._members = self._family()
+        if holder is None or Mark.of(holder) == self._mark:
             return
         if any(parent.pid == self.pid for parent in ask(holder.parents) or ()):
             return

@@ -6,7 +6,7 @@ rest of mlxproxy starts, watches, queries and stops processes only through this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -44,6 +44,10 @@ class Link(Protocol):
 
     def let_clients_in(self) -> None:
         """Tell the process that clients' requests come from now on."""
+
+    @property
+    def features(self) -> Collection[str]:
+        """The names of all features that the process has enabled."""
 
     def has(self, feature: str) -> bool:
         """Return whether the process has a feature enabled.
@@ -186,10 +190,14 @@ class Wire(Protocol):
     Attributes:
         chunk_end: the end of an event that carries only a part of the text. Such events are passed
             on without being parsed; the event that carries the token count must end differently.
+        reasoning_mark: the bytes with which the field `reasoning` begins, and nothing else does.
     """
 
     @property
     def chunk_end(self) -> bytes: ...
+
+    @property
+    def reasoning_mark(self) -> bytes: ...
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         """Return the body of a request.
@@ -207,6 +215,20 @@ class Wire(Protocol):
         """Return the key and value with which an answer names its model.
 
         They are the same throughout an answer, and no text in the answer can contain them.
+        """
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        """Return events, or a whole answer, with `reasoning_content` next to each `reasoning`.
+
+        Half of the clients read one, half the other, none both. It is called for each event that
+        contains `reasoning_mark`, so it must be cheap.
+        """
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event of a chat without the role of its message.
+
+        OpenAI tells it in the first event only, and its libraries put the values of a field
+        together: "assistantassistant". It is called for each event after the first.
         """
 
     def completion(self) -> Completion:

@@ -39,6 +39,7 @@ class ModelSpec:
         pin: never evict it for another model.
         adapters: adapter folders that requests may name.
         draft_models: draft models that requests may name.
+        draft: the draft model of `tuning`, which is in memory with the model.
         files: what was on disk at its path; None: not checked, anything will do.
     """
 
@@ -48,6 +49,7 @@ class ModelSpec:
     adapters: frozenset[str] = frozenset()
     draft_models: frozenset[str] = frozenset()
     tuning: Tuning = Tuning()
+    draft: Model | None = field(default=None, compare=False)
     files: Fingerprint | None = field(default=None, compare=False, repr=False)
     force: bool = field(default=False, compare=False)
     pin: bool = field(default=False, compare=False)
@@ -63,7 +65,7 @@ class ModelSpec:
     @property
     def needed_bytes(self) -> int:
         """The memory that it needs, estimated."""
-        return self.model.needed_bytes
+        return self.model.needed_bytes + (self.draft.needed_bytes if self.draft else 0)
 
     @property
     def max_context(self) -> int | None:

@@ -16,9 +16,10 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.dialects import conversation
 from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
-from mlxproxy.errors import InvalidRequest
+from mlxproxy.errors import AnswerEnded, InvalidRequest
 from mlxproxy.guard import check
 from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.observability.answers import UnderWay
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
@@ -75,7 +76,7 @@ class Asked:
     @property
     def request(self) -> Request:
         """The request that is sent to the backend."""
-        return Request(PATHS[self.kind], self.body, self.name)
+        return Request(PATHS[self.kind], self.body, self.name, as_chat=self.kind == "chat")
 
     def warn(self) -> None:
         """Tell the client what its answer lacks. Call it once the answer's end is taken care of."""
@@ -119,6 +120,13 @@ def ask(
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
     target = _target(body.fields.get("model"), ttl)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
+    ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
+    wanted = lease.target or known
+    answer = UnderWay(
+        g.who, stats, wanted.model_id if wanted else None, lambda: controller.abort(lease, ended)
+    )
+    g.answer = parts.answers.begin(answer)
+    parts.metrics.answer_begun(stats)
     return Asked(body, kind, known, lease, stats, profile.name if profile else None)
 
 
@@ -188,7 +196,11 @@ def answered(
         {} if translated.temperature is None else {"temperature": translated.temperature},
     )
     lease, stats = asked.lease, asked.stats
-    request = Request(PATHS[translated.kind], _Named(asked.body, answer, asked.name, on_spec))
+    request = Request(
+        PATHS[translated.kind],
+        _Named(asked.body, answer, asked.name, on_spec),
+        reworded=lambda error: in_their_words(error, translated.names),
+    )
     relay = services().relay
     if translated.stream:
         stream = TranslatedStream(relay.stream(lease, request, stats), answer)

@@ -18,13 +18,14 @@ from mlxproxy.blueprints import (
     observe,
     ollama,
     openai,
+    page,
     responses,
 )
 from mlxproxy.blueprints.services import Services
 
 
 class App(Flask):
-    """Flask without two things that no view here needs, and that each short answer would pay for."""
+    """Flask without two things that no view needs here, and for which each answer would pay."""
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         """Return the adapter that finds the view: by path and method, whatever the host is."""
@@ -51,7 +52,7 @@ def create_app(services: Services) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["mlxproxy"] = services
     hooks.install(app)
-    house = (front, health, models, openai, observe)
+    house = (front, page, health, models, openai, observe)
     for module in (*house, anthropic, responses, ollama, lmstudio):
         app.register_blueprint(module.blueprint)
     # For clients whose base URL lacks the /v1.

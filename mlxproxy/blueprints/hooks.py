@@ -21,6 +21,7 @@ from werkzeug.exceptions import (
 
 from mlxproxy import sse
 from mlxproxy.backend.protocol import Unmet
+from mlxproxy.blueprints import page
 from mlxproxy.blueprints.auth import LINKED_PATHS
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects.chat_events import Relayed
@@ -181,11 +182,16 @@ def _admit() -> Response | None:
         access.check_site(site, host, _is_followed_link(asked))
     if asked.method == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
         return Response(status=204)
-    if asked.path not in OPEN_PATHS:
+    if asked.path not in OPEN_PATHS and not page.is_for(asked):
         g.key = access.check_key(environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_X_API_KEY"))
-    if asked.path not in QUIET_PATHS:
+    if not _is_quiet(asked.path):
         parts.bus.publish("request_started", g.who)  # which copies it
     return None
+
+
+def _is_quiet(path: str) -> bool:
+    """Return whether only DEBUG logs a request; a page that opens reads dozens of its files."""
+    return path in QUIET_PATHS or path.startswith(page.PREFIX)
 
 
 def _is_followed_link(asked: Request) -> bool:
@@ -198,7 +204,8 @@ def _is_followed_link(asked: Request) -> bool:
 
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
-    headers.extend({"X-Request-Id": g.request_id, **SECURITY_HEADERS})
+    headers.extend({"X-Request-Id": g.request_id})
+    headers.extend(g.get("security_headers", SECURITY_HEADERS))
     if dialect_of(_this_request().path) == "anthropic":
         headers["request-id"] = g.request_id  # the name that Anthropic's SDK reads
     if (warnings := g.get("warnings")) is not None:
@@ -248,17 +255,18 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
     asked = _this_request()
     parts, started, path, facts = services(), g.started, asked.path, g.who
     route = asked.url_rule.rule if asked.url_rule else "other"
-    if (live := g.get("stats")) is not None:
-        parts.metrics.stream_begun(live)
+
+    answer, quiet = g.get("answer"), _is_quiet(path)
 
     def record(status: int, stats: AnswerStats | None) -> None:
+        parts.answers.end(answer)
         facts.update(status=status, seconds=round(time.monotonic() - started, 3))
         if stats is not None:
             facts.update(stats.figures())
         parts.metrics.request(route, status, stats)
-        if path not in QUIET_PATHS:
+        if not quiet:
             parts.bus.publish("request", facts)
-        level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+        level = logging.DEBUG if quiet else logging.INFO
         if log.isEnabledFor(level):
             shown = " ".join(f"{name}={it}" for name, it in facts.items() if it is not None)
             line = shown.encode("unicode_escape").decode()  # always a single line

@@ -59,7 +59,8 @@ def models_v0() -> dict[str, Any]:
 @blueprint.get("/v0/models/<path:name>")
 def model_v0(name: str) -> dict[str, Any]:
     """Return one model."""
-    return lmstudio_models.one_v0(services().catalog.find(name).to_dict(), contexts())
+    model, _ = services().selection.find(name)
+    return lmstudio_models.one_v0(model.to_dict(), contexts())
 
 
 @blueprint.post("/v1/chat")

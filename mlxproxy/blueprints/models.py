@@ -64,7 +64,7 @@ def listing() -> Response:
 
 def _items(models: Iterable[Model]) -> list[str]:
     """Return the models as JSON items of the listing: facts from their files and current state."""
-    controller = services().controller
+    controller, needed_bytes = services().controller, services().selection.needed_bytes
     snapshot = controller.describe()
     loaded = {slot.spec.path for slot in snapshot.slots if slot.spec is not None}
     loading = {each.spec.path for each in snapshot.operations if each.spec is not None}
@@ -73,7 +73,7 @@ def _items(models: Iterable[Model]) -> list[str]:
     for model in models:
         path = str(model.path)
         now = "loaded" if path in loaded else "loading" if path in loading else "not-loaded"
-        fits = "true" if model.needed_bytes <= available else "false"
+        fits = "true" if needed_bytes(model) <= available else "false"
         is_loaded = "true" if path in loaded else "false"
         items.append(
             f'{model.encoded[:-1]}, "loaded": {is_loaded}, "state": "{now}", "fits": {fits}}}'
@@ -110,8 +110,7 @@ def one(name: str) -> Response:
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
     selection = services().selection
-    profile = selection.profile(name)
-    model = services().catalog.find(profile.model if profile else name)
+    model, profile = selection.find(name)
     item = _profile_item(profile, model) if profile else _items([model])[0]
     settings = json.dumps(selection.in_force(model, profile))
     return _json(f'{item[:-1]}, "settings": {settings}}}')

@@ -12,6 +12,8 @@
 ``request``         a request has ended: the same, ``status``, ``seconds``, and for an answer by the
                     model ``model``, ``outcome``, ``tokens_in``, ``cached_tokens``, ``tokens_out``,
                     ``waited``, ``first_token``, ``tokens_per_second``
+``figures``         with ``?figures=true``, every second while an answer or a load is under way:
+                    ``answers``, ``models`` (each with its speed and memory), the memory budget
 ``lost``            the reader was too slow: ``count`` events are lost, a new snapshot follows
 =================== ================================================================================
 """
@@ -19,6 +21,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +34,9 @@ from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.hooks import client as asker
 from mlxproxy.blueprints.hooks import disconnect, recorder
 from mlxproxy.blueprints.services import Services, services
+from mlxproxy.controller.state import Snapshot
 from mlxproxy.disconnect import Disconnect
-from mlxproxy.errors import InvalidRequest
+from mlxproxy.errors import InvalidRequest, NotFound
 from mlxproxy.observability.events import Subscriber
 from mlxproxy.observability.logtail import LogTail
 
@@ -73,8 +77,16 @@ def events() -> Response | dict[str, Any]:
     parts = services()
     if not _flag("follow", True):
         return snapshot(parts)
-    client = disconnect()
-    return _followed(parts, client, EVENTS, lambda it: _events(parts, client, it))
+    client, wants_figures = disconnect(), _flag("figures", False)
+    return _followed(parts, client, EVENTS, lambda it: _events(parts, client, it, wants_figures))
+
+
+@blueprint.delete("/v1/answers/<name>")
+def end_answer(name: str) -> dict[str, Any]:
+    """End one answer, or a request that waits for one; its client gets an error that says so."""
+    if not services().answers.abort(name):
+        raise NotFound("There is no such answer; it has probably just ended.")
+    return {"status": "ended"}
 
 
 @blueprint.get("/metrics")
@@ -97,17 +109,49 @@ def metrics() -> Response:
 def snapshot(parts: Services) -> dict[str, Any]:
     """Return the state as the controller describes it, with speed (tokens/s) and memory (bytes)."""
     spec = parts.controller.current()
-    held = parts.controller.memory()
-    told = shapes.state(parts.controller.describe())
-    for model in told["models"]:
-        model["memory_bytes"] = held.get(model["slot"])
-        model["tokens_per_second"] = parts.metrics.speed(model["id"])
+    described = parts.controller.describe()
+    told = shapes.state(described)
+    figures = _figures(parts, described)
+    for model, figure in zip(told["models"], figures["models"], strict=True):
+        model.update(figure)
     return {
         **told,
-        "tokens_per_second": parts.metrics.speed(),
-        "memory_bytes": sum(held.values()),
+        **{name: value for name, value in figures.items() if name != "models"},
         "weights_bytes": spec.model.weights_bytes if spec is not None else None,
     }
+
+
+def _figures(parts: Services, described: Snapshot) -> dict[str, Any]:
+    """Return what changes while answers go on: the answers, speeds (tokens/s), memory (bytes)."""
+    held, budget = parts.controller.memory(), parts.controller.budget()
+    models = [
+        {
+            "slot": slot.id,
+            "in_flight": slot.in_flight,
+            "waiting": slot.waiting,
+            "memory_bytes": held.get(slot.id),
+            "tokens_per_second": parts.metrics.speed(slot.occupant.model_id),
+        }
+        for slot in described.slots
+        if slot.occupant is not None
+    ]
+    return {
+        "models": models,
+        "in_flight": described.in_flight,
+        "waiting": described.waiting,
+        "tokens_per_second": parts.metrics.speed(),
+        "memory_bytes": sum(held.values()),
+        "memory_budget_bytes": None if budget == sys.maxsize else budget,
+        "answers": parts.answers.describe(),
+        "operations": _operations(parts, described),
+    }
+
+
+def _operations(parts: Services, described: Snapshot) -> list[dict[str, Any]]:
+    """Return what is under way; each load with its progress."""
+    told = [shapes.progress(each) for each in parts.controller.loads()]
+    progress = {each["model_id"]: each for each in told}
+    return [{**each, **progress.get(each["model_id"], {})} for each in shapes.operations(described)]
 
 
 def _followed(
@@ -136,30 +180,37 @@ def _followed(
     return response
 
 
-def _events(parts: Services, client: Disconnect, subscription: Subscriber) -> Iterator[bytes]:
-    lost, silent = 0, 0.0
+def _events(
+    parts: Services, client: Disconnect, subscription: Subscriber, wants_figures: bool
+) -> Iterator[bytes]:
+    lost, busy = 0, False
     yield _event("snapshot", snapshot(parts))
+    tick = said = time.monotonic()
     while not (parts.bus.closed or client.gone):
-        event = subscription.get(TICK)
+        event = subscription.get(max(0.0, tick + TICK - time.monotonic()))
         if subscription.lost > lost:
             yield _event("lost", {"count": subscription.lost - lost})
             yield _event("snapshot", snapshot(parts))
             lost = subscription.lost
         if event is not None:
             yield _event(*event)
-            silent = 0.0
+            said = time.monotonic()
+        if (now := time.monotonic()) < tick + TICK:
             continue
-        loads = [
-            each
-            for each in shapes.operations(parts.controller.describe())
-            if each["kind"] == "load"
-        ]
-        silent += TICK
-        if loads:
-            yield from (_event("load", each) for each in loads)
-        elif silent >= KEEPALIVE:
+        tick, described = now, parts.controller.describe()
+        operations = _operations(parts, described)
+        for each in operations:
+            if each["kind"] == "load":
+                yield _event("load", each)
+                said = now
+        # One more after the last answer, so that nobody believes that it goes on.
+        was_busy, busy = busy, bool(described.in_flight or described.waiting or operations)
+        if wants_figures and (busy or was_busy):
+            yield _event("figures", _figures(parts, described))
+            said = now
+        if now - said >= KEEPALIVE:
             yield sse.comment("keepalive")
-            silent = 0.0
+            said = now
 
 
 def _log_events(

@@ -73,13 +73,15 @@ def version() -> dict[str, Any]:
 @blueprint.post("/show")
 def show() -> dict[str, Any]:
     """Return one model."""
-    return ollama_models.shown(services().catalog.find(_name(dialect_body())).to_dict())
+    model, _ = services().selection.find(_name(dialect_body()))
+    return ollama_models.shown(model.to_dict())
 
 
 @blueprint.post("/pull")
 def pull() -> dict[str, Any]:
     """Report success for a model that is on disk; nothing is ever downloaded."""
-    services().catalog.find(_name(dialect_body())).require_loadable()
+    model, _ = services().selection.find(_name(dialect_body()))
+    model.require_loadable()
     return {"status": "success"}
 
 

@@ -1,4 +1,7 @@
-"""OpenAI's chat and text completions, streamed or whole. The bytes are the backend's own."""
+"""OpenAI's chat and text completions, streamed or whole. The bytes are the backend's own.
+
+The reasoning alone is sent twice, in `reasoning` and in `reasoning_content`.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,6 @@ def _complete(given: dict[str, Any], kind: Kind) -> Response:
         response = streamed(stream, asked.stats)
     else:
         whole = relay.whole(asked.lease, asked.request, asked.stats)
-        if kind == "chat":  # for each token of a stream, this would cost too much
-            whole = conversation.with_both_spellings(whole)
         response = Response(whole, mimetype="application/json")
     asked.warn()
     return response

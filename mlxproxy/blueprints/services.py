@@ -14,6 +14,7 @@ from mlxproxy.blueprints.budget import Budget
 from mlxproxy.catalog import Catalog
 from mlxproxy.controller import Controller
 from mlxproxy.dialects.responses_store import ResponsesStore
+from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.relay.relay import Relay
@@ -26,6 +27,7 @@ class Services:
     """The parts, made once by `mlxproxy.wiring`, held by the application (``app.extensions``).
 
     Attributes:
+        answers: those under way.
         bodies: the budget of bytes that request bodies take up in memory.
         responses: stored answers of the Responses API that clients may refer to.
         chats: the same for LM Studio's API.
@@ -41,6 +43,7 @@ class Services:
     access: Access
     bus: EventBus
     metrics: Metrics
+    answers: Answers
     bodies: Budget
     responses: ResponsesStore
     chats: ResponsesStore

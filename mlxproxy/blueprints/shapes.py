@@ -34,6 +34,7 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
         "in_flight": snapshot.in_flight,
         "waiting": snapshot.waiting,
         "idle_unload_in": None if left is None else round(left, 1),
+        "features": list(main.features),
         "models": [_model(slot) for slot in snapshot.slots if slot.occupant is not None],
         "transition": None if operation is None else _operation(operation),
         "last_failure": None if failure is None else _failure(failure),
@@ -95,6 +96,7 @@ def _model(slot: SlotSnapshot) -> dict[str, Any]:
         "in_flight": slot.in_flight,
         "waiting": slot.waiting,
         "idle_unload_in": None if left is None else round(left, 1),
+        "features": list(slot.features),
     }
 
 

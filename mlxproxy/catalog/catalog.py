@@ -33,7 +33,7 @@ PATIENCE = 1.0  # seconds that a caller waits for a disk to answer
 FIRST_PATIENCE = 5.0  # the same for a listing when nothing has been read yet
 _GLANCE = 0.1  # the same when a quick answer matters more than a fresh one
 LOOK_AGAIN_SECONDS = 2.0  # between two looks at the disk for unknown names
-_FORMAT = 5  # version of the cache file's format
+_FORMAT = 6  # version of the cache file's format
 _CACHE_BYTES = 256 * MB  # ten thousand models take 30 MB
 _SUGGESTIONS = 3
 # Linux's PATH_MAX: no model has a longer name. The time that Unicode normalization takes grows with
@@ -113,6 +113,16 @@ class Catalog:
             return _single(name, found)
         self.require_disk()
         raise ModelNotFound(self._not_found(name, listing.similar(name)), param="model")
+
+    def knows(self, name: str) -> bool:
+        """Return whether a model has that name, as far as the disks have told."""
+        try:
+            self.find(name, fresh=False)
+        except (ModelNotFound, ModelsRootUnavailable):
+            return False
+        except AmbiguousModel:
+            pass
+        return True
 
     def lookup(self, name: str) -> Model | None:
         """Return the model with that name; None if there is none.

@@ -11,7 +11,19 @@ DIFFUSERS = "model_index.json"
 INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+# A scan only finds files with these names (and weights, tokenizers and the like).
+NAMES = (
+    CONFIG,
+    MODELOPT,
+    DIFFUSERS,
+    INDEX,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    GENERATION_CONFIG,
+    TEMPLATE,
+)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class Capabilities:
         thinking_default: whether its template makes it think if a request does not say; None if
             that cannot be determined, or if it never thinks.
         thinking_switch: `enable_thinking` changes that.
+        prompt_cache_disk: what an earlier prompt that is kept on disk spares a later one:
+            ``prefix`` (whatever both begin with), ``window`` (the same while the earlier one fits
+            into the model's window, else as `whole`), ``whole`` (all of it if the later one begins
+            with all of it); None: nothing is kept, or that is unknown.
+        schemas: answers can be made to keep to a schema.
     """
 
     tools: bool = False
@@ -33,6 +38,8 @@ class Capabilities:
     thinking: bool = False
     thinking_default: bool | None = None
     thinking_switch: bool = False
+    prompt_cache_disk: str | None = None
+    schemas: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object for a model's listing."""

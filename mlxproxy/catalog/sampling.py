@@ -10,9 +10,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mlxproxy.catalog.layout import GENERATION_CONFIG
 from mlxproxy.files import MB, Unreadable, read_object
 
-GENERATION_CONFIG = "generation_config.json"
 # A value outside these bounds is left out; in a request it would be rejected. A `top_k` of the
 # vocabulary's size, for example, crashes the backend's generation thread at the first request.
 _BOUNDS: Mapping[str, tuple[float, float]] = {

@@ -13,11 +13,7 @@ from typing import Any, NamedTuple
 from mlxproxy.catalog.layout import (
     CONFIG,
     DIFFUSERS,
-    INDEX,
-    MODELOPT,
-    TEMPLATE,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
+    NAMES,
     Folder,
 )
 from mlxproxy.catalog.model import Model
@@ -36,8 +32,8 @@ _GONE |= {errno.EHOSTDOWN, errno.EHOSTUNREACH}
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control, or invalid UTF-8
 _WEIGHTS = (".safetensors", ".gguf")
 _RELEVANT = re.compile(
-    "|".join(map(re.escape, (CONFIG, TOKENIZER_CONFIG, TOKENIZER, TEMPLATE, INDEX, MODELOPT)))
-    + r"|model_index\.json|adapter_config\.json|added_tokens\.json|modules\.json"
+    "|".join(map(re.escape, NAMES))
+    + r"|adapter_config\.json|added_tokens\.json|modules\.json"
     + r"|config_sentence_transformers\.json|vocab\.(json|txt)|tekken\.json"
     + r"|.*\.(safetensors|gguf|bin|pt|pth|model|tiktoken)"
 )

@@ -80,6 +80,7 @@ class Client:
 
     def __init__(self, url: str, key: str | None = None, is_own: bool = False) -> None:
         self.url = url
+        self.key = key
         self.is_own = is_own
         self._session = requests.Session()
         # Proxy variables and .netrc are meant for the web, not for a machine at home.

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import psutil
 
@@ -27,7 +28,8 @@ from mlxproxy.backend.processes import ask
 from mlxproxy.catalog import Catalog
 from mlxproxy.catalog.lmstudio import models_folder
 from mlxproxy.commands import service, terminal
-from mlxproxy.commands.client import Client, ClientError
+from mlxproxy.commands.client import Client, ClientError, Refused
+from mlxproxy.preferences import Preferences
 from mlxproxy.settings import SettingError, Settings
 from mlxproxy.text import harmless, wrapped
 from mlxproxy.wiring import engines_of, inspector_of
@@ -103,6 +105,7 @@ def examine() -> Iterator[Finding]:
         yield _server(proxy, client)
     yield from (Finding(*engine.examine()) for engine in engines_of(found))
     yield from _models(found, client)
+    yield from _names(found, client)
     yield _disk(found)
     yield _leftovers(found, proxy)
     yield _port(found.proxy_port, "PROXY_PORT", proxy)
@@ -219,7 +222,8 @@ def _served(client: Client) -> list[Folder] | None:
     """Return the folders as the server sees them, or None if it does not answer."""
     try:
         health = client.get("/health")
-        models = client.get("/v1/models?all=true")["data"]
+        listed = client.get("/v1/models?all=true")["data"]
+        models = [model for model in listed if "profile_of" not in model]
     except (ClientError, KeyError):
         return None
     missing = health.get("models_root_missing", ())
@@ -239,6 +243,31 @@ def _on_disk(found: Settings) -> Iterator[Folder]:
         exists = root.is_dir()
         models = Catalog((root,), inspector, patience=SCAN_SECONDS).models() if exists else []
         yield Folder(root, exists, len(models), sum(model.loadable for model in models))
+
+
+def _names(found: Settings, client: Client | None) -> Iterator[Finding]:
+    """Yield what is wrong with PROFILES, ALIASES and MODELS."""
+    file = found.instance.config
+    try:
+        preferences = Preferences(found, engines_of(found)[0].rules)
+    except SettingError as error:
+        yield Finding("settings", str(error), f"correct it in {file}")
+        return
+    roots = found.models_root or (models_folder(),)
+    catalog = Catalog(roots, inspector_of(engines_of(found)), patience=SCAN_SECONDS)
+
+    def is_served(name: str) -> bool:
+        assert client is not None
+        try:
+            client.get(f"/v1/models/{quote(name)}")
+        except Refused as error:
+            return error.code != "model_not_found"
+        except ClientError:
+            pass  # that is a finding of its own
+        return True
+
+    for sentence in preferences.strangers(catalog.knows if client is None else is_served):
+        yield Finding("settings", sentence, f"download that model, or correct the name in {file}")
 
 
 # -- the machine

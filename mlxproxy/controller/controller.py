@@ -157,6 +157,12 @@ class Controller:
         assert claim.operation is not None
         return self._progress(claim.operation)
 
+    def loads(self) -> list[Progress]:
+        """Return the progress of every load that is queued or under way."""
+        with self._lock:
+            operations = [each for each in self._core.operations if each.spec is not None]
+        return [self._progress(each) for each in operations]
+
     # -- leases
 
     def lease(
@@ -205,6 +211,10 @@ class Controller:
     def release(self, lease: Lease) -> None:
         """Give a lease's place back: see Lease.release."""
         self._decide(lambda core, now: core.on_released(lease, now))
+
+    def abort(self, lease: Lease, error: ProxyError) -> None:
+        """End a request with this error, whether it is answered or still waits."""
+        self._decide(lambda core, now: core.on_aborted(lease, error, now))
 
     def waiting_for(self, lease: Lease) -> str:
         """Return what a lease waits for: see Lease.waiting_for."""

@@ -160,9 +160,12 @@ class Scheduler:
         return self._decided()
 
     def on_disconnected(self, request: Request, now: Moment) -> list[Effect]:
-        """Remove a disconnected client's request from the queue, or abort its answer. A granted
-        request keeps its place until it is released."""
-        error = BackendFailed("The client disconnected.")
+        """End a disconnected client's request."""
+        return self.on_aborted(request, BackendFailed("The client disconnected."), now)
+
+    def on_aborted(self, request: Request, error: ProxyError, now: Moment) -> list[Effect]:
+        """Remove a request from the queue, or abort its answer. A granted request keeps its place
+        until it is released."""
         if request in self.queue:
             self._leave_queue(request, now)
             self._reject(request, error)
@@ -560,6 +563,7 @@ class Scheduler:
             len(slot.requests),
             len(self._waiting_for(slot)) if shown else 0,
             None if deadline is None else max(0.0, deadline - now.monotonic),
+            tuple(sorted(process.features)) if process else (),
         )
 
     # -- decisions, repeated until nothing is left to decide
@@ -823,6 +827,9 @@ class Scheduler:
             self._vacate(slot, now)
             self._finish(operation, operation.cancelled, now)
             return
+        if not self._still_fits(operation):
+            self._place_again(operation, now)
+            return
         for victim in self._victims(operation):
             victim.operation = None
         operation.victims = ()
@@ -834,6 +841,26 @@ class Scheduler:
                 each.restore = None
         self._enter(slot, SlotState.LOADING, now)
         self._effects.append(Start(slot.id, operation.spec))
+
+    def _still_fits(self, operation: Operation) -> bool:
+        """Return whether a load fits beside the other models, which may have grown since it was
+        given its slots."""
+        assert operation.spec is not None
+        others = [each for each in self._reserved() if each is not operation]
+        occupied = [slot for slot in self.slots if slot.is_occupied]
+        return not (occupied or others) or policy.fits(
+            operation.spec, occupied, others, self.budget
+        )
+
+    def _place_again(self, operation: Operation, now: Moment) -> None:
+        """Give up a load's slots, so that it is decided again what is evicted for it."""
+        assert operation.slot is not None
+        for slot in (*self._victims(operation), self.slots[operation.slot]):
+            slot.operation = None
+        self._vacate(self.slots[operation.slot], now)
+        operation.slot, operation.victims, operation.phase = None, (), Phase.WAITING
+        if not operation.claims:
+            self.operations.remove(operation)  # the requests that need it are still in the queue
 
     def _reap_or_idle(self, now: Moment) -> bool:
         """Begin to empty a slot whose process has exited, or that has been idle for long enough."""

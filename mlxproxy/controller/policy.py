@@ -228,13 +228,12 @@ def place(
         (slot for slot in slots if slot.may_grant and not slot.pinned and slot not in own),
         key=lambda slot: slot.last_use,
     )
-    held = {slot.id: slot.needed_bytes for slot in slots if slot.is_occupied}
-    promised = sum(item.spec.needed_bytes for item in reserved if item.spec is not None)
+    occupied = [slot for slot in slots if slot.is_occupied]
 
     def suffices(victims: Sequence[Slot]) -> bool:
-        left = len(held) - len(victims) + len(reserved)
-        used = sum(held.values()) + promised - sum(held[slot.id] for slot in victims)
-        return left < max_loaded and bool(free or victims) and used + spec.needed_bytes <= budget
+        kept = [slot for slot in occupied if slot not in victims]
+        is_room = bool(free or victims) and len(kept) + len(reserved) < max_loaded
+        return is_room and _used(kept, reserved) + spec.needed_bytes <= budget
 
     best = min(
         (
@@ -254,6 +253,16 @@ def place(
     # Its own slot; of the free ones, one that has nothing else to restore.
     target = min(own or free or best, key=lambda slot: (slot.restore not in (None, spec), slot.id))
     return Placement(target.id, tuple(slot.id for slot in best))
+
+
+def fits(spec: ModelSpec, kept: Sequence[Slot], reserved: Sequence[Operation], budget: int) -> bool:
+    """Return whether a load fits beside what is kept and what has been promised a place."""
+    return spec.force or _used(kept, reserved) + spec.needed_bytes <= budget
+
+
+def _used(kept: Sequence[Slot], reserved: Sequence[Operation]) -> int:
+    promised = sum(item.spec.needed_bytes for item in reserved if item.spec is not None)
+    return sum(slot.needed_bytes for slot in kept) + promised
 
 
 def relief(slots: Sequence[Slot]) -> Slot | None:

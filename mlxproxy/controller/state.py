@@ -7,7 +7,7 @@ frozen ones are given to others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -145,6 +145,10 @@ class Process(Protocol):
 
     def declare_hung(self, reason: str) -> None:
         """Declare it dead."""
+
+    @property
+    def features(self) -> Collection[str]:
+        """The features that it has enabled."""
 
     def has(self, feature: str) -> bool:
         """Return whether it has a feature enabled."""
@@ -351,6 +355,7 @@ class SlotSnapshot:
         last_use: Unix seconds.
         memory: bytes that its process held at the last measurement.
         waiting: queued requests that its model may answer.
+        features: those that its process has enabled, in order.
     """
 
     id: int
@@ -368,6 +373,7 @@ class SlotSnapshot:
     in_flight: int
     waiting: int
     idle_unload_in: float | None
+    features: tuple[str, ...]
 
 
 @dataclass(frozen=True)

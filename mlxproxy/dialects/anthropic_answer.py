@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from mlxproxy.dialects import errors
-from mlxproxy.dialects.chat_events import deltas_of
+from mlxproxy.dialects.chat_events import deltas_of, reasoning_tokens
 from mlxproxy.dialects.form import (
     NOTHING,
     UNTIMED,
@@ -36,6 +36,13 @@ _EMPTY: Final[Mapping[Stretch, Json]] = {
     "text": {"type": "text", "text": ""},
     # Thoughts are not signed here, but the field must be a string.
     "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
+}
+# What belongs to Anthropic's own service. Its schema has these fields in every whole message.
+_NOT_HERE: Final[Json] = {
+    "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+    "inference_geo": None,
+    "server_tool_use": None,
+    "service_tier": "standard",
 }
 _PIECE: Final[Mapping[Stretch, bytes]] = {
     "text": b'{"type":"text_delta","text":',
@@ -132,18 +139,22 @@ class AnthropicAnswer(BlockAnswer):
 
     def whole(self, completion: Mapping[str, Any] = NOTHING, timing: Timing = UNTIMED) -> bytes:
         content: list[Json] = []
-        for delta in deltas_of(completion):
+        deltas = deltas_of(completion)
+        for delta in deltas:
             self.note(delta)
             if isinstance(delta, Text) and delta.text.strip():
-                content.append({**_EMPTY["text"], "text": delta.text})
+                content.append({**_EMPTY["text"], "text": delta.text, "citations": None})
             elif isinstance(delta, Reasoning) and delta.text.strip():
                 content.append({**_EMPTY["reasoning"], "thinking": delta.text})
             elif isinstance(delta, Call):
                 used = {"id": self._call_id(delta), "name": delta.name, "input": delta.value}
-                content.append({"type": "tool_use", **used})
+                content.append({"type": "tool_use", **used, "caller": {"type": "direct"}})
         message = self._message(self.usage or Usage(self._estimate, 0, 0))
+        thinking = {"thinking_tokens": reasoning_tokens(deltas)}
+        message["usage"] |= {**_NOT_HERE, "output_tokens_details": thinking}
         stop_reason = _STOP_REASONS[self.stopped_by]
-        return json_bytes({**message, "content": content, "stop_reason": stop_reason})
+        rest = {"stop_reason": stop_reason, "stop_details": None, "container": None}
+        return json_bytes({**message, "content": content, **rest})
 
     # -- both
 

@@ -286,6 +286,8 @@ def _tools(body: Mapping[str, Any]) -> Json:
             function["description"] = fields.a_text(tool["description"], f"{place}.description")
         schema = tool.get("input_schema") or {"type": "object", "properties": {}}
         function["parameters"] = fields.an_object(schema, f"{place}.input_schema")
+        if fields.flag(tool, "strict", False):
+            function["strict"] = True
         tools.append({"type": "function", "function": function})
     if not tools:
         return {}
@@ -300,15 +302,18 @@ def _choice(body: Mapping[str, Any], names: set[str]) -> Json:
     if choice is None:
         return {}
     choice = fields.an_object(choice, "tool_choice")
+    once: Json = {}
+    if fields.flag(choice, "disable_parallel_tool_use", False):
+        once["parallel_tool_calls"] = False
     kind = choice.get("type")
     if kind == "tool":
         name = fields.a_text(choice.get("name"), "tool_choice.name")
         if name not in names:
             return {}  # a server tool
-        return {"tool_choice": {"type": "function", "function": {"name": name}}}
+        return {"tool_choice": {"type": "function", "function": {"name": name}}, **once}
     if not isinstance(kind, str) or kind not in _CHOICES:
         fields.refuse("tool_choice.type", "auto, any, tool or none")
-    return {"tool_choice": _CHOICES[kind]}
+    return {"tool_choice": _CHOICES[kind], **once}
 
 
 _THINKING = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}

@@ -7,7 +7,6 @@ old calls, and they read a model's old reasoning from only one field.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,18 +135,3 @@ def arguments(value: object) -> Json:
         except (ValueError, RecursionError):
             return {}
     return value if isinstance(value, dict) else {}
-
-
-_REASONING = b', "reasoning": "'
-_REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
-
-
-def with_both_spellings(data: bytes) -> bytes:
-    """Return backend events, or a whole answer, with `reasoning_content` next to `reasoning`.
-
-    Half of the clients read one, half the other, none both. The events are not parsed: inside a
-    JSON string there is a backslash before each quotation mark, so this one begins a field.
-    """
-    if _REASONING not in data or b'"reasoning_content": ' in data:
-        return data
-    return _REASONING_FIELD.sub(rb', "reasoning": \1, "reasoning_content": \1', data)

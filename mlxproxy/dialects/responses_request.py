@@ -124,6 +124,13 @@ def _includes(body: Mapping[str, Any], name: str) -> bool:
     return isinstance(include, list) and name in include
 
 
+def _echoed(tool: Json) -> Json:
+    """Return a tool as an answer repeats it: with each field of its kind."""
+    if tool.get("type") != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": None, **tool}
+
+
 def _echo(body: Mapping[str, Any]) -> Json:
     """Return the fields of the request that an answer repeats."""
     reasoning = body.get("reasoning")
@@ -140,8 +147,17 @@ def _echo(body: Mapping[str, Any]) -> Json:
         "temperature": 1.0 if temperature is None else temperature,
         "text": body.get("text") or {"format": {"type": "text"}},
         "tool_choice": body.get("tool_choice") or "auto",
-        "tools": body.get("tools") or [],
+        "tools": [_echoed(tool) for tool in body.get("tools") or []],
         "top_p": 1.0 if top_p is None else top_p,
         "truncation": "disabled",
         "metadata": body.get("metadata") or {},
+        # The schema of a response has all of these, too.
+        "background": False,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "top_logprobs": 0,
+        "max_tool_calls": body.get("max_tool_calls"),
+        "prompt_cache_key": body.get("prompt_cache_key"),
+        "safety_identifier": body.get("safety_identifier"),
+        "service_tier": "default",
     }

@@ -120,6 +120,8 @@ class Tools:
         if description := _description(tool, place):
             function["description"] = description
         function["parameters"] = parameters
+        if tool.get("strict") is True:
+            function["strict"] = True
         self.functions.append({"type": "function", "function": function})
 
 

@@ -35,6 +35,7 @@ ROLES: Final = {
 }
 SPEAKERS: Final = frozenset({"system", "developer", "user"})  # roles that must say something
 EFFORTS: Final = frozenset({"none", "minimal", "low", "medium", "high", "xhigh", "max"})
+FORMATS: Final = ("text", "json_object", "json_schema")
 TOOL_CHOICES: Final = frozenset({"none", "auto", "required"})
 TEXT_KEYS: Final = {"text": "text", "refusal": "refusal"}  # content part's type -> its text
 IMAGE_TYPES: Final = frozenset({"image_url", "input_image", "image"})
@@ -263,16 +264,23 @@ def stream_options(name: str, value: Any, limits: Limits) -> Any:
 
 
 def response_format(name: str, value: Any, limits: Limits) -> Any:
-    """Accept only text: nothing can make the backend keep to a format."""
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        raise refusal(name, "an object with a type")
-    if value["type"] != "text":
-        raise InvalidRequest(
-            f'{name} can only be {{"type": "text"}}: answers cannot be forced into JSON. Leave it '
-            "out, ask for JSON in the prompt, and check the answer.",
-            param=name,
-        )
-    return DROP
+    """Return JSON or a JSON schema, in OpenAI's form; plain text is the default."""
+    if not isinstance(value, dict) or value.get("type") not in FORMATS:
+        raise refusal(name, f"an object whose type is one of {', '.join(FORMATS)}")
+    if value["type"] == "text":
+        return DROP
+    form = value.get("json_schema")
+    if value["type"] == "json_object":
+        if value.get("schema") is None:
+            return {"type": "json_object"}
+        form = value  # as llama.cpp and others spell it
+    if not isinstance(form, dict) or not isinstance(form.get("schema"), dict):
+        raise refusal(name, "a JSON schema (an object), as json_schema.schema")
+    strict = form.get("strict")
+    if strict is not None:
+        boolean(f"{name}.strict", strict, limits)
+    checked = {"schema": form["schema"]} | ({} if strict is None else {"strict": strict})
+    return {"type": "json_schema", "json_schema": checked}
 
 
 def only_text(name: str, value: Any, limits: Limits) -> Any:
@@ -439,6 +447,8 @@ def tools(name: str, value: Any, limits: Limits) -> Any:
             raise refusal(place, "an object with a name and parameters")
         if not isinstance(function.get("name"), str):
             raise refusal(f"{place}.name", "a string")
+        if function.get("strict") is not None:
+            boolean(f"{place}.strict", function["strict"], limits)
         parameters = function.get("parameters")
         if parameters is None:
             continue

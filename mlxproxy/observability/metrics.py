@@ -81,7 +81,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = Counts()
-        self._streams: dict[int, AnswerStats] = {}
+        self._answers: dict[int, AnswerStats] = {}
         self._last_speed: float | None = None
         self._last_speeds: dict[str, float] = {}
         self._places: defaultdict[int, _Place] = defaultdict(_Place)
@@ -92,33 +92,33 @@ class Metrics:
             return copy.deepcopy(self._counts)
 
     def speed(self, model: str | None = None) -> dict[str, float | None]:
-        """Return tokens per second: of all streams in flight together, and of the last full answer.
+        """Return tokens per second: of all answers in flight together, and of the last full answer.
 
         Args:
             model: the id of the model whose answers count; None: all models.
         """
         with self._lock:
-            streams = [it for it in self._streams.values() if model in (None, it.model)]
+            answers = [it for it in self._answers.values() if model in (None, it.model)]
             last = self._last_speed if model is None else self._last_speeds.get(model)
         now = time.monotonic()
         rates = [
             it.tokens_out / (now - it.first_byte)
-            for it in streams
+            for it in answers
             if it.first_byte is not None and now > it.first_byte
         ]
         return {"now": round(sum(rates), 1) if rates else None, "last": last}
 
-    def stream_begun(self, stats: AnswerStats) -> None:
-        """Record that a stream has begun; :meth:`request` records its end."""
+    def answer_begun(self, stats: AnswerStats) -> None:
+        """Record that an answer has been asked for; :meth:`request` records its end."""
         with self._lock:
-            self._streams[id(stats)] = stats
+            self._answers[id(stats)] = stats
 
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
         """Record that a request has ended; `stats` is given if a model was to answer it."""
         figures = stats.figures() if stats is not None else {}
         model = figures.get("model")
         with self._lock:
-            self._streams.pop(id(stats), None)
+            self._answers.pop(id(stats), None)
             counts = self._counts
             counts.requests[route, status] += 1
             if model is None:

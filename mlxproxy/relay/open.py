@@ -10,7 +10,7 @@ from mlxproxy.backend.connection import BackendConnection, ReadTimeout
 from mlxproxy.backend.protocol import Address
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
-from mlxproxy.errors import BackendFailed, ProxyError
+from mlxproxy.errors import BackendFailed, InvalidRequest, ProxyError
 from mlxproxy.relay.stall import INTERVAL_SECONDS, Patience
 
 ERROR_BYTES: Final = 1 << 16  # of the backend's own error
@@ -36,11 +36,16 @@ class Request:
     Attributes:
         path: the backend's path.
         name: the model's name in the answer; None: its id.
+        as_chat: whether the client reads the events of a chat themselves, not a translation: it
+            finds the reasoning in `reasoning_content`, too, and the role in the first event alone.
+        reworded: returns a rejection in the client's own words.
     """
 
     path: str
     body: Body
     name: str | None = None
+    as_chat: bool = False
+    reworded: Callable[[InvalidRequest], InvalidRequest] = lambda error: error
 
 
 class Exchange:
@@ -59,6 +64,9 @@ class Exchange:
     Attributes:
         streamed: whether the answer comes as a stream.
         wants_usage: whether the client asks for the token count at the end of its stream.
+        reasoning_mark: what an event contains that :meth:`with_both_spellings` is to change; None:
+            no event is to be changed.
+        without_role: what takes the role out of all events but the first; None: it stays in them.
 
     Raises:
         ProxyError: the request is rejected, the lease has been ended, or nothing accepts the
@@ -76,7 +84,14 @@ class Exchange:
         self.wire = backend.wire
         self.streamed = streamed or self.wire.streams_all(fields)
         self.wants_usage = (fields.get("stream_options") or {}).get("include_usage") is True
-        payload = self.wire.encode(fields, spec.path, self.streamed)
+        self.reasoning_mark = self.wire.reasoning_mark if request.as_chat else None
+        self.with_both_spellings = self.wire.with_both_spellings
+        self.without_role = self.wire.without_role if request.as_chat else None
+        self._reworded = request.reworded
+        try:
+            payload = self.wire.encode(fields, spec.path, self.streamed)
+        except InvalidRequest as error:
+            raise request.reworded(error) from None
         self.model_field = self.wire.model_field(spec.path)
         self.shown_field = self.wire.model_field(request.name or spec.model_id)
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
@@ -128,12 +143,21 @@ class Exchange:
             raise self._lease.fault(error) from None
 
     def shown(self, data: bytes) -> bytes:
-        """Return events, or a whole answer, with the model's name instead of its path."""
-        return data.replace(self.model_field, self.shown_field)
+        """Return events, or a whole answer, as the client is to see them.
+
+        They have the model's name instead of its path, and the reasoning in the spellings that the
+        request asks for.
+        """
+        data = data.replace(self.model_field, self.shown_field)
+        if self.reasoning_mark is not None and self.reasoning_mark in data:
+            data = self.with_both_spellings(data)
+        return data
 
     def _refusal(self) -> ProxyError:
         body = self.connection.read_rest(ERROR_BYTES, INTERVAL_SECONDS)
         if self._lease.error is not None:
             return self._lease.error
         error = self.wire.error(self.connection.status, body)
+        if isinstance(error, InvalidRequest):
+            return self._reworded(error)
         return self._lease.fault(error) if isinstance(error, BackendFailed) else error

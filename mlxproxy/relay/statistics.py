@@ -14,7 +14,7 @@ class AnswerStats:
     Attributes:
         tokens_in: the length of the prompt, cached tokens included.
         cached_tokens: how many of these were in the backend's prompt cache.
-        tokens_out: while a stream is in progress, the number of events that have arrived.
+        tokens_out: while an answer is in progress, the number of events that have arrived.
         prompt_read: when the last keepalive before the first token came: from then on, the backend
             generates. None if there was none.
         tokens_unmeasured: tokens that had arrived by then, at an unknown speed.

@@ -366,6 +366,35 @@ def test_the_doctor_tells_a_wrong_setting(tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
+def test_the_doctor_tells_the_names_in_the_settings_that_no_model_has(
+    start: Callable[..., Proxy], models: Path, tmp_path: Path
+) -> None:
+    instance = tmp_path / "instance"
+    instance.mkdir()
+    config = instance / "config.py"
+    config.write_text(
+        'PROFILES = {"coder": {"model": "alpha"}, "lost": {"model": "gone"}}\n'
+        'ALIASES = {"gpt-*": "coder", "claude-*": "loaded"}\n'
+    )
+    expected = "PROFILES['lost'] names 'gone', which is not on disk (yet)"
+    set_up = environment(
+        tmp_path, MLXPROXY_INSTANCE_PATH=str(instance), MLXPROXY_MODELS_ROOT=str(models)
+    )
+    proxy = start(models, instance=instance)
+    for running in (True, False):
+        done = run("doctor", env=set_up)
+        assert ("server: running" in done.stdout) is running
+        assert done.stdout.count("which is not on disk") == 1
+        assert expected in done.stdout.replace("\n       ", " ")
+        assert f"correct the name in {config}" in done.stdout
+        assert "models: 2 of 2" in done.stdout, "a profile is not a model of its own"
+        assert done.returncode == 1
+        if running:
+            proxy.stop()
+    config.write_text('ALIASES = {"a": "b", "b": "a"}\n')
+    assert "ALIASES go in a circle: a → b → a" in run("doctor", env=set_up).stdout
+
+
 # -- serve
 
 

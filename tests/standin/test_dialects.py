@@ -312,6 +312,19 @@ def test_chat_takes_what_clients_get_wrong_and_tells_its_reasoning_in_both_spell
     assert "bro" not in json.dumps(sent)
 
 
+def test_each_event_of_a_chat_carries_its_reasoning_in_both_spellings(scripted: Any) -> None:
+    proxy, _ = scripted(events=3, thoughts=2)
+    body = {"model": "tiny/alpha", "messages": USER, "stream": True}
+    answer = proxy.post("/v1/chat/completions", body)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    thoughts = [delta["reasoning"] for delta in deltas if "reasoning" in delta]
+    assert "".join(thoughts) == "thought0 thought1 "
+    assert [delta.get("reasoning_content") for delta in deltas] == [
+        delta.get("reasoning") for delta in deltas
+    ]
+
+
 def test_a_body_nested_too_deeply_is_refused_and_not_a_fault(
     dialect: Dialect, scripted: Any
 ) -> None:

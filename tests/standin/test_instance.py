@@ -343,6 +343,17 @@ def test_a_wrappers_child_is_ended_by_swap_unload_and_stop(wrapped: tuple[Proxy,
     assert running(program) == []
 
 
+@pytest.mark.parametrize("wrapped", WAYS, indirect=True)
+def test_the_memory_of_a_wrappers_child_counts(wrapped: tuple[Proxy, Path]) -> None:
+    proxy, program = wrapped
+    scripted_server.change(program, megabytes=150)
+    assert proxy.load("tiny/alpha").ok
+    (child,) = running(program)
+    held = psutil.Process(child).memory_info().rss
+    assert held > 150 << 20
+    until(lambda: (proxy.loaded()["models"][0]["memory_bytes"] or 0) >= held, what="a look at it")
+
+
 @pytest.mark.parametrize("wrapped", ["with a session", "daemon"], indirect=True)
 def test_a_wrapper_that_dies_leaves_no_child_with_the_port(wrapped: tuple[Proxy, Path]) -> None:
     proxy, program = wrapped

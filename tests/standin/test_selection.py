@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_a_profile_is_listed_answers_under_its_name_and_fills_in_what_a_request_
     listed = {item["id"]: item for item in proxy.get("/v1/models").json()["data"]}
     assert listed.keys() == {"tiny/alpha", "tiny/beta", "coder"}
     assert listed["coder"]["profile_of"] == "tiny/alpha"
-    warning = "PROFILES['gone']: its model is not on disk"
+    warning = "PROFILES['gone'] names 'nothing', which is not on disk"
     until(lambda: warning in proxy.said(), what="the warning")
     answer = proxy.post(
         "/v1/chat/completions",
@@ -107,3 +108,30 @@ def test_names_in_a_circle_stop_the_start_with_the_names(
 ) -> None:
     with pytest.raises(pytest.fail.Exception, match="in a circle: a → b → a"):
         serve("alpha", config='ALIASES = {"a": "b", "b": "a"}')
+
+
+def test_a_request_gets_the_sampling_of_its_model_below_the_settings_and_its_own(
+    serve: Callable[..., tuple[Proxy, Path]], tmp_path: Path
+) -> None:
+    config = 'MODELS = {"tiny/alpha": {"top_p": 0.5}}'
+    proxy, program = serve("alpha", config=config)
+    file = tmp_path / "models" / "tiny" / "alpha" / "generation_config.json"
+    recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05}
+    file.write_text(json.dumps({**recommended, "min_p": 7, "eos_token_id": 1}))
+    shown = proxy.get("/v1/models/tiny/alpha").json()
+    assert shown["sampling"] == recommended
+    assert shown["settings"]["requests"] == {**recommended, "top_p": 0.5}
+    assert proxy.chat(model="tiny/alpha", temperature=0.1).ok
+    sent = asked(program)
+    assert {name: sent[name] for name in recommended} == {
+        **recommended,
+        "top_p": 0.5,
+        "temperature": 0.1,
+    }
+    assert "min_p" not in sent
+    proxy.stop()
+    proxy.environment["MLXPROXY_SAMPLING_DEFAULTS"] = "greedy"
+    proxy.start()
+    assert proxy.chat(model="tiny/alpha").ok
+    assert "temperature" not in asked(program)
+    assert asked(program)["top_p"] == 0.5

@@ -142,6 +142,24 @@ def test_an_unload_takes_the_model_that_it_names_else_the_main_one(
     assert unload({}).json() == {"status": "already_unloaded"}
 
 
+def test_a_profile_and_an_alias_are_loaded_shown_and_unloaded_by_their_names(
+    several: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    instance = tmp_path / "instance"
+    instance.mkdir()
+    (instance / "config.py").write_text(
+        'PROFILES = {"coder": {"model": "alpha"}}\nALIASES = {"gpt-*": "coder", "small": "beta"}\n'
+    )
+    proxy = several(instance=instance)
+    for name, model in (("coder", "alpha"), ("gpt-4", "alpha"), ("small", "beta")):
+        assert proxy.load(name).json()["id"] == f"tiny/{model}"
+        assert proxy.get(f"/v1/models/{name}").json()["loaded"] is True
+        assert proxy.get(f"/api/v0/models/{name}").ok
+        assert proxy.post("/api/show", {"model": name}).ok
+        assert proxy.post("/v1/models/unload", {"model_id": name}).json() == {"status": "unloaded"}
+        assert proxy.children() == []
+
+
 def test_a_pin_that_leaves_no_place_is_told_with_the_way_out(
     several: Callable[..., Proxy],
 ) -> None:
@@ -169,6 +187,26 @@ def test_a_budget_smaller_than_any_model_is_told_with_the_numbers(
     assert proxy.load("tiny/alpha", force=True).ok
     listed = proxy.get("/v1/models").json()["data"]
     assert not any(each["fits"] for each in listed)
+
+
+def test_a_model_that_only_fits_without_its_draft_model_does_not_fit(
+    several: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    instance = tmp_path / "instance"
+    instance.mkdir()
+    (instance / "config.py").write_text('MODELS = {"tiny/alpha": {"draft_model": "tiny/beta"}}\n')
+    proxy = several(instance=instance)
+    needed = {each["id"]: each["memory_bytes"] for each in proxy.get("/v1/models").json()["data"]}
+    proxy.stop()
+    both = needed["tiny/alpha"] + needed["tiny/beta"]
+    proxy.environment["MLXPROXY_MEMORY_BUDGET"] = str(both - 1)
+    proxy.start()
+    fits = {each["id"]: each["fits"] for each in proxy.get("/v1/models").json()["data"]}
+    assert fits == {"tiny/alpha": False, "tiny/beta": True, "tiny/gamma": True}
+    refused = proxy.load("tiny/alpha")
+    assert refused.status_code == 507
+    assert refused.json()["error"]["needed_bytes"] == both
+    assert proxy.load("tiny/gamma").ok
 
 
 def test_events_and_figures_name_the_model(several: Callable[..., Proxy]) -> None:

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.proxy import Proxy
 from tests.support.waiting import until
-from tools.soak.processes import alive, backends
+from tools.soak.processes import Samples, alive, backends
 
 START = (
     "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {!r}]); time.sleep(60)"
@@ -35,3 +36,17 @@ def test_the_soak_counts_a_child_of_a_backend_as_no_second_backend(family: Proxy
     (backend,) = backends(family)
     assert backend.parent() is not None
     assert [child.pid for child in backend.children()] != []
+
+
+@pytest.mark.parametrize(("budget", "exceeded"), [(1 << 20, True), (1 << 30, False)])
+def test_the_soak_finds_backends_that_hold_more_than_their_budget(
+    family: Proxy, budget: int, exceeded: bool
+) -> None:
+    until(lambda: len(alive(family)) == 2, what="a backend with a compiler")
+    assert family.process is not None
+    samples = Samples(family, psutil.Process(family.process.pid), max_loaded=1, budget=budget)
+    until(lambda: samples.memory, what="a sample")
+    samples.stop()
+    assert samples.models == 1
+    assert samples.memory > sum(each.memory_info().rss for each in backends(family))
+    assert any("allowed" in sentence for sentence in samples.excess) is exceeded

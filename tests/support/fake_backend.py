@@ -40,7 +40,7 @@ class FakeBackend:
         self.hung = False
         self.deaf = False
         self.features: set[str] = set()
-        self.wire = MlxLmWire(counts_cached=False)
+        self.wire = MlxLmWire(lambda _: False)
         self.hangs: str | None = None  # the reason, as the process itself reports it
         self.last_byte_at = time.monotonic()
         self.address = Address("127.0.0.1", 1 + slot)

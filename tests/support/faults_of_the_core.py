@@ -142,6 +142,11 @@ def _growth_is_not_seen(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _growth_after_the_placing_is_not_seen(patch: pytest.MonkeyPatch) -> None:
+    """Start a load beside models that have grown since it was given its slots."""
+    patch.setattr(Scheduler, "_still_fits", lambda self, operation: True)
+
+
 def _one_model_in_two_places(patch: pytest.MonkeyPatch) -> None:
     """Load a model next to itself if the options differ."""
     patch.setattr(policy, "_same", lambda slot, spec: False)

@@ -57,6 +57,7 @@ class Process:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec, self.pid, self.address = spec, 1, Address("127.0.0.1", 1)
+        self.features: tuple[str, ...] = ()
         self.ready = False
         self.stopping = False
 
@@ -188,7 +189,6 @@ class House:
         self.ended: dict[Claim, ProxyError | None] = {}
         self.used = self.core.used
         self.measured: dict[int, int] = {}
-        self.outgrown: list[Operation] = []
         self.claimed: dict[int, tuple[Operation, float]] = {}
         self.crashes: dict[str, list[float]] = {}
         self.relieved: list[float] = []
@@ -246,8 +246,6 @@ class House:
     def grow(self, slot: int, bytes_held: int) -> None:
         """Report that the process of the slot holds this many bytes."""
         self.measured[slot] = bytes_held
-        # A load that already has its slot is not checked again: from here on, pressure decides.
-        self.outgrown += [each for each in self.core.operations if each.is_placed]
         self.core.on_memory(self.core.budget, {slot: bytes_held})
         self._check()
 
@@ -447,7 +445,7 @@ class House:
             self.processes[effect.slot] = Process(effect.spec)
             self.cancelled.discard(effect.slot)
             self.starts.append(effect.spec.model_id)
-            if not effect.spec.force and operation not in self.outgrown:
+            if not effect.spec.force:
                 used = sum(
                     max(process.spec.needed_bytes, self.measured.get(slot, 0))
                     for slot, process in self.processes.items()

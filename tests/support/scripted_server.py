@@ -21,6 +21,7 @@ import stat
 import sys
 import threading
 import time
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ SCRIPT: Json = {
     "exit_code": None,  # exit immediately with this status, after a usage line
     "open_after": 0.0,  # seconds until the port opens; None: it never opens
     "load_seconds": 0.0,  # further seconds for which requests wait for the model
+    "megabytes": 0,  # of memory that the model takes
     "load_failure": None,  # the load fails after those seconds, for this reason
     "ignore_sigterm": False,
     "log_megabytes": 0.0,  # per second, to stderr
@@ -49,7 +51,11 @@ SCRIPT: Json = {
     "events": 8,  # fewer if the request's max_tokens is smaller
     "interval": 0.0,  # seconds between two events
     "event_bytes": 0,  # the text of an event is padded to this length
+    "text": None,  # the events are this text, PIECE characters at a time
     "thoughts": 0,  # this many of the first events are reasoning
+    # Call these tools, as far as they are offered: [{"name": …, "arguments": {…}}]. A chat that has
+    # the result of one is answered by that result, and then by the events.
+    "calls": [],
     "wire": None,  # send these bytes (Latin-1) instead, head included; the request's end is `odd`
     "piece_bytes": 0,  # this many bytes per packet
     "stays_open": False,  # keep the connection open after the answer, until the client leaves
@@ -66,6 +72,7 @@ SCRIPT: Json = {
 }
 
 KEEPALIVE_TOKENS = 2048
+PIECE = 12  # characters
 WATCH = 0.1  # seconds between two checks for what may end a wait, other than the connection
 
 
@@ -172,6 +179,7 @@ class Process:
             while True:  # like the original, whose generation thread keeps the process alive
                 signal.pause()
         self.log("INFO", f"Starting httpd at {host} on port {port}...")
+        self.weights = b"x" * (script["megabytes"] << 20)
         self._thread(self._load, script["load_seconds"], script["load_failure"])
         server.serve_forever()
 
@@ -370,10 +378,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.stream:
             self._send_headers(200, "text/event-stream", [("Cache-Control", "no-cache")])
         self._prefill()
-        text, reasoning = self._generate()
-        reason = "length" if self.events < script["events"] else "stop"
+        calls = self._calls()
+        text, reasoning = ("", "") if calls else self._generate()
+        reason = "length" if script["text"] is None and self.events < script["events"] else "stop"
+        if calls:
+            reason = "tool_calls"
+            if self.stream:
+                self._event(self._message("", "", None, calls))
         if not self.stream:
-            answer = {**self._message(text, reasoning, reason), "usage": self._usage()}
+            answer = {**self._message(text, reasoning, reason, calls), "usage": self._usage()}
             body = json.dumps(answer).encode()
             length = ("Content-Length", str(len(body)))
             self._send_headers(200, "application/json", [length])
@@ -400,11 +413,37 @@ class Handler(BaseHTTPRequestHandler):
             if self.stream:
                 self.wfile.write(f": keepalive {progress}\n\n".encode())
 
+    def _results(self) -> list[str]:
+        """Return the results of tools that the chat has, if the script calls any."""
+        if not self.script["calls"]:
+            return []
+        messages = self.body.get("messages", ())
+        return [str(each.get("content")) for each in messages if each["role"] == "tool"]
+
+    def _calls(self) -> list[Json]:
+        """Return the calls that the chat is answered by."""
+        offered = [tool["function"]["name"] for tool in self.body.get("tools") or ()]
+        if self._results():
+            return []
+        wanted = [call for call in self.script["calls"] if call["name"] in offered]
+        return [
+            {
+                "function": {"name": call["name"], "arguments": json.dumps(call["arguments"])},
+                "type": "function",
+                "id": str(uuid.UUID(bytes=os.urandom(16), version=4)),
+                "index": index,
+            }
+            for index, call in enumerate(wanted)
+        ]
+
     def _generate(self) -> tuple[str, str]:
         """Send the events, or collect them for a whole answer; return the text and reasoning."""
         script = self.script
         limit = self.body.get("max_completion_tokens", self.body.get("max_tokens"))
-        count = script["events"] if limit is None else min(script["events"], limit)
+        said = script["text"]
+        events = script["events"] if said is None else -(-len(said) // PIECE)
+        events += 0 if said is None else script["thoughts"]
+        count = events if limit is None else min(events, limit)
         text, reasoning = "", ""
         begin = time.monotonic()
         for number in range(count + 1):
@@ -416,6 +455,11 @@ class Handler(BaseHTTPRequestHandler):
             thinks = self.chat and number < script["thoughts"]
             word = "thought" if thinks else self.process.name
             piece = f"{word}{number} ".rjust(script["event_bytes"], ".")
+            if number == script["thoughts"] and (results := self._results()):
+                piece = f"The tool said: {'; '.join(results)}. {piece}"
+            if said is not None and not thinks:
+                at = (number - script["thoughts"]) * PIECE if self.chat else number * PIECE
+                piece = said[at : at + PIECE]
             if self.stream:
                 self._event(
                     self._message("", piece, None) if thinks else self._message(piece, "", None)
@@ -458,7 +502,9 @@ class Handler(BaseHTTPRequestHandler):
             "created": self.created,
         }
 
-    def _message(self, text: str, reasoning: str, finish_reason: str | None) -> Json:
+    def _message(
+        self, text: str, reasoning: str, finish_reason: str | None, calls: list[Json] | None = None
+    ) -> Json:
         """Return a chunk of a stream, or a whole answer without its usage."""
         head, choice = self._head(), {"index": 0, "finish_reason": finish_reason}
         if not self.chat:
@@ -468,6 +514,8 @@ class Handler(BaseHTTPRequestHandler):
             message["content"] = text or None
         if reasoning:
             message["reasoning"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
         if self.stream:
             head["object"] = "chat.completion.chunk"
         return {**head, "choices": [{**choice, "delta" if self.stream else "message": message}]}

@@ -85,6 +85,7 @@ def build(
     quantize: int | None = None,
     shards: int = 1,
     seed: int = 0,
+    certainty: float = CERTAINTY,
     call: Sequence[str] = CALL_PIECES,
     nameless: int = 0,
     config: Mapping[str, object] | None = None,
@@ -102,6 +103,7 @@ def build(
             machines for `heads`.
         quantize: 4 for 4-bit weights, None for 32-bit floats (the fastest on a CPU).
         shards: the number of files for the weights; more than one come with an index.
+        certainty: the logit of a token's successor; 0 makes every token equally likely.
         call: the tokens of its tool call, all different.
         nameless: the number of token ids, from 256 on, that the tokenizer has no text for.
         config: further entries of config.json, which override the others.
@@ -129,7 +131,15 @@ def build(
         "torch_dtype": "float32",
         "eos_token_id": vocabulary.index(END),
     }
-    weights = _weights(successor, arch=arch, layers=layers, hidden=hidden, heads=heads, seed=seed)
+    weights = _weights(
+        successor,
+        arch=arch,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        seed=seed,
+        certainty=certainty,
+    )
     if quantize is not None:
         settings["quantization"] = {"group_size": GROUP, "bits": quantize}
         weights = _quantize(weights, quantize)
@@ -308,7 +318,14 @@ def _write_tokenizer(
 
 
 def _weights(
-    successor: list[int], *, arch: str, layers: int, hidden: int, heads: int, seed: int
+    successor: list[int],
+    *,
+    arch: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    seed: int,
+    certainty: float,
 ) -> dict[str, Array]:
     """Return weights that embed a token as its successor's direction, which `lm_head` reads.
 
@@ -324,7 +341,7 @@ def _weights(
     directions = random.choice(np.array([-1, 1], real), (len(successor), hidden))
     weights = {
         "model.embed_tokens.weight": directions[successor],
-        "lm_head.weight": (directions * (CERTAINTY / hidden)).astype(real),
+        "lm_head.weight": (directions * (certainty / hidden)).astype(real),
         "model.norm.weight": np.ones(hidden, real),
     }
     inner = heads * HEAD

@@ -228,7 +228,11 @@ def test_server_tools_are_left_out_and_the_others_keep_names_and_schemas() -> No
         },
         {
             "type": "function",
-            "function": {"name": "bare", "parameters": {"type": "object", "properties": {}}},
+            "function": {
+                "name": "bare",
+                "parameters": {"type": "object", "properties": {}},
+                "strict": True,
+            },
         },
     ]
     assert "tools" not in chat(tools=tools[:1], tool_choice={"type": "tool", "name": "web_search"})
@@ -245,7 +249,10 @@ def test_server_tools_are_left_out_and_the_others_keep_names_and_schemas() -> No
 )
 def test_the_choice_of_a_tool_is_kept(choice: Any, expected: Any) -> None:
     tools = [{"name": "ls", "input_schema": {"type": "object"}}]
-    assert chat(tools=tools, tool_choice=choice)["tool_choice"] == expected
+    made = chat(tools=tools, tool_choice=choice)
+    assert made["tool_choice"] == expected
+    once = choice.get("disable_parallel_tool_use", False)
+    assert made.get("parallel_tool_calls", True) is not once
 
 
 def test_thinking_is_asked_for_and_given_up_for_a_model_that_cannot() -> None:
@@ -524,12 +531,31 @@ def test_a_whole_answer_has_the_same_parts() -> None:
     message = json.loads(answer().whole(completion))
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm.", "signature": ""},
-        {"type": "text", "text": "\n\nI look."},
-        used(f"toolu_{wire.TOOL_ID}", "ls", {"path": "."}),
+        {"type": "text", "text": "\n\nI look.", "citations": None},
+        used(f"toolu_{wire.TOOL_ID}", "ls", {"path": "."}) | {"caller": {"type": "direct"}},
     ]
     assert message["stop_reason"] == "tool_use"
     assert message["usage"]["input_tokens"] == 20
+    assert message["usage"]["output_tokens_details"] == {"thinking_tokens": 1}
     assert json.loads(answer().whole(NOTHING))["content"] == []
+
+
+def test_a_whole_answer_has_every_field_that_anthropics_schema_requires() -> None:
+    message = json.loads(answer().whole(wire.whole(content="Hello")))
+    assert {"container", "stop_details", "stop_sequence"} <= message.keys()
+    assert message["usage"].keys() >= {
+        *("cache_creation", "cache_creation_input_tokens", "cache_read_input_tokens"),
+        *("inference_geo", "output_tokens_details", "server_tool_use", "service_tier"),
+    }
+
+
+def test_a_whole_answer_is_taken_back_as_history() -> None:
+    said = wire.whole("tool_calls", content="I look.", tool_calls=[wire.call("ls", {})])
+    message = json.loads(answer().whole(said))
+    again = {"role": "assistant", "content": message["content"]}
+    spoken, *_ = chat(again, {"role": "user", "content": "Go on."})["messages"]
+    assert spoken["content"] == "I look."
+    assert [call["function"]["name"] for call in spoken["tool_calls"]] == ["ls"]
 
 
 def test_a_whole_answer_of_another_shape_is_an_error() -> None:

@@ -19,6 +19,7 @@ from mlxproxy.engines.mlx_lm.rules import RULES
 from mlxproxy.errors import NoModelLoaded
 from mlxproxy.guard.check import Terms
 from mlxproxy.guard.shapes import Limits
+from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.settings import Settings
@@ -48,6 +49,7 @@ def test_an_unforeseen_error_shows_its_request_id_and_nothing_else(
         controller=SimpleNamespace(describe=fault),
         bus=EventBus(),
         metrics=Metrics(),
+        answers=Answers(),
     )
     answer = create_app(parts).test_client().get("/v1/models/loaded")
     assert answer.status_code == 500
@@ -81,6 +83,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         bodies=Budget(1 << 20),
         bus=EventBus(),
         metrics=Metrics(),
+        answers=Answers(),
     )
     return create_app(parts).test_client(), parts
 
@@ -153,6 +156,7 @@ def test_an_error_that_was_answered_keeps_no_request_in_memory() -> None:
         controller=SimpleNamespace(describe=fault),
         bus=EventBus(),
         metrics=Metrics(),
+        answers=Answers(),
     )
     assert create_app(parts).test_client().get("/v1/models/loaded").status_code == 503
     assert error.__traceback__ is None

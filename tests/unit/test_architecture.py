@@ -58,7 +58,7 @@ def test_no_import_goes_up_a_floor(file: str) -> None:
 
 def test_what_runs_inside_the_backend_imports_nothing_of_the_proxy() -> None:
     inside = PACKAGE / "engines" / "mlx_lm" / "inside"
-    for file in inside.glob("*.py"):
+    for file in inside.rglob("*.py"):
         modules = set(imported(file.read_text()))
         assert all(name.startswith("mlxproxy.engines.mlx_lm.inside") for name in modules), file
 

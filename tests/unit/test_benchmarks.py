@@ -148,6 +148,6 @@ def test_the_picture_shows_what_is_added_in_milliseconds_beside_what_the_model_t
 
 def test_without_nginx_there_is_a_picture_all_the_same(stored: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    fewer = Report(["direct", "mlxproxy"], stored.rounds, stored.lifecycle)
+    fewer = Report(["direct", "mlxproxy"], stored.rounds, stored.lifecycle, stored.parts)
     picture.draw(fewer, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5_000

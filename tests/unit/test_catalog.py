@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mlxproxy import selection
-from mlxproxy.catalog import Catalog, scanning
+from mlxproxy.catalog import Catalog, layout, scanning
 from mlxproxy.catalog import catalog as catalog_module
 from mlxproxy.catalog.inspector import Inspectors
 from mlxproxy.catalog.layout import Folder
@@ -644,6 +644,25 @@ def test_each_change_of_a_models_files_changes_its_fingerprint(root: Path) -> No
     link.unlink()
     link.symlink_to(other)
     assert changed(), "another model"
+
+
+def test_every_file_that_is_read_of_a_model_is_found_by_the_scan() -> None:
+    names = {value for name, value in vars(layout).items() if name.isupper() and name != "NAMES"}
+    assert names == set(layout.NAMES)
+    assert scanning._relevant(layout.NAMES, alone=True, root=False) != ()
+    assert set(scanning._relevant(layout.NAMES, alone=True, root=False)) == names
+
+
+def test_the_sampling_that_a_model_recommends_is_listed_and_followed_when_it_changes(
+    root: Path, catalog: Catalog
+) -> None:
+    folder = model(root / "publisher" / "model")
+    file = folder / "generation_config.json"
+    assert catalog.find("publisher/model").sampling == {}
+    file.write_text('{"temperature": 0.6, "top_p": 0.95}')
+    assert catalog.find("publisher/model").sampling == {"temperature": 0.6, "top_p": 0.95}
+    file.write_text('{"temperature": 0.7, "top_p": 0.95}')
+    assert catalog.find("publisher/model").sampling == {"temperature": 0.7, "top_p": 0.95}
 
 
 def test_a_fingerprint_does_not_wait_for_a_disk_that_hangs(

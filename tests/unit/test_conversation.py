@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -119,38 +118,3 @@ def test_thoughts_sent_twice_or_empty_are_not_doubled() -> None:
 @pytest.mark.parametrize("odd", [5, None, "Hello", [5], [{"role": "assistant", "tool_calls": 5}]])
 def test_what_is_no_conversation_is_left_to_the_guard(odd: Any) -> None:
     assert conversation.repaired(odd) == odd
-
-
-# -- what clients read
-
-
-def test_thoughts_are_told_under_both_names() -> None:
-    data = wire.reasoning('He said "x", then \\ and\n, "reasoning": "y"')
-    made = json.loads(conversation.with_both_spellings(data)[6:])
-    delta = made["choices"][0]["delta"]
-    assert delta["reasoning"] == delta["reasoning_content"]
-    assert delta["reasoning"] == json.loads(data[6:])["choices"][0]["delta"]["reasoning"]
-
-
-@given(st.text(), st.text())
-def test_only_the_name_of_the_field_is_taken_for_it(thought: str, text: str) -> None:
-    said = f'{text}, "reasoning": "{text}'
-    data = wire.chunk(reasoning=thought, content=said)
-    delta = json.loads(conversation.with_both_spellings(data)[6:])["choices"][0]["delta"]
-    assert delta == {
-        "role": "assistant",
-        "reasoning": thought,
-        "reasoning_content": thought,
-        "content": said,
-    }
-    assert conversation.with_both_spellings(wire.text(said)) == wire.text(said)
-
-
-def test_an_engine_that_tells_both_itself_is_passed_on() -> None:
-    data = wire.chunk(reasoning="Hm.", reasoning_content="Hm.")
-    assert conversation.with_both_spellings(data) == data
-
-
-def test_several_events_at_once_each_get_both() -> None:
-    data = wire.reasoning("a") + wire.text("b") + wire.reasoning("c")
-    assert conversation.with_both_spellings(data).count(b'"reasoning_content": ') == 2

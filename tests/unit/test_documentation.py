@@ -108,7 +108,7 @@ def routes() -> set[str]:
 
 def test_the_endpoints_are_those_there_are() -> None:
     table = ENDPOINTS.partition("## Errors")[0]
-    assert set(re.findall(r"`(?:GET|POST) (/\S*)`", table)) == routes()
+    assert set(re.findall(r"`(?:GET|POST|DELETE) (/\S*)`", table)) == routes()
 
 
 def served_dialects() -> list[ModuleType]:

@@ -14,7 +14,7 @@ import pytest
 
 from mlxproxy.catalog.model import Capabilities
 from mlxproxy.engines.mlx_lm.rules import RULES, is_exclusive
-from mlxproxy.engines.mlx_lm.unmet import unmet
+from mlxproxy.engines.mlx_lm.unmet import refusal, unmet
 from mlxproxy.errors import InvalidRequest
 from mlxproxy.guard.check import Kind, check
 from mlxproxy.guard.shapes import Limits
@@ -55,6 +55,9 @@ PADDING = bytes(1000 - len(PNG))
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 
 TIME = {"type": "function", "function": {"name": "get_time", "parameters": {}}}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+STRICT_SCHEMA = {"schema": SCHEMA, "strict": True}
+NAMED_SCHEMA = {**STRICT_SCHEMA, "name": "city", "description": "A city."}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
@@ -118,6 +121,8 @@ SAME: list[tuple[Kind, dict[str, Any]]] = [
     ("text", {"best_of": 1, "echo": False, "suffix": ""}),
     ("chat", {"tools": [WEATHER], "tool_choice": "auto", "parallel_tool_calls": False}),
     ("chat", {"tools": [WEATHER], "tool_choice": "required"}),
+    ("chat", {"response_format": {"type": "json_object"}}),
+    ("text", {"response_format": {"type": "json_schema", "json_schema": STRICT_SCHEMA}}),
     ("chat", {"tools": [WEATHER], "tool_choice": NAMED}),
     ("chat", {"tool_choice": "auto"}),
     ("chat", {"role_mapping": {"user": "Q: ", "assistant": "A: ", "stop": "\n"}}),
@@ -178,6 +183,17 @@ TRANSLATED: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
     ("text", {"logprobs": 5}, {"logprobs": True, "top_logprobs": 5}),
     ("text", {"logprobs": 0}, {"logprobs": True, "top_logprobs": 0}),
     ("chat", {"response_format": {"type": "text"}}, {}),
+    # what llama.cpp's clients send, and what OpenAI's do
+    (
+        "chat",
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+    ),
+    (
+        "text",
+        {"response_format": {"type": "json_schema", "json_schema": NAMED_SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": STRICT_SCHEMA}},
+    ),
     ("chat", {"tools": []}, {}),
     ("chat", {"tools": [WEATHER], "tool_choice": "none"}, {"tool_choice": "none"}),
     # the model is offered what it may call, and nothing else
@@ -379,9 +395,18 @@ REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
     *[("text", {"suffix": value}, "suffix") for value in ("}", 5)],
     ("chat", {"response_format": "json"}, "response_format"),
     ("chat", {"response_format": {"type": 5}}, "response_format"),
-    ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
     ("chat", {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-    ("text", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("text", {"response_format": {"type": "json_schema", "schema": {}}}, "response_format"),
+    (
+        "chat",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
+        "response_format.strict",
+    ),
+    (
+        "chat",
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]},
+        "tools[0].function.strict",
+    ),
     ("chat", {"functions": [{"name": "f"}]}, "functions"),
     ("chat", {"function_call": "auto"}, "function_call"),
     ("chat", {"audio": {"voice": "alloy"}}, "audio"),
@@ -693,9 +718,14 @@ ALWAYS_THINKING = Capabilities(thinking=True, thinking_default=True)
         ({"tools": [WEATHER], "enable_thinking": True, "stop": "x"}, ABLE, []),
         ({"tools": [WEATHER], "tool_choice": "auto"}, ABLE, []),
         ({"tools": [WEATHER], "tool_choice": allowed("auto", NAMED)}, ABLE, []),
-        ({"tools": [WEATHER], "tool_choice": "required"}, ABLE, ["tool_choice"]),
-        ({"tools": [WEATHER], "tool_choice": NAMED}, ABLE, ["tool_choice"]),
-        ({"tools": [WEATHER], "tool_choice": allowed("required", NAMED)}, ABLE, ["tool_choice"]),
+        ({"tools": [WEATHER], "tool_choice": "required"}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, ABLE, []),
+        ({"tools": [WEATHER], "tool_choice": allowed("required", NAMED)}, ABLE, []),
+        (
+            {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False},
+            ABLE,
+            [],
+        ),
         ({"tools": [WEATHER], "parallel_tool_calls": False}, ABLE, ["parallel_tool_calls"]),
         ({"parallel_tool_calls": False}, ABLE, []),
         ({"tools": [WEATHER], "tool_choice": NAMED}, UNABLE, ["tools"]),
@@ -726,9 +756,32 @@ def test_what_only_the_backends_additions_do_right_is_told_where_they_are_off() 
     assert list(unmet(whole, ABLE, lambda feature: False)) == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": allowed("auto", NAMED)}, None),
+        ({"tools": [WEATHER], "tool_choice": "none"}, None),
+        ({"tools": [WEATHER]}, None),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+    ids=name_of,
+)
+def test_what_this_backend_cannot_enforce_is_refused_and_never_ignored(
+    fields: dict[str, Any], field: str | None
+) -> None:
+    asked = checked("chat", fields)
+    error = refusal(asked, lambda feature: feature != "grammar")
+    assert (error.param if error else None) == field
+    assert error is None or error.message.startswith(f"{field} cannot be enforced")
+    assert refusal(asked, lambda feature: True) is None
+
+
 def test_a_prompt_that_cannot_fit_has_the_code_that_clients_look_for() -> None:
-    with pytest.raises(InvalidRequest) as refusal:
+    with pytest.raises(InvalidRequest) as refused:
         checked("chat", said("word " * 20_000))
-    error = refusal.value.body()["error"]
+    error = refused.value.body()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "maximum context length is 4096 tokens" in error["message"]

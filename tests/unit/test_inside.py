@@ -578,6 +578,22 @@ def test_a_death_comes_over_the_channel() -> None:
     reporter.close()
 
 
+def test_a_feature_that_does_not_suit_the_model_is_taken_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    link = Link(told.put)
+    reporter = Reporter(os.dup(link.theirs.fileno()))
+    link.open()
+    reporter.send(features=["departures", "prompt_cache_disk"], off={}, device="cpu")
+    reporter.send(off={"prompt_cache_disk": "its architecture has a cache of its own (Odd)"})
+    reporter.send(died="to be sure that all was read")
+    told.get(timeout=5)
+    assert link.features == {"departures"}
+    assert "prompt_cache_disk is off for this model: its architecture" in caplog.text
+    reporter.close()
+
+
 # -- the standby
 
 

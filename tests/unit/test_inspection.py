@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,63 @@ def test_the_defects_that_files_show_are_known_before_a_load(
     folder = tiny_models.build(tmp_path / "model", shards=2)
     assert inspect(folder).loadable
     assert inspect(tiny_models.break_model(folder, defect)).loadable is loadable
+
+
+# -- what it keeps of earlier prompts
+
+HYBRID = {"model_type": "qwen3_next", "full_attention_interval": 4}
+SLIDING = {"model_type": "gemma3_text", "sliding_window": 512, "sliding_window_pattern": 6}
+
+
+@newest_mlx_lm
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "qwen3"}, "prefix"),
+        ({"model_type": "deepseek_v32", "kv_lora_rank": 16}, "prefix"),
+        ({"model_type": "llama"}, "prefix"),
+        (
+            {
+                "model_type": "llama",
+                "sliding_window": 512,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "num_hidden_layers": 2,
+            },
+            "window",
+        ),
+        (SLIDING, "window"),
+        ({"model_type": "gemma3", "text_config": SLIDING}, "window"),
+        ({"model_type": "mamba2"}, "whole"),
+        (HYBRID, "whole"),
+        ({"model_type": "deepseek_v41"}, None),  # a cache of its own
+        ({"model_type": "unheard_of"}, None),
+    ],
+    ids=str,
+)
+def test_what_an_earlier_prompt_on_disk_spares_a_later_one_is_told(
+    inspect: Inspect, tmp_path: Path, config: dict[str, Any], expected: str | None
+) -> None:
+    found = inspect(model(tmp_path / "model", config=config)).capabilities
+    assert found.prompt_cache_disk == expected
+
+
+@newest_mlx_lm
+def test_an_mlx_lm_that_cannot_restore_caches_spares_nothing(tmp_path: Path) -> None:
+    old = tmp_path / "mlx_lm"
+    shutil.copytree(installed() / "models", old / "models", ignore=_all_but("cache", "qwen3"))
+    cache = old / "models" / "cache.py"
+    cache.write_text(
+        cache.read_text().replace("def from_state(cls, state)", "def from_state(cls, state, meta)")
+    )
+    folder = model(tmp_path / "model")
+    sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
+    found = Inspector(Package(old))(Folder(str(folder), "publisher/model", sizes, 0))
+    assert found.capabilities.prompt_cache_disk is None
+    assert found.architecture == "qwen3"
+
+
+def _all_but(*modules: str) -> Callable[[str, list[str]], list[str]]:
+    return lambda folder, names: [it for it in names if it.removesuffix(".py") not in modules]
 
 
 # -- how large it is

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from mlxproxy.controller.state import (
     Abort,
     Cancel,
     Cause,
+    Claim,
     Emit,
     Forget,
     Grant,
@@ -35,6 +37,7 @@ from mlxproxy.controller.state import (
     Stop,
 )
 from mlxproxy.errors import (
+    AnswerEnded,
     BackendFailed,
     BackendTimeout,
     InsufficientMemory,
@@ -269,6 +272,60 @@ def test_a_load_does_not_take_the_memory_that_an_earlier_one_was_given() -> None
     assert house.starts == ["a", "b"]
     house.gone(0)
     assert house.starts == ["a", "b", "big"]
+
+
+def outgrowing(**options: Any) -> tuple[House, Claim]:
+    """A load of c for which a is stopped, while b grows to more than they may hold together."""
+    house = House(slots=3, budget=2500)
+    for name, given in (("a", {}), ("b", options)):
+        house.load(name, **given)
+        house.settle()
+        house.wait(1)
+    claim = house.load("c")
+    assert house.stops == ["a"]
+    house.grow(1, 1800)
+    house.gone(0)
+    return house, claim
+
+
+def test_a_model_that_grew_while_another_was_stopped_for_a_load_is_evicted_too() -> None:
+    house, claim = outgrowing()
+    assert house.stops == ["a", "b"]
+    assert house.starts == ["a", "b"], "both would hold more than the budget"
+    house.settle()
+    assert house.loaded == ["c"]
+    assert house.ended[claim] is None
+
+
+def test_a_load_that_no_longer_fits_beside_a_pinned_model_is_refused_and_names_that() -> None:
+    house, claim = outgrowing(pin=True)
+    error = house.ended[claim]
+    assert isinstance(error, InsufficientMemory)
+    assert error.details["pinned"] == ["b"]
+    assert house.loaded == ["b"]
+
+
+def test_a_request_for_a_model_that_no_longer_fits_beside_another_waits_for_its_turn() -> None:
+    house = House(slots=3, budget=2500, swap_on_request=True)
+    for name in "ab":
+        house.load(name)
+        house.settle()
+    house.wait(PAUSE)
+    house.release(house.request("b"))
+    wants_c = house.request("c")
+    assert house.stops == ["a"]
+    on_b = house.request("b")
+    house.grow(1, 1800)
+    house.gone(0)
+    more = house.request("b")
+    assert more in house.granted, "the turn of b is not over"
+    house.wait(TURN)
+    assert house.request("b") not in house.granted
+    for each in (on_b, more):
+        assert each.error is None
+        house.release(each)
+    house.settle()
+    assert house.granted[wants_c].spec.model_id == "c"
 
 
 def test_the_memory_of_a_model_that_is_leaving_is_waited_for() -> None:
@@ -1110,3 +1167,15 @@ def test_with_few_places_one_client_may_have_them_all(places: int, most: int) ->
     house = with_model(max_concurrent=places)
     mine = [house.request(client="one") for _ in range(places)]
     assert sum(request in house.granted for request in mine) == most
+
+
+def test_an_answer_that_somebody_ends_keeps_its_place_until_the_backend_is_free() -> None:
+    house = with_model(max_concurrent=1)
+    answered, queued, last = house.request(), house.request(), house.request()
+    error = AnswerEnded("Somebody has ended it.")
+    for request in (answered, queued):
+        house.do(lambda now, it=request: house.core.on_aborted(it, error, now))
+        assert request.error is error
+    assert last not in house.granted
+    house.release(answered)
+    assert last in house.granted

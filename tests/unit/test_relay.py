@@ -481,7 +481,7 @@ def test_the_prompts_length_is_known_before_the_end_where_keepalives_tell_it() -
     pieces = [b": keepalive 30/34\n\n", event_of(HELLO[0])]
     for tells, tokens in ((True, 34), (False, None)):
         scene = Scene(FakeConnection(pieces)).grant()
-        scene.backend.wire = MlxLmWire(counts_cached=tells)
+        scene.backend.wire = MlxLmWire({"progress"}.__contains__ if tells else lambda _: False)
         items, stats = events_of(scene)  # which is cut off
         assert items[1] == pieces[0]
         assert (stats.tokens_in, stats.outcome) == (tokens, "backend_failed")
@@ -512,7 +512,7 @@ def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
         return [b"data: " + line + b"\n\n" for line in lines]
 
     scene = Scene(FakeConnection([*compact("/models/org/name"), DONE])).grant()
-    scene.backend.wire = OtherWire(False)
+    scene.backend.wire = OtherWire(lambda _: False)
     items, stats = events_of(scene)
     assert items == [OPENING, compact("org/name")[0], DONE]
     assert (stats.tokens_in, stats.tokens_out) == (5, 1)
@@ -520,7 +520,7 @@ def test_an_engine_with_another_wire_is_relayed_all_the_same() -> None:
 
     own = b'{"choices":[{"text":"a"}],"usage":{"prompt_tokens":5},"model":"/models/org/name"}'
     scene = Scene(FakeConnection([own])).grant()
-    scene.backend.wire = OtherWire(False)
+    scene.backend.wire = OtherWire(lambda _: False)
     answer, _ = whole_of(scene)
     assert answer["model"] == "org/name"
     assert asked(scene)["live"] is False
@@ -771,4 +771,9 @@ def test_events_that_amount_to_no_answer_are_the_backends_failure(events: list[A
 
 def test_an_answer_without_text_has_null_for_content() -> None:
     answer = assemble([chunk({}, "length"), usage(prompt_tokens=1)])
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": None}
+    assert answer["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+    }
+    assert answer["choices"][0]["logprobs"] is None

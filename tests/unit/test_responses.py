@@ -276,6 +276,12 @@ def test_the_choice_of_a_tool_is_kept(choice: Any, expected: Any) -> None:
     assert chat(tools=[LS, PATCH], tool_choice=choice).get("tool_choice") == expected
 
 
+def test_a_strict_tool_stays_strict() -> None:
+    for strict, expected in ((True, True), (False, None), (None, None)):
+        made = chat(tools=[{**LS, "strict": strict}])["tools"][0]["function"]
+        assert made.get("strict") is expected
+
+
 def test_a_choice_among_some_tools_offers_no_others() -> None:
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "apply_patch"}]}
     request = chat(tools=[LS, PATCH], tool_choice=allowed)
@@ -543,6 +549,18 @@ def answered(kept: ResponsesStore, given: Any, text: str, **fields: Any) -> str:
     made = responses_request.translate({"model": "alpha", "input": given, **fields}, kept)
     identity: str = response(wire.sent(made.answer, wire.text(text), wire.end()))["id"]
     return identity
+
+
+def test_a_response_has_every_field_that_openais_schema_requires() -> None:
+    made = translated(tools=[{"type": "function", "name": "ls"}], prompt_cache_key="k").answer
+    whole = json.loads(made.whole(NOTHING))
+    assert whole.keys() >= {
+        *("background", "frequency_penalty", "presence_penalty", "top_logprobs"),
+        *("max_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier"),
+    }
+    assert whole["prompt_cache_key"] == "k"
+    (tool,) = whole["tools"]
+    assert tool.keys() >= {"type", "name", "description", "parameters", "strict"}
 
 
 def test_a_conversation_goes_on_from_any_of_its_answers() -> None:

@@ -68,6 +68,61 @@ def test_a_profile_is_its_model_with_its_options(tmp_path: Path) -> None:
     assert (spec.model_id, spec.ttl, spec.tuning.kv_bits) == ("a/one", 60.0, 8)
 
 
+def test_a_models_own_name_counts_more_than_an_alias(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "two", "temperature": 0.1}}
+ALIASES = {"*one": "coder", "one*": "coder"}
+"""
+    house = House(tmp_path, config, names=("a/one", "a/two"))
+    for name in ("one", "a/one"):
+        assert house.named(name) == "a/one"
+        assert house.selection.profile(name) is None, "answered by a/one as if it were the profile"
+    assert house.named("one-latest") == "a/two"
+
+
+def test_a_profile_with_the_name_of_a_model_means_the_same_whatever_is_loaded(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path, 'PROFILES = {"a/one": {"model": "a/two"}}', names=("a/one", "a/two"))
+    selection = house.selection
+    house.residents.append(ModelSpec(selection.catalog.find("a/one")))
+    assert house.named("a/one") == "a/two"
+    assert selection.path_of("a/one") == str(selection.catalog.find("a/two").path)
+
+
+def test_aliases_that_lead_to_each_other_by_their_patterns_end_all_the_same(tmp_path: Path) -> None:
+    house = House(tmp_path, 'ALIASES = {"ab*": "ax", "a*": "abc"}')
+    assert house.named("abx") is house.named("ay") is None
+    assert house.selection.profile("ab") is None
+
+
+def test_a_load_an_unload_and_a_listing_take_each_name_that_a_chat_takes(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "one", "kv_bits": 8}}
+ALIASES = {"gpt-*": "coder", "o1": "two"}
+"""
+    selection = House(tmp_path, config, names=("a/one", "a/two")).selection
+    for name, wanted, bits in (("coder", "a/one", 8), ("gpt-4", "a/one", 8), ("o1", "a/two", None)):
+        spec = selection.named_spec(name)
+        assert spec is not None
+        assert (spec.model_id, spec.tuning.kv_bits) == (wanted, bits)
+        assert selection.spec_for(name) == spec
+        assert selection.path_of(name) == spec.path
+        assert selection.find(name)[0].id == wanted
+
+
+def test_a_draft_model_counts_in_the_memory_that_its_model_needs(tmp_path: Path) -> None:
+    config = 'MODELS = {"a/one": {"draft_model": "two"}, "a/two": {"draft_model": "gone"}}'
+    house = House(tmp_path, config, names=("a/one", "a/two"))
+    one, two = (house.selection.catalog.find(name) for name in ("a/one", "a/two"))
+    spec = house.selection.spec_for("a/one")
+    assert spec.tuning.draft_model == str(two.path)
+    assert one.needed_bytes > 0 < two.needed_bytes
+    assert spec.needed_bytes == house.selection.needed_bytes(one)
+    assert spec.needed_bytes == one.needed_bytes + two.needed_bytes
+    assert house.selection.needed_bytes(two) == two.needed_bytes
+
+
 def test_an_alias_stands_for_a_model_a_profile_or_what_is_loaded(tmp_path: Path) -> None:
     config = """
 PROFILES = {"coder": {"model": "one"}}
@@ -206,10 +261,19 @@ def test_what_is_in_force_is_shown(tmp_path: Path) -> None:
     assert shown["requests"] == {"temperature": 0.3}
 
 
-def test_a_profile_without_its_model_is_told(tmp_path: Path) -> None:
-    config = 'PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}'
+def test_a_name_in_the_settings_that_no_model_has_is_told(tmp_path: Path) -> None:
+    config = """
+PROFILES = {"coder": {"model": "gone"}, "fine": {"model": "one"}}
+ALIASES = {"gpt-*": "loaded", "claude-*": "fine", "o1": "o2", "o2": "lost"}
+MODELS = {"a/*": {"draft_model": "small"}, "a/one": {"draft_model": "one"}}
+"""
     selection = House(tmp_path, config).selection
-    assert selection.missing_profiles() == ["coder"]
+    assert selection.strangers() == [
+        "PROFILES['coder'] names 'gone', which is not on disk (yet).",
+        "ALIASES['o1'] names 'lost', which is not on disk (yet).",
+        "ALIASES['o2'] names 'lost', which is not on disk (yet).",
+        "MODELS['a/*']: draft_model names 'small', which is not on disk (yet).",
+    ]
     assert [(profile.name, found.id) for profile, found in selection.profiles()] == [
         ("fine", "a/one")
     ]

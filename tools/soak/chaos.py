@@ -16,7 +16,7 @@ from tests.support import scripted_server
 from tests.support.proxy import Proxy
 from tools.soak.ledger import Json
 from tools.soak.meanwhile import Meanwhile
-from tools.soak.phases import BROKEN
+from tools.soak.phases import BROKEN, LARGE, MODEL_MB, PROCESS_MB
 from tools.soak.processes import backends
 
 # The stand-in's faults, each for a second or so.
@@ -48,7 +48,11 @@ WEATHER: tuple[Json, ...] = (
 BASE: Json = {
     "events": 1_000_000,  # more than anybody requests: only `max_tokens` limits an answer
     "interval": 0.005,
-    "models": {BROKEN: {"load_failure": "Model type x not supported."}},
+    "megabytes": MODEL_MB - PROCESS_MB,
+    "models": {
+        LARGE: {"megabytes": 2 * MODEL_MB - PROCESS_MB},
+        BROKEN: {"load_failure": "Model type x not supported."},
+    },
 }
 
 

@@ -155,7 +155,7 @@ class Clients:
     ) -> tuple[Json, Seen]:
         tokens = min(tokens or dice.randint(1, 80), 900 if self.real else 1000)
         # Most requests want the same model: with a swap for each one, nothing would be answered.
-        (name,) = dice.choices((*MODELS, None), (6, 1, 1, 1))
+        (name,) = dice.choices((*MODELS, None), (6, 1, 1, 1, 1))
         seen = self._seen(row, "stream" if stream else "whole", tokens=tokens)
         if self.phase.selection == "requested":
             seen.model = name

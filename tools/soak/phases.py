@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from tools.soak.ledger import STATUS
 
-MODELS = ("alpha", "beta", "gamma")
+MODELS = ("alpha", "beta", "gamma", "delta")
+LARGE = "delta"  # twice as large as each of the others
 BROKEN = "broken"  # its load always fails
+# Megabytes that a model is estimated to take: a little more than its process really does.
+MODEL_MB, REAL_MODEL_MB = 64, 400
+PROCESS_MB = 24  # of the stand-in without its model, at most
 PLACES, QUEUE = 8, 16
 IDLE = 5.0  # seconds
 

@@ -50,14 +50,23 @@ class Figures:
 
 @dataclass
 class Samples(Meanwhile):
-    """Samples of the proxy, taken from outside during the whole phase."""
+    """Samples of the proxy, taken from outside during the whole phase.
+
+    Attributes:
+        budget: bytes that all backends together may hold.
+        models, memory: the most backends, and their most bytes, at a time.
+        excess: a sentence for each sample that was over a limit.
+    """
 
     proxy: Proxy
     process: psutil.Process
     max_loaded: int
+    budget: int
     rss: list[int] = field(default_factory=list)
     threads: int = 0
     files: int = 0
+    models: int = 0
+    memory: int = 0
     excess: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,8 +78,15 @@ class Samples(Meanwhile):
                 self.rss.append(self.process.memory_info().rss)
                 self.threads = max(self.threads, self.process.num_threads())
                 self.files = max(self.files, self.process.num_fds())
-                if len(running := backends(self.proxy)) > self.max_loaded:
-                    self.excess.append(f"{len(running)} backends at once: {running}")
+                self._look_at(backends(self.proxy), resident(alive(self.proxy)))
+
+    def _look_at(self, running: list[psutil.Process], held: int) -> None:
+        self.models = max(self.models, len(running))
+        self.memory = max(self.memory, held)
+        if len(running) > self.max_loaded:
+            self.excess.append(f"{len(running)} backends at once: {running}")
+        if held > self.budget:
+            self.excess.append(f"{held:,} bytes held, {self.budget:,} allowed, by {running}")
 
 
 def alive(proxy: Proxy) -> list[psutil.Process]:
@@ -81,6 +97,15 @@ def alive(proxy: Proxy) -> list[psutil.Process]:
             if child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found
+
+
+def resident(processes: list[psutil.Process]) -> int:
+    """Return the resident memory of the processes, as the system tells it."""
+    held = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            held += process.memory_info().rss
+    return held
 
 
 def backends(proxy: Proxy) -> list[psutil.Process]:

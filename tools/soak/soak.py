@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
+import re
 import signal
 import statistics
 import subprocess
@@ -19,17 +19,32 @@ import psutil
 from rich.console import Console
 
 from mlxproxy.backend.ports import is_free
+from mlxproxy.catalog.model import DEFAULT_CONTEXT
 from tests.support import scripted_server, tiny_models
+from tests.support.ports import free_range
 from tests.support.proxy import Proxy
 from tests.support.server_process import SERVER_BIN
 from tools.soak.chaos import BASE, Chaos
 from tools.soak.clients import Clients, warm_up
 from tools.soak.ledger import Json, Ledger
-from tools.soak.phases import BROKEN, IDLE, MODELS, PHASES, PLACES, QUEUE, Phase
+from tools.soak.phases import (
+    BROKEN,
+    IDLE,
+    LARGE,
+    MODEL_MB,
+    MODELS,
+    PHASES,
+    PLACES,
+    QUEUE,
+    REAL_MODEL_MB,
+    Phase,
+)
 from tools.soak.processes import Figures, Samples, alive, backends
 
 QUIET_LIMIT = 30.0  # seconds after the last client within which everything must have come to rest
 STOP_LIMIT = 20.0
+BUDGET_MODELS = 3.25  # three of the small models fit together, or the large one beside one of them
+FLOAT_BYTES = 4
 RSS_GROWTH = 16 << 20  # bytes that the second half of a phase may add to the first
 
 SETTINGS: dict[str, Any] = {
@@ -62,8 +77,11 @@ class Soak:
         self.ledger = Ledger()
         self.program: Path | None = None
         self.models = folder / "models"
+        unit = REAL_MODEL_MB if options.real else MODEL_MB
+        self.budget = int(BUDGET_MODELS * unit) << 20
         for name in (*MODELS, BROKEN):
-            tiny_models.build(self.models / "tiny" / name, says=name)
+            size = _of_size(2 * unit if name == LARGE else unit)
+            tiny_models.build(self.models / "tiny" / name, says=name, config=size)
         if options.real:
             tiny_models.break_model(self.models / "tiny" / BROKEN, "raising_template")
         else:
@@ -85,9 +103,10 @@ class Soak:
             "MODEL_SELECTION": phase.selection,
             "LOAD_TIMEOUT": 30 if self.options.real else 6,
             "MLX_SERVER_BIN": self.program or SERVER_BIN,
-            "PROXY_PORT": quiet_port(),
-            "MLX_BACKEND_PORT": quiet_port(self.options.max_loaded),
+            "PROXY_PORT": free_range(1),
+            "MLX_BACKEND_PORT": free_range(self.options.max_loaded),
             "MAX_LOADED": self.options.max_loaded,
+            "MEMORY_BUDGET": self.budget,
         }
         instance = self.folder / phase.name / "instance"
         instance.mkdir(parents=True)
@@ -106,7 +125,7 @@ class Soak:
         warm_up(clients)
         self._await_quiet(phase, proxy)
         base = Figures.at_rest(process)
-        samples = Samples(proxy, process, self.options.max_loaded)
+        samples = Samples(proxy, process, self.options.max_loaded, self.budget)
         chaos = Chaos(proxy, self.program, phase.faults, f"{self.options.seed} {phase.name}")
         clients.start(self.options.clients, self.options.seed)
         server = proxy.process
@@ -118,6 +137,10 @@ class Soak:
         if proxy.process.poll() is not None:
             self.ledger.wrong(phase.name, "the proxy", f"ended with {proxy.process.returncode}")
             return
+        evictions = sum(
+            map(int, re.findall(r"swap_seconds_count\{.*\} (\d+)", proxy.get("/metrics").text))
+        )
+        self.ledger.fact(phase.name, "models evicted for another", str(evictions))
         self.ledger.require_unloads(phase.name)
         for sentence in samples.excess:
             self.ledger.wrong(phase.name, "processes", sentence)
@@ -167,6 +190,8 @@ class Soak:
             "threads: start, peak, end": f"{base.threads} {samples.threads} {end.threads}",
             "files: start, peak, end": f"{base.files} {samples.files} {end.files}",
             "sockets: start, end": f"{base.sockets} {end.sockets}",
+            "most models at a time": f"{samples.models} of {self.options.max_loaded}",
+            "their memory, at most": f"{samples.memory / 1e6:.0f} of {self.budget / 1e6:.0f} MB",
         }
         for name, value in facts.items():
             self.ledger.fact(phase.name, name, value)
@@ -225,9 +250,10 @@ class Soak:
             self.ledger.wrong(phase.name, "the proxy's log", f"a traceback in {proxy.output}")
 
 
-def quiet_port(number: int = 1) -> int:
-    """Return the first of a row of free ports that no outgoing connection gets from the system."""
-    while True:
-        port = random.randint(20000, 32000)
-        if all(is_free(each) for each in range(port, port + number)):
-            return port
+def _of_size(megabytes: int) -> Json:
+    """Return the entry of a config by which a tiny model is estimated to take that much memory.
+
+    It makes the values of the key-value cache wide, which mlx-lm does not read for these models.
+    """
+    bytes_per_token = (megabytes << 20) // DEFAULT_CONTEXT
+    return {"v_head_dim": bytes_per_token // FLOAT_BYTES - tiny_models.HEAD}

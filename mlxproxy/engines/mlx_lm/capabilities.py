@@ -54,6 +54,7 @@ _THINK_TOKENS = (
 _TOKENS = frozenset(token for group in (*_TOOL_TOKENS, *_THINK_TOKENS) for token in group)
 _QUOTED = re.compile(b"|".join(re.escape(json.dumps(it).encode()) for it in sorted(_TOKENS)))
 _OTHER_SWITCH = re.compile(r"\bthinking\b")  # in templates that the backend cannot switch
+_BYTE_PAIR = re.compile(rb'"model":\s*\{\s*"type":\s*"BPE"')
 _CHUNK = 1 << 20
 _LONGEST = max(map(len, _TOKENS)) + 2
 
@@ -95,6 +96,16 @@ class TokenizerFiles:
         return cls(
             folder, files, config, template if isinstance(template, str) else None, templates
         )
+
+    def is_byte_pair(self) -> bool:
+        """Return whether it is of the one kind for which a grammar can be enforced."""
+        if TOKENIZER not in self.files:
+            return False
+        try:
+            with open_regular(f"{self.folder}/{TOKENIZER}") as (file, _):
+                return bool(_BYTE_PAIR.search(os.pread(file, _CHUNK, 0)))
+        except Unreadable:
+            return False
 
     def vocabulary(self) -> set[str]:
         """Return those of the tokens above that are in the vocabulary."""

@@ -74,13 +74,14 @@ class Completion:
                 choice["text"] = "".join(self._content)
             else:
                 answer["object"] = "chat.completion"
-                choice["message"] = self._message()
+                choice |= {"message": self._message(), "logprobs": None}
             (usage,) = _objects(self.usage)
             return json.dumps({**answer, "choices": [choice], "usage": usage}).encode()
 
     def _message(self) -> dict[str, Any]:
         content, reasoning = "".join(self._content), "".join(self._reasoning)
-        message: dict[str, Any] = {"role": "assistant", "content": content or None}
+        # The schema of a chat has `refusal` in each message, and `logprobs` beside it.
+        message: dict[str, Any] = {"role": "assistant", "content": content or None, "refusal": None}
         if reasoning:
             message["reasoning"] = reasoning
         if self._calls:  # a stream numbers its calls, a whole answer does not

@@ -21,6 +21,7 @@ from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
 from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.link import Link, WaitingLink
 from mlxproxy.engines.mlx_lm.package import Package
+from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
 from mlxproxy.errors import LoadFailed
 
@@ -38,6 +39,7 @@ class MlxLm:
         max_tokens: the limit for an answer whose request sets none.
         cache_bytes: returns how many bytes the prompt cache of a model may take, given the bytes
             that the model takes.
+        prompt_disk: where prompt caches outlive their process; None: nowhere.
     """
 
     name = program.NAME
@@ -47,11 +49,16 @@ class MlxLm:
     rules = rules.RULES
 
     def __init__(
-        self, server_bin: Path | None, max_tokens: int, cache_bytes: Callable[[int], int]
+        self,
+        server_bin: Path | None,
+        max_tokens: int,
+        cache_bytes: Callable[[int], int],
+        prompt_disk: PromptDisk | None = None,
     ) -> None:
         self._server_bin = server_bin
         self._max_tokens = max_tokens
         self._cache_bytes = cache_bytes
+        self._prompt_disk = prompt_disk
 
     @property
     def inspector(self) -> Inspector:
@@ -69,7 +76,9 @@ class MlxLm:
         cache = spec.tuning.prompt_cache_bytes
         environment = dict(ENVIRONMENT)
         if inside:
-            options = {"context": spec.max_context}
+            options: dict[str, Any] = {"context": spec.max_context}
+            if self._prompt_disk is not None:
+                options["prompt_cache_disk"] = self._prompt_disk.options(spec.model_id)
             environment[INSIDE_OPTIONS] = json.dumps(options)
         return Command(
             argv=(
@@ -118,7 +127,7 @@ class MlxLm:
 
     def wire(self, has: Callable[[str], bool]) -> MlxLmWire:
         """Return the wire, which knows how it spells requests and answers."""
-        return MlxLmWire(counts_cached=has("progress"))
+        return MlxLmWire(has)
 
     def is_exclusive(self, request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
         """Return whether the backend answers this checked request alone."""

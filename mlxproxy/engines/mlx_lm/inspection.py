@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxproxy.catalog.layout import CONFIG, DIFFUSERS, INDEX, MODELOPT, Folder
-from mlxproxy.catalog.model import Capabilities, Model
+from mlxproxy.catalog.model import Capabilities, KVCache, Model
 from mlxproxy.catalog.sampling import sampling
 from mlxproxy.catalog.weights import Quantization, read_headers
 from mlxproxy.engines.mlx_lm.capabilities import TokenizerFiles, capabilities
@@ -155,6 +155,8 @@ class _Reading:
         text = self._package.text_architecture(self._architecture, self._text)
         values = {**self._architecture.defaults, **text.defaults, **self._text}
         windowed = self._architecture.makes_cache and (self._architecture.windowed or text.windowed)
+        cache = kv_cache(values, text.name, windowed=windowed)
+        capable = replace(capable, prompt_cache_disk=self._kept(text, cache))
         architecture = self._config.get("model_type")
         vocab_size = number(values, "vocab_size")
         return replace(
@@ -166,12 +168,25 @@ class _Reading:
             quantization=quantization,
             parameters=weights.parameters or None,
             weights_bytes=weights.memory,
-            kv_cache=kv_cache(values, text.name, windowed=windowed),
+            kv_cache=cache,
             max_context_length=number(self._text, *_CONTEXT),
             vocab_size=vocab_size,
             capabilities=capable,
             sampling=sampling(self._folder.path, self._folder.sizes, vocab_size),
         )
+
+    def _kept(self, text: Architecture, cache: KVCache | None) -> str | None:
+        """Return `Capabilities.prompt_cache_disk`."""
+        known = [self._known, text]
+        if self._known is None or not self._package.restores_caches:
+            return None
+        if any(it.own_cache for it in known if it):
+            return None
+        if not self._known.makes_cache:
+            return "prefix"
+        if any(it.recurrent for it in known if it):
+            return "whole"
+        return "window" if cache is not None and cache.windowed_per_token else "prefix"
 
     def _type(self) -> str:
         architectures = str(self._config.get("architectures"))
@@ -220,7 +235,9 @@ class _Reading:
             tokenizer = TokenizerFiles.read(self._folder.path, self._folder.sizes)
         except Unreadable as error:
             return Capabilities(vision=self._vision), str(error)
-        return capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision), None
+        found = capabilities(tokenizer, self._architecture.tokenizer, vision=self._vision)
+        schemas = self._package.keeps_to_schemas and tokenizer.is_byte_pair()
+        return replace(found, schemas=schemas), None
 
     def _quantized_config(self) -> Mapping[str, Any]:
         """Return the config with its quantization in the place where mlx-lm looks for it."""

@@ -52,6 +52,11 @@ class Link:
         self.theirs.close()
         self._ours.close()
 
+    @property
+    def features(self) -> frozenset[str]:
+        """The features of `inside/` that the backend has armed."""
+        return self._features
+
     def has(self, feature: str) -> bool:
         """Return whether the backend has armed a feature of `inside/`."""
         return feature in self._features
@@ -93,6 +98,10 @@ class Link:
                     self._liveness = Liveness(computes_on_cpu=report["device"] == "cpu")
             for name, why in report["off"].items():
                 log.warning("%s is off with this mlx-lm: %s", name, why)
+        elif "off" in report:  # one that suits this mlx-lm, but not this model
+            self._features -= report["off"].keys()
+            for name, why in report["off"].items():
+                log.warning("%s is off for this model: %s", name, why)
 
 
 class WaitingLink(Link):

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+ENFORCER = "../llguidance"  # the package that inside/grammar.py uses
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -23,6 +25,8 @@ class Architecture:
         name: the module's name.
         windowed: it knows caches that keep no more than the window of a sliding layer.
         makes_cache: it defines itself what its layers keep; otherwise each keeps everything.
+        recurrent: it knows caches of a state that cannot be taken back to an earlier token.
+        own_cache: it has a cache of its own making.
         defaults: its values for entries that a config.json leaves out.
         tokenizer: its settings for tokenizers that have none of their own.
     """
@@ -30,6 +34,8 @@ class Architecture:
     name: str
     windowed: bool = False
     makes_cache: bool = True
+    recurrent: bool = False
+    own_cache: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +54,7 @@ class Package:
     @property
     def fingerprint(self) -> str:
         """An identifier that changes if the tables may change; it takes only a few `stat` calls."""
-        return self._identify("utils.py", "models", "processors", "_version.py")
+        return self._identify("utils.py", "models", "processors", "_version.py", ENFORCER)
 
     @property
     def installation(self) -> str:
@@ -65,6 +71,11 @@ class Package:
             else:
                 parts.append(f"{status.st_mtime_ns}.{status.st_size}")
         return ":".join(parts)
+
+    @property
+    def keeps_to_schemas(self) -> bool:
+        """Whether what makes answers keep to a schema is installed beside it."""
+        return self._folder is not None and (self._folder / ENFORCER).is_dir()
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture | None:
         """Return the module with which mlx-lm would load a config; None if it has none.
@@ -109,6 +120,16 @@ class Package:
             if isinstance(name, str) and (kind, name) in self._pairs:
                 return str(self._pairs[kind, name])
         return str(self._aliases.get(kind, kind))
+
+    @cached_property
+    def restores_caches(self) -> bool:
+        """Whether a cache can be made from its own state alone, as from mlx-lm 0.32 on."""
+        functions = (
+            node
+            for node in ast.walk(self._tree("models/cache.py"))
+            if isinstance(node, ast.FunctionDef) and node.name == "from_state"
+        )
+        return all(len(function.args.args) == 2 for function in functions)
 
     @cached_property
     def _modules(self) -> frozenset[str] | None:
@@ -157,6 +178,11 @@ class Package:
             windowed=not names.keys().isdisjoint({"RotatingKVCache", "ChunkedKVCache"}),
             makes_cache=methods is None
             or any(isinstance(it, ast.FunctionDef) and it.name == "make_cache" for it in methods),
+            recurrent=not names.keys().isdisjoint({"ArraysCache", "MambaCache"}),
+            own_cache=any(
+                isinstance(node, ast.ClassDef) and name.endswith("Cache")
+                for name, node in names.items()
+            ),
             defaults=_defaults(tree),
             tokenizer=_mapping(_constants(tree).get("TOKENIZER_DEFAULTS")),
         )

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from mlxproxy.backend.protocol import Examined
+from mlxproxy.engines.mlx_lm.package import ENFORCER
 from mlxproxy.errors import LoadFailed
 
 log = logging.getLogger("mlxproxy.engines.mlx_lm")
@@ -113,7 +114,12 @@ def examine(configured: Path | None) -> Examined:
         words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         return Examined(subject, f"{program} fails to start: {words[-1]}", update)
     wrapper = "" if is_inside(command) else ", a wrapper: runs without mlxproxy's additions"
-    return Examined(subject, f"{_version(configured)}works ({program}{wrapper})")
+    lacks = ""
+    package = package_of(configured)
+    if is_inside(command) and package and not (package / ENFORCER).is_dir():
+        install = f"{python if python.exists() else sys.executable} -m pip install llguidance"
+        lacks = f"; schemas and forced calls are rejected until you run {install}"
+    return Examined(subject, f"{_version(configured)}works ({program}{wrapper}){lacks}")
 
 
 def _version(configured: Path | None) -> str:

@@ -49,7 +49,7 @@ _COMMON: Final = {
         shapes.only(1, "the backend gives one answer per request; send several requests."),
         "ignored",
     ),
-    "response_format": Rule(shapes.response_format, "ignored"),
+    "response_format": Rule(shapes.response_format, "ignored by the plain server"),
     "chat_template_kwargs": Rule(shapes.chat_template_kwargs, "a chat_template runs; some kill"),
     "enable_thinking": Rule(shapes.boolean, "becomes a template argument"),
     "reasoning_effort": Rule(shapes.one_of(shapes.EFFORTS), "becomes a template argument"),
@@ -65,7 +65,7 @@ _CHAT: Final = {
     "audio": Rule(shapes.absent("the model can only write text."), "ignored"),
     "web_search_options": Rule(shapes.absent("this server does not search."), "ignored"),
     "tools": Rule(shapes.tools, "an odd schema cuts the answer off when the model calls"),
-    "tool_choice": Rule(shapes.tool_choice, "ignored"),
+    "tool_choice": Rule(shapes.tool_choice, "ignored by the plain server"),
     "role_mapping": Rule(shapes.role_mapping, "repeated for each message"),
 }
 _TEXT: Final = {

@@ -8,6 +8,7 @@ from typing import Any
 from mlxproxy.backend.protocol import Unmet
 from mlxproxy.catalog.model import Capabilities
 from mlxproxy.catalog.template import SWITCH
+from mlxproxy.errors import InvalidRequest
 
 
 def unmet(
@@ -44,13 +45,32 @@ def _unmet_thinking(thinking: bool, can: Capabilities) -> Iterator[Unmet]:
 def _unmet_tools(request: Mapping[str, Any], can: Capabilities) -> Iterator[Unmet]:
     if not can.tools:
         yield Unmet("tools", "mlx-lm knows no tool calls of this model; it may answer in text.")
-    elif _is_forced(request.get("tool_choice")):
-        yield Unmet("tool_choice", "the model is offered these tools, but not forced to call one.")
-    if request.get("parallel_tool_calls") is False:
+    if request.get("parallel_tool_calls") is False and not is_forced(request.get("tool_choice")):
         yield Unmet("parallel_tool_calls", "the model may call several tools at once.")
 
 
-def _is_forced(choice: object) -> bool:
+def refusal(request: Mapping[str, Any], has: Callable[[str], bool]) -> InvalidRequest | None:
+    """Return the error for a checked request that this backend cannot answer as demanded.
+
+    Args:
+        has: see :func:`unmet`.
+    """
+    if "response_format" in request:
+        field = "response_format"
+    elif request.get("tools") and is_forced(request.get("tool_choice")):
+        field = "tool_choice"
+    else:
+        return None
+    if has("grammar"):
+        return None
+    return InvalidRequest(
+        f"{field} cannot be enforced by this backend; `mlxproxy doctor` says what it lacks. Leave "
+        "it out, or install what is missing and load the model again.",
+        param=field,
+    )
+
+
+def is_forced(choice: object) -> bool:
     """Return whether a checked `tool_choice` demands a call."""
     if isinstance(choice, dict):
         return bool(choice.get("allowed_tools", {}).get("mode") != "auto")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mlxproxy.backend.connection import parsed
 from mlxproxy.backend.protocol import Fields
 from mlxproxy.engines.mlx_lm.completion import Completion, usage_of
+from mlxproxy.engines.mlx_lm.unmet import refusal
 from mlxproxy.errors import (
     BackendFailed,
     ContextLengthExceeded,
@@ -21,6 +22,11 @@ from mlxproxy.errors import (
 
 log = logging.getLogger("mlxproxy.relay")
 
+_ROLE: Final = b'{"role": "assistant", '
+_ROLE_ALONE: Final = b'{"role": "assistant"}'
+_REASONING: Final = b', "reasoning": "'
+_BACKSLASH: Final = 0x5C
+_REASONING_FIELD = re.compile(rb', "reasoning": ("[^"\\]*(?:\\.[^"\\]*)*")')
 _PROMPT_TOKENS = re.compile(rb": keepalive \d+/(\d{1,18})\n")
 
 # The backend's messages may contain paths of this machine, or a client's own words, in any form:
@@ -42,18 +48,26 @@ class MlxLmWire:
     """The wire of mlx-lm 0.31 and 0.32.
 
     Args:
-        counts_cached: whether the keepalives of a stream count the cached tokens of the prompt;
-            they do with the feature `progress` of `inside/`, but not in the plain server.
+        has: whether the process has a feature of `inside/`; with `progress`, the keepalives of a
+            stream count the cached tokens of the prompt.
     """
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
+    reasoning_mark: Final = _REASONING
 
-    def __init__(self, counts_cached: bool) -> None:
-        self._counts_cached = counts_cached
+    def __init__(self, has: Callable[[str], bool]) -> None:
+        self._has = has
+        self._counts_cached = has("progress")
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
-        """Return the body of a request."""
+        """Return the body of a request.
+
+        Raises:
+            InvalidRequest: the process cannot answer it as demanded.
+        """
+        if (error := refusal(fields, self._has)) is not None:
+            raise error
         body = {**fields, "model": model, "stream": streamed}
         if streamed:
             body["stream_options"] = {"include_usage": True}
@@ -66,6 +80,30 @@ class MlxLmWire:
     def model_field(self, name: str) -> bytes:
         """Return `"model": "…"` as Python's `json` writes it: quotes in a string are escaped."""
         return b'"model": ' + json.dumps(name).encode()
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        """Return events, or a whole answer, with `reasoning_content` next to `reasoning`.
+
+        They are not parsed: inside a JSON string there is a backslash before each quotation mark,
+        so this one begins a field.
+        """
+        found = data.find(_REASONING)
+        if found < 0:
+            return data
+        start = found + len(_REASONING)
+        end = data.find(b'"', start) + 1
+        # The usual case: one event, of a text without quotation marks, which is nearly at its end.
+        if data.find(b", ", end) < 0 < end and data[end - 2] != _BACKSLASH:
+            return b'%b, "reasoning_content": "%b%b' % (data[:end], data[start:end], data[end:])
+        if b'"reasoning_content": ' in data:
+            return data
+        return _REASONING_FIELD.sub(rb', "reasoning": \1, "reasoning_content": \1', data)
+
+    def without_role(self, data: bytes) -> bytes:
+        """Return an event without its role, whose quotes would be escaped inside a JSON string."""
+        # (From its end, where the delta is.)
+        before, role, after = data.rpartition(_ROLE)
+        return before + b"{" + after if role else data.replace(_ROLE_ALONE, b"{}", 1)
 
     def completion(self) -> Completion:
         """Return an empty completion, which puts a whole answer together."""
@@ -86,15 +124,19 @@ class MlxLmWire:
         It answers 404 to anything that goes wrong in a generation, with a text that may contain
         paths.
         """
+        param = None
         try:
-            text = parsed(body)["error"]
-        except (ValueError, KeyError, TypeError):
+            answer = parsed(body)
+            text, param = answer["error"], answer.get("param")
+        except (ValueError, KeyError, TypeError, AttributeError):
             text = None
         if not isinstance(text, str):
             return BackendFailed(f"The backend failed without giving a reason. {_AGAIN}")
         if "generation thread died" in text:
             return BackendFailed("The backend can no longer generate text. Try again.")
         log.debug("the backend answered %d: %s", status, text)  # may quote a prompt
+        if status == 400 and isinstance(param, str):  # the words are those of inside/grammar.py
+            return InvalidRequest(text, param=param)
         if status == 400:
             return InvalidRequest(_told("The backend rejected this request", text, _VALIDATION))
         if status == 404 and text == _EMPTY:

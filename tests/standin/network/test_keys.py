@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,12 @@ import pytest
 from tests.support.network import ALICE, BOB, CALLS, CARLA, WRONG, ask, describe, is_refusal
 from tests.support.proxy import Proxy
 
-NEARLY_HEALTH = [
+PAGE_FILES = "/page/"
+NEARLY_OPEN = [
+    "/page",
+    "/PAGE/x/y",
+    "/v1/models?/page/",
+    "/v1/models;/page/",
     "/health/",
     "/HEALTH",
     "/health;x",
@@ -24,14 +30,30 @@ NEARLY_HEALTH = [
 
 
 @pytest.mark.parametrize("key", [None, WRONG], ids=["no key", "a wrong key"])
-def test_every_path_but_health_needs_a_key(proxy: Proxy, key: str | None) -> None:
-    for method, path in [*CALLS, *(("GET", path) for path in NEARLY_HEALTH)]:
+def test_every_path_but_the_open_ones_needs_a_key(proxy: Proxy, key: str | None) -> None:
+    for method, path in [*CALLS, *(("GET", path) for path in NEARLY_OPEN)]:
+        if path.startswith(PAGE_FILES):
+            continue
         answer = ask(proxy, method, path, key, data="{}")
         assert answer.status_code == 401, (method, path)
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         if method != "HEAD":
             assert is_refusal(path, answer.json(), "invalid_api_key")
     assert describe(proxy)["id"] == "tiny/alpha", "the unload was refused"
+
+
+def test_a_browser_without_the_key_gets_the_page_and_nothing_else(proxy: Proxy) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+    page = ask(proxy, "GET", "/", None, headers=browser)
+    assert page.ok
+    assert page.content == ask(proxy, "GET", "/", headers=browser).content
+    files = re.findall(r'(?:href|src)="(/page/\S+)"', page.text)
+    assert len(files) > 10
+    assert all(ask(proxy, "GET", file, None).ok for file in files)
+    for method, path in CALLS:
+        if path != "/" and not path.startswith(PAGE_FILES):
+            answer = ask(proxy, method, path, None, headers=browser, data="{}")
+            assert answer.status_code == 401, (method, path)
 
 
 @pytest.mark.parametrize("key", [ALICE, BOB, CARLA])

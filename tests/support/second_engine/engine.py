@@ -114,6 +114,7 @@ class Wire:
     """Chunks in JSON without spaces; options in an object of their own; errors in `detail`."""
 
     chunk_end = b'"usage":null}\n\n'
+    reasoning_mark = b',"reasoning":"'
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         options = {**fields["options"], "stream": streamed}
@@ -124,6 +125,12 @@ class Wire:
 
     def model_field(self, name: str) -> bytes:
         return b'"model":' + json.dumps(name).encode()
+
+    def with_both_spellings(self, data: bytes) -> bytes:
+        return data
+
+    def without_role(self, data: bytes) -> bytes:
+        return data
 
     def completion(self) -> Completion:
         return Completion()

@@ -5,6 +5,7 @@ proxy sends one byte, when it starts to admit clients.
 
 ==============  ====================================================================================
 ``features``    names of the armed features; ``off``: names of the others, with the reason
+``off``         alone: names of armed features that do not suit the model, with the reason
 ``died``        the generation thread has crashed; the reason, without any client's or model's text
 ``beat``        once a second while there are requests: see :class:`Pulse`
 ==============  ====================================================================================

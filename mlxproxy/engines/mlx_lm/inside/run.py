@@ -22,6 +22,7 @@ from . import (
     departures,
     detokenizer,
     gate,
+    grammar,
     logprobs,
     pace,
     progress,
@@ -33,6 +34,7 @@ from . import (
     stop,
     tool_calls,
 )
+from .disk import cache as disk_cache
 from .gate import Unexpected
 from .report import Pulse, Reporter
 
@@ -52,10 +54,12 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
     # Each feature wraps those armed before it, so what it calls comes first.
     features: dict[str, Callable[[], None]] = {
         "prompt_cache": lambda: prompt_cache.arm(cache),
+        **_prompt_cache_disk(server, cache, mx, reporter, pulse, options),
         "detokenizer": lambda: detokenizer.arm(tokenizer_utils),
         "sampling": lambda: sampling.arm(server, sample_utils, mx),
         "tool_calls": lambda: tool_calls.arm(server, watched.check_client),
         "logprobs": lambda: logprobs.arm(server, tokenizer_utils),
+        "grammar": lambda: grammar.arm(server, mx),
         "stop": lambda: stop.arm(server),
         "prompts": lambda: prompts.arm(server, options.get("context")),
         "progress": lambda: progress.arm(server),
@@ -77,6 +81,30 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         except (Unexpected, AttributeError, TypeError) as error:
             off[name] = str(error)
     reporter.send(features=armed, off=off, device=mx.default_device().type.name)
+
+
+def _prompt_cache_disk(
+    server: Any, cache: Any, mx: Any, reporter: Reporter, pulse: Pulse, options: dict[str, Any]
+) -> dict[str, Callable[[], None]]:
+    """Return the feature, or nothing if it is turned off."""
+    name = "prompt_cache_disk"
+    given = options.get(name)
+    if given is None:
+        return {}
+
+    def enable() -> None:
+        versions = {
+            "mlx": mx.__version__,
+            "mlx_lm": sys.modules["mlx_lm"].__version__,
+            "device": str(mx.device_info()["architecture"]),
+        }
+
+        def off(why: str) -> None:
+            reporter.send(off={name: why})
+
+        disk_cache.arm(server, cache, mx, versions, given, lambda: pulse.active > 0, off)
+
+    return {name: enable}
 
 
 def _arm_heartbeat(
