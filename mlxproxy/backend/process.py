@@ -399,6 +399,7 @@ class Backend:
         if cancelled.is_set():
             raise LoadCancelled(f"The load of {self.spec.model_id} was cancelled.")
         if self._ended is not None:
+            self._await_words()
             raise self.failure(self._ended)
         if time.monotonic() > deadline:
             raise LoadTimeout(
@@ -406,6 +407,13 @@ class Backend:
                 "(LOAD_TIMEOUT). Raise it if the model is large or the disk is slow.",
                 log=self.last_words(),
             )
+
+    def _await_words(self) -> None:
+        """Wait briefly for the first output: a reason that comes over the link may overtake it."""
+        latest = time.monotonic() + EXIT_REASON_SECONDS
+        while not self.last_words() and time.monotonic() < latest:
+            if self._exited.wait(POLL_SECONDS):
+                return
 
     def _check_owner(self) -> None:
         """Require that the process that answers on the port is our child or one of its descendants.
