@@ -174,16 +174,19 @@ class BackendConnection:
             self._socket.close()
             raise BrokenConnection(f"closed the connection ({error.strerror or error})") from None
 
-    def send(self, path: str, body: bytes | None) -> None:
+    def send(self, path: str, body: bytes | None, authorization: str = "") -> None:
         """Take one request, which :meth:`read_head` sends before it waits.
 
         Args:
             body: JSON, for a POST; None for a GET.
+            authorization: the value of that header; empty: none is sent.
         """
         method, about = "GET", ""
         if body is not None:
             about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             method = "POST"
+        if authorization:
+            about += f"Authorization: {authorization}\r\n"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{about}\r\n"
         self._unsent = memoryview(head.encode("ascii") + (body or b""))
 

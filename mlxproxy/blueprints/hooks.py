@@ -204,8 +204,8 @@ def _is_followed_link(asked: Request) -> bool:
 
 def _finish(response: Response) -> Response:
     environ, headers = _this_request().environ, response.headers
-    headers.extend({"X-Request-Id": g.request_id})
-    headers.extend(g.get("security_headers", SECURITY_HEADERS))
+    security_headers = g.get("security_headers", SECURITY_HEADERS)
+    headers.extend({"X-Request-Id": g.request_id, **security_headers})
     if dialect_of(_this_request().path) == "anthropic":
         headers["request-id"] = g.request_id  # the name that Anthropic's SDK reads
     if (warnings := g.get("warnings")) is not None:
@@ -255,7 +255,6 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
     asked = _this_request()
     parts, started, path, facts = services(), g.started, asked.path, g.who
     route = asked.url_rule.rule if asked.url_rule else "other"
-
     answer, quiet = g.get("answer"), _is_quiet(path)
 
     def record(status: int, stats: AnswerStats | None) -> None:

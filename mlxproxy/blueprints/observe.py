@@ -124,13 +124,14 @@ def snapshot(parts: Services) -> dict[str, Any]:
 def _figures(parts: Services, described: Snapshot) -> dict[str, Any]:
     """Return what changes while answers go on: the answers, speeds (tokens/s), memory (bytes)."""
     held, budget = parts.controller.memory(), parts.controller.budget()
+    under_way = parts.answers.stats()
     models = [
         {
             "slot": slot.id,
             "in_flight": slot.in_flight,
             "waiting": slot.waiting,
             "memory_bytes": held.get(slot.id),
-            "tokens_per_second": parts.metrics.speed(slot.occupant.model_id),
+            "tokens_per_second": parts.metrics.speed(under_way, slot.occupant.model_id),
         }
         for slot in described.slots
         if slot.occupant is not None
@@ -139,7 +140,7 @@ def _figures(parts: Services, described: Snapshot) -> dict[str, Any]:
         "models": models,
         "in_flight": described.in_flight,
         "waiting": described.waiting,
-        "tokens_per_second": parts.metrics.speed(),
+        "tokens_per_second": parts.metrics.speed(under_way),
         "memory_bytes": sum(held.values()),
         "memory_budget_bytes": None if budget == sys.maxsize else budget,
         "answers": parts.answers.describe(),

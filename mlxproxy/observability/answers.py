@@ -58,6 +58,10 @@ class Answers:
         answer.abort()
         return True
 
+    def stats(self) -> list[AnswerStats]:
+        """Return the figures of the answers under way."""
+        return [answer.stats for answer in self._under_way().values()]
+
     def describe(self) -> list[dict[str, Any]]:
         """Return the answers under way as JSON objects, the oldest first."""
         now = time.monotonic()

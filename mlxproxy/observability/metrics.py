@@ -10,7 +10,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -76,12 +76,11 @@ class _Place:
 
 
 class Metrics:
-    """The counts of one proxy and its answers in flight. May be used by many threads."""
+    """The counts of one proxy. May be used by many threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = Counts()
-        self._answers: dict[int, AnswerStats] = {}
         self._last_speed: float | None = None
         self._last_speeds: dict[str, float] = {}
         self._places: defaultdict[int, _Place] = defaultdict(_Place)
@@ -91,34 +90,30 @@ class Metrics:
         with self._lock:
             return copy.deepcopy(self._counts)
 
-    def speed(self, model: str | None = None) -> dict[str, float | None]:
+    def speed(
+        self, under_way: Iterable[AnswerStats], model: str | None = None
+    ) -> dict[str, float | None]:
         """Return tokens per second: of all answers in flight together, and of the last full answer.
 
         Args:
+            under_way: the figures of the answers in flight.
             model: the id of the model whose answers count; None: all models.
         """
         with self._lock:
-            answers = [it for it in self._answers.values() if model in (None, it.model)]
             last = self._last_speed if model is None else self._last_speeds.get(model)
         now = time.monotonic()
         rates = [
             it.tokens_out / (now - it.first_byte)
-            for it in answers
-            if it.first_byte is not None and now > it.first_byte
+            for it in under_way
+            if model in (None, it.model) and it.first_byte is not None and now > it.first_byte
         ]
         return {"now": round(sum(rates), 1) if rates else None, "last": last}
-
-    def answer_begun(self, stats: AnswerStats) -> None:
-        """Record that an answer has been asked for; :meth:`request` records its end."""
-        with self._lock:
-            self._answers[id(stats)] = stats
 
     def request(self, route: str, status: int, stats: AnswerStats | None) -> None:
         """Record that a request has ended; `stats` is given if a model was to answer it."""
         figures = stats.figures() if stats is not None else {}
         model = figures.get("model")
         with self._lock:
-            self._answers.pop(id(stats), None)
             counts = self._counts
             counts.requests[route, status] += 1
             if model is None:

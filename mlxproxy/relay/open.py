@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 from mlxproxy.backend.connection import BackendConnection, ReadTimeout
@@ -35,7 +36,7 @@ class Request:
 
     Attributes:
         path: the backend's path.
-        name: the model's name in the answer; None: its id.
+        called: returns the name in the answer of the model that gives it.
         as_chat: whether the client reads the events of a chat themselves, not a translation: it
             finds the reasoning in `reasoning_content`, too, and the role in the first event alone.
         reworded: returns a rejection in the client's own words.
@@ -43,7 +44,7 @@ class Request:
 
     path: str
     body: Body
-    name: str | None = None
+    called: Callable[[ModelSpec], str] = attrgetter("model_id")
     as_chat: bool = False
     reworded: Callable[[InvalidRequest], InvalidRequest] = lambda error: error
 
@@ -93,7 +94,7 @@ class Exchange:
         except InvalidRequest as error:
             raise request.reworded(error) from None
         self.model_field = self.wire.model_field(spec.path)
-        self.shown_field = self.wire.model_field(request.name or spec.model_id)
+        self.shown_field = self.wire.model_field(request.called(spec))
         self.patience = Patience(lease, backend, stall_timeout, unstreamed=not self.streamed)
         self._lease = lease
         try:
@@ -103,7 +104,7 @@ class Exchange:
         except BackendFailed as error:
             raise lease.fault(error) from None
         lease.attach(self.connection)
-        self.connection.send(request.path, payload)
+        self.connection.send(request.path, payload, self.wire.authorization)
 
     def await_head(self) -> bool:
         """Wait for the answer's head for one interval; return whether it has come.
@@ -130,6 +131,12 @@ class Exchange:
                 "the same request fails again, see the backend's log."
             )
         )
+
+    def failure(self, events: bytes) -> ProxyError | None:
+        """Return the error in whole events of a stream, if the backend tells one there."""
+        at = events.rfind(b'data: {"error"')
+        error = self.wire.failure(events[at:]) if at >= 0 else None
+        return self._lease.fault(error) if isinstance(error, BackendFailed) else error
 
     def usage_of(self, answer: bytes) -> Mapping[str, Any]:
         """Return the token count in a whole answer that the backend sent.

@@ -150,7 +150,11 @@ def test_a_stream_is_what_the_backend_sent_but_for_the_models_name(proxy: Proxy)
     ).content
     assert path.encode() in direct
     through = proxy.post("/v1/chat/completions", BODY).content
-    assert neutral(through) == neutral(direct.replace(path.encode(), b"tiny/alpha"))
+    expected = neutral(direct.replace(path.encode(), b"tiny/alpha"))
+    for event in expected[1:-1]:  # the role comes once
+        for choice in event["choices"]:
+            choice["delta"].pop("role", None)
+    assert neutral(through) == expected
 
 
 @pytest.mark.parametrize("stream", [True, False])

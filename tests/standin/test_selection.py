@@ -110,6 +110,21 @@ def test_names_in_a_circle_stop_the_start_with_the_names(
         serve("alpha", config='ALIASES = {"a": "b", "b": "a"}')
 
 
+def test_an_answer_of_another_model_has_neither_the_name_nor_the_defaults_of_the_profile(
+    serve: Callable[..., tuple[Proxy, Path]],
+) -> None:
+    proxy, program = serve("alpha", "beta", config=CONFIG, MODEL_SELECTION="loaded")
+    proxy.load("beta")
+    for stream in (False, True):
+        answer = proxy.chat(model="coder", stream=stream)
+        assert '"tiny/beta"' in answer.text
+        assert "coder" not in answer.text
+        assert "temperature" not in asked(program)
+    proxy.load("alpha")
+    assert proxy.chat(model="coder").json()["model"] == "coder"
+    assert asked(program)["temperature"] == 0.2
+
+
 def test_a_request_gets_the_sampling_of_its_model_below_the_settings_and_its_own(
     serve: Callable[..., tuple[Proxy, Path]], tmp_path: Path
 ) -> None:

@@ -72,8 +72,8 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         ),
         relay=scene.relay,
         selection=SimpleNamespace(
-            expected=lambda name: None,
-            profile=lambda name: None,
+            expected=lambda name, kind: None,
+            profile_for=lambda name, spec: None,
             fallback=lambda: None,
             terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),
             engine_of=lambda spec: SimpleNamespace(
@@ -100,7 +100,7 @@ def test_a_stream_that_nobody_reads_is_recorded_and_gives_its_place_back() -> No
     answer.response.close()  # type: ignore[attr-defined]
     assert scene.controller.released == 1
     assert parts.metrics.counts().requests == {("/v1/chat/completions", 200): 1}
-    assert parts.metrics.speed()["now"] is None
+    assert parts.metrics.speed(parts.answers.stats())["now"] is None
 
 
 def test_a_stream_whose_head_cannot_be_sent_gives_its_place_back(

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from mlxproxy.commands import doctor
+from mlxproxy.engines.mlx_lm import program
 
 
 def process(command: list[str], **environment: str) -> psutil.Process:
@@ -46,3 +47,22 @@ def hidden() -> Any:
 )
 def test_settings_that_cannot_be_told_are_not_guessed(proxy: psutil.Process) -> None:
     assert doctor._settings_of(proxy) is None
+
+
+def test_a_backend_that_cannot_keep_to_schemas_is_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "lib" / "python3.12" / "site-packages" / "mlx_lm"
+    package.mkdir(parents=True)
+    script = tmp_path / "bin" / "mlx_lm.server"
+    script.parent.mkdir()
+    script.write_text("#!/usr/bin/python3\nfrom mlx_lm.server import main\nmain()\n")
+    script.chmod(0o700)
+    done = SimpleNamespace(returncode=0, stderr="")
+    monkeypatch.setattr(program.subprocess, "run", lambda *_, **__: done)
+    without = program.examine(script)
+    assert without.fix is None  # text works
+    assert "schemas and forced calls are rejected until you run" in without.sentence
+    assert without.sentence.endswith("-m pip install llguidance")
+    (package.parent / "llguidance").mkdir()
+    assert "schemas" not in program.examine(script).sentence

@@ -6,7 +6,10 @@ import ast
 import importlib.metadata
 import importlib.util
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -697,3 +700,49 @@ def test_a_weights_file_without_tensors_is_accepted(inspect: Inspect, tmp_path: 
     folder = model(tmp_path / "model", shards=2)
     raw_weights(folder / "model-00002-of-00002.safetensors", b'{"__metadata__": {}}')
     assert inspect(folder).loadable
+
+
+def test_schemas_are_possible_where_the_tokenizer_is_of_that_kind_and_something_enforces_them(
+    tmp_path: Path,
+) -> None:
+    package = tmp_path / "site-packages" / "mlx_lm"
+    (package / "models").mkdir(parents=True)
+    (package / "models" / "qwen3.py").write_text("class Model: pass")
+    folder = tiny_models.build(tmp_path / "model")
+
+    def schemas() -> tuple[str, bool]:
+        inspector = Inspector(Package(package))
+        sizes = {it.name: it.stat().st_size for it in folder.iterdir()}
+        found = inspector(Folder(str(folder), "publisher/model", sizes, 0))
+        return inspector.fingerprint, found.capabilities.schemas
+
+    before = schemas()
+    (package.parent / "llguidance").mkdir()
+    after = schemas()
+    assert (before[1], after[1]) == (False, True)
+    assert before[0] != after[0]  # or what is remembered of a folder would not be renewed
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"type": "BPE"', '"type": "Unigram"'))
+    tokenizer.write_text(tokenizer.read_text().replace('"type":"BPE"', '"type":"Unigram"'))
+    assert schemas()[1] is False
+
+
+def test_two_threads_never_parse_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, parse, parsing = Package(), ast.parse, threading.Lock()
+    overlaps: list[str] = []
+
+    def parsed(source: Any, *rest: Any, **named: Any) -> Any:
+        if not parsing.acquire(blocking=False):
+            overlaps.append(threading.current_thread().name)
+            return parse(source, *rest, **named)
+        try:
+            time.sleep(0.05)  # as if another thread got its turn here
+            return parse(source, *rest, **named)
+        finally:
+            parsing.release()
+
+    configs = [{"model_type": name} for name in ("qwen3", "llama", "gemma3_text", "phi3")]
+    with monkeypatch.context() as patch, ThreadPoolExecutor(len(configs)) as pool:
+        patch.setattr(ast, "parse", parsed)
+        assert all(pool.map(package.architecture, configs))
+    assert overlaps == []

@@ -231,7 +231,7 @@ def test_a_lease_that_ends_while_the_connection_is_opened_closes_it(answer: Any)
     [
         (404, "the prompt has no tokens", "invalid_request"),
         (404, LONG, "context_length_exceeded"),
-        (404, LONG.replace("9", "more than 9"), "context_length_exceeded"),
+        (404, LONG.replace("9", "about 9"), "context_length_exceeded"),
         (400, "max_tokens must be an int", "invalid_request"),
         (404, "/secret/path", "internal_error"),
         (404, "generation thread died", "backend_failed"),
@@ -443,7 +443,7 @@ def test_the_models_path_is_in_no_event_and_its_words_are_left_alone() -> None:
 def test_an_answer_can_be_given_another_name() -> None:
     events = [{**event, "model": "/models/org/name"} for event in HELLO]
     scene = Scene(FakeConnection(sent(*events))).grant()
-    scene.request = dataclasses.replace(scene.request, name='a "profile"')
+    scene.request = dataclasses.replace(scene.request, called=lambda spec: 'a "profile"')
     items, _ = events_of(scene)
     assert json.loads(items[1][6:])["model"] == 'a "profile"'
 

@@ -113,6 +113,14 @@ def _launched(
     )
 
 
+# It gets the server's sentence (`--mode json` shows it), takes the conversation for full, and finds
+# nothing to compact.
+PI_IS_SILENT = (
+    "with `-p`, pi says nothing when a prompt is too long for the model, although it has "
+    "understood the error"
+)
+
+
 def _pi(api: str, dialect: str) -> Client:
     def command(task: Task) -> Command:
         base = task.url if dialect == "anthropic-messages" else f"{task.url}/v1"

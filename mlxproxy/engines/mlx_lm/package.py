@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +51,9 @@ class Package:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or _installed()
         self._architectures: dict[str, Architecture | None] = {}
+        # Folders are scanned at the same time, and Python 3.11 may fail with a SystemError ("AST
+        # constructor recursion depth mismatch") if two threads parse at the same time.
+        self._parsing = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -163,7 +167,9 @@ class Package:
 
     def _tree(self, file: str) -> ast.Module:
         try:
-            return ast.parse((self._folder or Path()).joinpath(file).read_bytes())
+            source = (self._folder or Path()).joinpath(file).read_bytes()
+            with self._parsing:
+                return ast.parse(source)
         except (OSError, SyntaxError, ValueError):
             return ast.Module(body=[], type_ignores=[])
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mlxproxy.backend.protocol import Examined
-from mlxproxy.engines.mlx_lm.package import ENFORCER
+from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.errors import LoadFailed
 
 log = logging.getLogger("mlxproxy.engines.mlx_lm")
@@ -101,8 +101,9 @@ def examine(configured: Path | None) -> Examined:
         program = server_program(configured)
     except LoadFailed as error:
         return Examined(subject, error.message, f"{sys.executable} -m pip install mlx-lm")
-    python = program.parent / "python"
-    update = f"{python if python.exists() else sys.executable} -m pip install --upgrade mlx-lm"
+    beside = program.parent / "python"
+    install = f"{beside if beside.exists() else sys.executable} -m pip install"
+    update = f"{install} --upgrade mlx-lm"
     command = program_command(program)
     try:
         done = subprocess.run(
@@ -116,9 +117,8 @@ def examine(configured: Path | None) -> Examined:
     wrapper = "" if is_inside(command) else ", a wrapper: runs without mlxproxy's additions"
     lacks = ""
     package = package_of(configured)
-    if is_inside(command) and package and not (package / ENFORCER).is_dir():
-        install = f"{python if python.exists() else sys.executable} -m pip install llguidance"
-        lacks = f"; schemas and forced calls are rejected until you run {install}"
+    if is_inside(command) and package and not Package(package).keeps_to_schemas:
+        lacks = f"; schemas and forced calls are rejected until you run {install} llguidance"
     return Examined(subject, f"{_version(configured)}works ({program}{wrapper}){lacks}")
 
 

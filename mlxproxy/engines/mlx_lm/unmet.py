@@ -8,6 +8,7 @@ from typing import Any
 from mlxproxy.backend.protocol import Unmet
 from mlxproxy.catalog.model import Capabilities
 from mlxproxy.catalog.template import SWITCH
+from mlxproxy.engines.mlx_lm.inside.syntaxes import is_forced
 from mlxproxy.errors import InvalidRequest
 
 
@@ -68,10 +69,3 @@ def refusal(request: Mapping[str, Any], has: Callable[[str], bool]) -> InvalidRe
         "it out, or install what is missing and load the model again.",
         param=field,
     )
-
-
-def is_forced(choice: object) -> bool:
-    """Return whether a checked `tool_choice` demands a call."""
-    if isinstance(choice, dict):
-        return bool(choice.get("allowed_tools", {}).get("mode") != "auto")
-    return choice == "required"

@@ -30,6 +30,19 @@ def get_weather(city: str) -> str:
     return f"sunny in {city}"
 
 
+def with_results(message):
+    """Return a message of a chat completion with calls, and the results of its calls."""
+    results = [
+        {
+            "role": "tool",
+            "tool_call_id": call.id,
+            "content": get_weather(**json.loads(call.function.arguments)),
+        }
+        for call in message.tool_calls
+    ]
+    return [message.model_dump(exclude_none=True), *results]
+
+
 def main(chat, stream, tools):
     """Run the check that the command line names.
 

@@ -1,10 +1,9 @@
 """litellm, with the provider that the environment names."""
 
-import json
 import os
 
 import litellm
-from harness import MODEL, QUESTION, TOOL, URL, get_weather, main
+from harness import MODEL, QUESTION, TOOL, URL, main, with_results
 
 litellm.suppress_debug_info = True
 PROVIDER = os.environ["PROVIDER"]
@@ -37,10 +36,7 @@ def tools():
         message = litellm.stream_chunk_builder(chunks).choices[0].message
         if not message.tool_calls:
             return message.content
-        messages.append(message.model_dump(exclude_none=True))
-        for call in message.tool_calls:
-            result = get_weather(**json.loads(call.function.arguments))
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        messages += with_results(message)
 
 
 main(chat, stream, tools)

@@ -1,8 +1,6 @@
 """openai for Python, chat completions."""
 
-import json
-
-from harness import MODEL, TOOL, URL, get_weather, main
+from harness import MODEL, TOOL, URL, main, with_results
 from openai import OpenAI
 
 client = OpenAI(base_url=f"{URL}/v1", api_key="none")
@@ -30,10 +28,7 @@ def tools():
             message = events.get_final_completion().choices[0].message
         if not message.tool_calls:
             return message.content
-        messages.append(message.model_dump(exclude_none=True))
-        for call in message.tool_calls:
-            result = get_weather(**json.loads(call.function.arguments))
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        messages += with_results(message)
 
 
 main(chat, stream, tools)

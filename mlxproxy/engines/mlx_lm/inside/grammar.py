@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from . import gate
 from .gate import Unexpected
-from .syntaxes import MOST_CALLS, SYNTAXES, Function, Refused, Spelling, json_rule
+from .syntaxes import MOST_CALLS, SYNTAXES, Function, Refused, Spelling, is_forced, json_rule
 
 CACHED = 64  # compiled grammars
 MESSAGE_CHARACTERS = 300
@@ -40,6 +40,7 @@ NAMES: gate.Names = {
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._make_state_machine": ("self", "model_key", "tokenizer", "stop_words"),
     "ModelProvider._load": ("self",),
+    "TextStateMachine.__init__": ("self", "transitions"),
     "_make_logits_processors": ("args",),
 }
 
@@ -127,13 +128,6 @@ def wanted(body: Mapping[str, Any], speech: Speech) -> Wanted | None:
     else:
         start = "start: FREE calls?\nFREE: /(.|\\n)*/"
     return Wanted(f"{HEADER}{start}\n{calls}", parts, is_text=False)
-
-
-def is_forced(choice: object) -> bool:
-    """Return whether a checked `tool_choice` demands a call."""
-    if isinstance(choice, dict):
-        return bool(choice.get("allowed_tools", {}).get("mode") != "auto")
-    return choice == "required"
 
 
 def demanding_field(body: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import gate
@@ -62,14 +62,17 @@ def arm(cache: Any) -> None:
 
 def settle(mx: Any, prompt_cache: list[Any]) -> None:
     """Compute all arrays of a prompt's caches, each in memory of its own."""
-    caches = list(prompt_cache)
-    for cache in caches:  # grows
-        inner = getattr(cache, "caches", None)
-        if inner is not None:
-            caches += inner
-        else:
+    for cache in flat(prompt_cache):
+        if getattr(cache, "caches", None) is None:
             cache.state = _each(cache.state, mx.contiguous, mx.array)
     mx.eval([cache.state for cache in prompt_cache])
+
+
+def flat(prompt_cache: Iterable[Any]) -> Iterator[Any]:
+    """Yield all caches, those inside others included."""
+    for cache in prompt_cache:
+        yield cache
+        yield from flat(getattr(cache, "caches", None) or ())
 
 
 def _each(state: Any, change: Callable[[Any], Any], array: type) -> Any:

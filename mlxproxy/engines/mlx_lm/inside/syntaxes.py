@@ -36,6 +36,13 @@ class Refused(Exception):
         self.why = why
 
 
+def is_forced(choice: object) -> bool:
+    """Return whether a checked `tool_choice` demands a call."""
+    if isinstance(choice, dict):
+        return bool(choice.get("allowed_tools", {}).get("mode") != "auto")
+    return choice == "required"
+
+
 def json_rule(schema: Mapping[str, Any], strict: bool) -> str:
     """Return the expression for the JSON values that a schema allows.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import gate
+from ..prompt_cache import flat
 from . import entry, store
 from .fingerprint import NoFolder, files, fingerprint
 from .index import BLOCK, LEAST_GAIN, Index
@@ -66,7 +67,7 @@ class Codec:
         Raises:
             Unsupported: one of them cannot.
         """
-        for cache in _flat(prompt_cache):
+        for cache in flat(prompt_cache):
             name = type(cache).__name__
             if vars(self._caches).get(name) is not type(cache) or not hasattr(cache, "from_state"):
                 raise Unsupported(f"its architecture has a cache of its own ({name})")
@@ -75,7 +76,7 @@ class Codec:
         """Return whether the caches cannot be shortened, so that only a longer prompt can use
         them."""
         return not self._caches.can_trim_prompt_cache(prompt_cache) or any(
-            getattr(cache, "start_position", 0) > 0 for cache in _flat(prompt_cache)
+            getattr(cache, "start_position", 0) > 0 for cache in flat(prompt_cache)
         )
 
     def encode(self, prompt_cache: list[Any]) -> tuple[list[Any], list[entry.Array], list[Any]]:
@@ -548,13 +549,6 @@ def _arm_stop(disk: Disk) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
-
-
-def _flat(prompt_cache: list[Any]) -> Iterator[Any]:
-    """Yield all caches, those inside others included."""
-    for cache in prompt_cache:
-        yield cache
-        yield from _flat(list(getattr(cache, "caches", ())))
 
 
 def _type_name(array: Any) -> str:
