@@ -99,6 +99,7 @@ class Backend:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._stopping = False
+        self._stopped = False
         self._ended: str | None = None
         self._end = threading.Event()
         self._exited = threading.Event()
@@ -293,7 +294,7 @@ class Backend:
         """
         with self._lock:
             self._stopping = True
-        if self._launched is None:
+        if self._launched is None or self._stopped:
             return
         process = self._launched.process
         family = self._family()  # now: once its parent has exited, a child may not be found
@@ -316,6 +317,7 @@ class Backend:
             return
         if self._output:
             self._output.join(EXIT_REASON_SECONDS)
+        self._stopped = True
         log.info("backend stopped: pid %d", process.pid)
 
     def _family(self) -> set[psutil.Process]:
@@ -425,7 +427,6 @@ class Backend:
         if cancelled.is_set():
             raise LoadCancelled(f"The load of {self.spec.model_id} was cancelled.")
         if self._ended is not None:
-            self._await_words()
             raise self.failure(self._ended)
         if time.monotonic() > deadline:
             raise LoadTimeout(
@@ -433,13 +434,6 @@ class Backend:
                 "(LOAD_TIMEOUT). Raise it if the model is large or the disk is slow.",
                 log=self.last_words(),
             )
-
-    def _await_words(self) -> None:
-        """Wait briefly for the first output: a reason that comes over the link may overtake it."""
-        latest = time.monotonic() + EXIT_REASON_SECONDS
-        while not self.last_words() and time.monotonic() < latest:
-            if self._exited.wait(POLL_SECONDS):
-                return
 
     def _check_owner(self) -> None:
         """Require that the process that answers on the port is our child or one of its descendants.
@@ -521,7 +515,12 @@ class Backend:
             connection.close()
 
     def failure(self, reason: str) -> ProxyError:
-        """Return the error for a failed load, with the last lines of the backend's log."""
+        """Stop the process; return the error for its failed load, with the last lines of its log.
+
+        The end of the process is the end of its output: before, a reason that did not come with
+        the output may have overtaken it.
+        """
+        self.stop()
         lines = self.last_words()
         if any(_PORT_TAKEN in line.lower() for line in lines):
             return PortInUse(

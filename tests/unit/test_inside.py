@@ -751,3 +751,35 @@ def test_nobody_waits_for_a_proxy_that_does_not_listen() -> None:
 
 def test_the_backends_script_of_this_machine_is_of_that_kind() -> None:
     assert program_command(SERVER_BIN)[1:] == [str(INSIDE), str(SERVER_BIN)]
+
+
+def test_a_crash_is_in_the_log_before_it_is_reported() -> None:
+    happened: list[str] = []
+
+    class Generator:
+        def _generate(self) -> None:
+            raise ValueError("odd weights")
+
+        def _run_generate(self) -> None:
+            try:
+                self._generate()
+            except ValueError as error:
+                happened.append(f"logged: {error}")
+
+    quiet.arm_death(SimpleNamespace(ResponseGenerator=Generator), lambda: False, happened.append)
+    Generator()._run_generate()
+    assert happened == ["logged: odd weights", "odd weights"]
+
+
+def test_a_generation_thread_that_ends_is_no_crash() -> None:
+    class Generator:
+        def _generate(self) -> None:
+            pass
+
+        def _run_generate(self) -> None:
+            self._generate()
+
+    reported: list[str] = []
+    quiet.arm_death(SimpleNamespace(ResponseGenerator=Generator), lambda: False, reported.append)
+    Generator()._run_generate()
+    assert reported == []
