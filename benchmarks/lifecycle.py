@@ -1,4 +1,4 @@
-"""The proxy's own costs: its start, its memory, a swap, a schema, a large library."""
+"""The proxy's own costs: its start, its memory, a schema, a large library."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pathlib import Path
 
 from benchmarks.contestants import Proxy
 from benchmarks.figures import Figure, percentile
-from benchmarks.processes import accepts, free_port, resident_bytes, running, until
+from benchmarks.processes import resident_bytes, until
 from mlxproxy.catalog import Catalog
 from mlxproxy.engines.mlx_lm.inspection import Inspector
 from mlxproxy.engines.mlx_lm.package import Package
-from mlxproxy.engines.mlx_lm.program import server_program
 from tests.support import tiny_models
 
 LIBRARY = 2000  # model folders
@@ -33,8 +32,6 @@ class Lifecycle:
 
     start_seconds: list[float] = field(default_factory=list)
     idle_megabytes: list[float] = field(default_factory=list)
-    swap_seconds: list[float] = field(default_factory=list)
-    bare_seconds: list[float] = field(default_factory=list)
     free_token_milliseconds: list[float] = field(default_factory=list)
     schema_token_milliseconds: list[float] = field(default_factory=list)
     scan_seconds: list[float] = field(default_factory=list)
@@ -56,8 +53,6 @@ def measure(folder: Path, models: Path, quick: bool, say: Callable[[str], None])
     say("starts of the proxy")
     for number in range(1 if quick else 5):
         _start(_made(folder / f"start{number}"), models, measured)
-    say("swaps of a tiny model, and bare starts of mlx_lm.server")
-    _swap(_made(folder / "swap"), models, 1 if quick else 2, measured)
     say("answers with a schema and without")
     _schema(_made(folder / "schema"), models, 1 if quick else 5, measured)
     say(f"a library of {measured.library} models")
@@ -75,19 +70,6 @@ def _start(folder: Path, models: Path, measured: Lifecycle) -> None:
     with Proxy(folder, models).running() as proxy:
         measured.start_seconds.append(time.monotonic() - begin)
         measured.idle_megabytes.append(resident_bytes([proxy.pid]) / (1 << 20))
-
-
-def _swap(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
-    """Measure from a request for another model to its first token, and the same from no model."""
-    with Proxy(folder, models).running() as proxy:
-        proxy.load("bench/alpha")
-        for number in range(rounds):
-            model = ("bench/beta", "bench/alpha")[number % 2]
-            begin = time.monotonic()
-            proxy.load(model)
-            _first_token(proxy.port, model)
-            measured.swap_seconds.append(time.monotonic() - begin)
-            measured.bare_seconds.append(_bare(models / model))
 
 
 def _schema(folder: Path, models: Path, rounds: int, measured: Lifecycle) -> None:
@@ -111,33 +93,6 @@ def _answer_milliseconds(proxy: Proxy, fields: dict[str, object]) -> float:
     if status != 200 or answer["usage"]["completion_tokens"] != TOKENS:
         raise RuntimeError(f"an answer of {TOKENS} tokens failed: {status} {answer}")
     return taken
-
-
-def _bare(model: Path) -> float:
-    port = free_port()
-    command = [str(server_program(None)), "--model", str(model), "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    begin = time.monotonic()
-    with (
-        open(os.devnull, "w") as nowhere,
-        running(command, env=environment, stdout=nowhere, stderr=nowhere),
-    ):
-        until(lambda: accepts(port), 60, "mlx_lm.server's start")
-        _first_token(port, str(model))
-        return time.monotonic() - begin
-
-
-def _first_token(port: int, model: str) -> None:
-    messages = [{"role": "user", "content": "Hello!"}]
-    body = {"model": model, "messages": messages, "max_tokens": 2, "stream": True}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("POST", "/v1/chat/completions", json.dumps(body))
-        response = connection.getresponse()
-        while line := response.readline():
-            if line.startswith(b"data: {"):
-                return
-    raise RuntimeError(f"no token from {model}")
 
 
 def _library(folder: Path, models: Path, measured: Lifecycle) -> None:

@@ -18,11 +18,14 @@ from benchmarks.part import Part, to_json
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import MAIN, Rounds
 from benchmarks.several import Several
+from benchmarks.swaps import Swaps
 from mlxproxy import __version__
 
 GO = 1.7  # processor time of Go's httputil.ReverseProxy at this work, x nginx (measured once)
 MANY = 256
-PARTS: Mapping[str, type[Part]] = {part.NAME: part for part in (AllIn, Several, Page, Prompts)}
+PARTS: Mapping[str, type[Part]] = {
+    part.NAME: part for part in (AllIn, Several, Swaps, Page, Prompts)
+}
 
 
 def machine() -> str:

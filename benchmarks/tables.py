@@ -138,8 +138,6 @@ def _by_itself(report: Report) -> Sheet:
     for head, name, digits in (
         ("start to the first answer, s", "start_seconds", 2),
         ("memory when idle, MB", "idle_megabytes", 0),
-        ("swap of a tiny model, to the first token, s", "swap_seconds", 2),
-        ("a bare mlx_lm.server with it, to the first token, s", "bare_seconds", 2),
         ("a token of it, ms", "free_token_milliseconds", 2),
         ("a token of it that a schema allows, ms", "schema_token_milliseconds", 2),
         (f"first scan of {life.library} models, s", "scan_seconds", 2),

@@ -72,6 +72,9 @@
 # -- Seconds without a request before the model is unloaded; 0: never.
 # IDLE_TTL = 0
 
+# -- Keep a process ready that has imported mlx-lm, so that the next load is quick.
+# STANDBY = True
+
 # -- Seconds before a load is considered failed.
 # LOAD_TIMEOUT = 600
 

@@ -53,6 +53,10 @@ class Instance:
         """Return the path of the record of the backend on this port."""
         return self.folder / f"backend-{port}.json"
 
+    def standby(self, first_port: int) -> Path:
+        """Return the path of the record of the standby of the proxy with this first port."""
+        return self.folder / f"standby-{first_port}.json"
+
     def proxy(self, port: int) -> Path:
         """Return the path of the record of the proxy that has this backend port."""
         return self.folder / f"proxy-{port}.json"

@@ -413,6 +413,11 @@ class Settings:
     idle_ttl: float = _setting(
         0.0, _duration(), "Seconds without a request before the model is unloaded; 0: never"
     )
+    standby: bool = _setting(
+        True,
+        _boolean,
+        "Keep a process ready that has imported mlx-lm, so that the next load is quick",
+    )
     load_timeout: float = _setting(
         600.0, _duration(1), "Seconds before a load is considered failed"
     )

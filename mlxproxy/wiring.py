@@ -13,6 +13,7 @@ from mlxproxy.backend.orphan import ChildRecord, Orphans
 from mlxproxy.backend.process import Backend, BackendConfig
 from mlxproxy.backend.protocol import Address, Engine
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.backend.standby import Standby
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.auth import Access, own_names
 from mlxproxy.blueprints.budget import Budget
@@ -53,6 +54,7 @@ class Proxy:
     def close(self) -> None:
         """Let answers finish, stop the backends, release the ports."""
         self.services.bus.close()
+        self.services.standby.close()
         self.services.controller.shutdown()
         for log_file in self.log_files:
             log_file.close()
@@ -86,12 +88,14 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     history = History(instance.history)
     log_files = tuple(LogFile(instance.backend_log(port, ports.start)) for port in ports)
     records = [ChildRecord(instance.folder, ports.start, slot) for slot in range(len(ports))]
+    standby = Standby()
     configs = [
         settings.part(
             BackendConfig,
             log_file=log_file,
             mark=record.mark,
             on_log=lambda text: bus.publish("backend_log", {"text": text}),
+            standby=standby,
         )
         for log_file, record in zip(log_files, records, strict=True)
     ]
@@ -109,19 +113,36 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         metrics.event(event)
         bus.publish(*shapes.event(event))
 
+    machine = memory_of(settings)
+
+    def available(held: int) -> int:
+        return machine.available(held + standby.memory())
+
+    def room() -> int:
+        if memory.shortage() is not None:
+            return -1
+        return controller.budget() - sum(controller.memory().values()) - standby.memory()
+
+    def prepare(spec: ModelSpec) -> None:
+        standby.prepare(by_name[spec.model.engine], spec.path)
+
     limits = settings.part(
         Limits,
         swap_on_request=settings.model_selection == "requested",
         max_loaded=settings.slots,
     )
     controller = Controller(
-        limits, launch, records, history, emit, memory_of(settings).available, memory.shortage
+        limits, launch, records, history, emit, available, memory.shortage, prepare
     )
+    if settings.standby:
+        record = ChildRecord(instance.folder, ports.start, slot=None)
+        standby.watch(record, controller.is_idle, room)
     services = Services(
         settings=settings,
         roots=roots,
         catalog=catalog,
         controller=controller,
+        standby=standby,
         selection=Selection(settings, by_name, catalog, controller, history, preferences),
         relay=Relay(settings.stall_timeout),
         access=access,

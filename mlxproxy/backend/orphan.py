@@ -79,20 +79,21 @@ class Record:
 
 
 class ChildRecord:
-    """The record of the backend in one slot, in case this proxy is killed.
+    """The record of the backend in one slot, or of the standby, in case this proxy is killed.
 
     Args:
         instance: the instance folder.
         first_port: the port of the first slot.
-        slot: the slot's number; its backend's port is `first_port + slot`.
+        slot: the slot's number; its backend's port is `first_port + slot`. None: the standby.
 
     Attributes:
         mark: what the backend carries in its environment.
     """
 
-    def __init__(self, instance: Path, first_port: int, slot: int = 0) -> None:
-        self.mark = Mark.own(first_port, instance, slot)
-        self._path = Instance(instance).backend(self.mark.port)
+    def __init__(self, instance: Path, first_port: int, slot: int | None = 0) -> None:
+        self.mark = Mark.own(first_port, instance, slot or 0)
+        files = Instance(instance)
+        self._path = files.standby(first_port) if slot is None else files.backend(self.mark.port)
 
     def starting(self, command: Sequence[str]) -> None:
         """Record what is about to start, so that there is never an unrecorded process.
@@ -180,9 +181,9 @@ class Orphans:
                 yield process, mark
 
     def _records(self) -> Iterator[tuple[Path, Record]]:
-        """Yield the records of backends on these ports."""
-        for path in self._files.folder.glob("backend-*.json"):
-            port = re.fullmatch(r"backend-([0-9]{1,5})\.json", path.name)
+        """Yield the records of backends on these ports, and of standbys."""
+        for path in self._files.folder.glob("*.json"):
+            port = re.fullmatch(r"(?:backend|standby)-([0-9]{1,5})\.json", path.name)
             if port is not None:
                 record = Record.read(path)
                 if self._has(int(port[1]), record.first_port):

@@ -23,10 +23,12 @@ import psutil
 
 from mlxproxy.backend import memory, ports, processes
 from mlxproxy.backend.connection import BackendConnection, BrokenConnection, ReadTimeout
+from mlxproxy.backend.launch import Launched, launch
 from mlxproxy.backend.output import Listener, OutputPump
 from mlxproxy.backend.processes import Mark, ask, lives
 from mlxproxy.backend.protocol import Address, Command, Engine, Fault, Fields, Link, Probe, Wire
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.backend.standby import Standby
 from mlxproxy.errors import (
     LoadCancelled,
     LoadFailed,
@@ -40,7 +42,6 @@ from mlxproxy.text import without_paths
 log = logging.getLogger("mlxproxy.backend")
 
 LOG_LINES_IN_ERRORS = 12
-MAKE_VARIABLES = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
 KILL_SECONDS = 5.0  # from SIGKILL to the exit; a process that waits for a lost disk never exits
 POLL_SECONDS = 0.05
 COUNT_SECONDS = 10.0  # that the count of a prompt may take
@@ -67,6 +68,7 @@ class BackendConfig:
     log_file: LogFile
     mark: Mark
     on_log: Listener = field(default=lambda _: None)
+    standby: Standby = field(default_factory=Standby)
 
 
 class Backend:
@@ -101,12 +103,13 @@ class Backend:
         self._on_end = on_end
         self._lock = threading.Lock()
         self._stopping = False
+        self._stopped = False
         self._ended: str | None = None
         self._end = threading.Event()
         self._exited = threading.Event()
         self._read_before: int | None = None
-        self._launch: Command | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._planned: Command | None = None
+        self._launched: Launched | None = None
         self._leader: psutil.Process | None = None  # the same process, for psutil
         self._members: set[psutil.Process] = set()  # with a wrapper, those that it has started
         self._output: OutputPump | None = None
@@ -126,7 +129,11 @@ class Backend:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._launched.process.pid if self._launched else None
+
+    @property
+    def _mark(self) -> Mark:
+        return self._launched.mark if self._launched else self.config.mark
 
     @property
     def wire(self) -> Wire:
@@ -170,17 +177,17 @@ class Backend:
         return told[-LOG_LINES_IN_ERRORS:]
 
     def command(self) -> list[str]:
-        """Return the command line.
+        """Return the command line: that of the process, or before the start the planned one.
 
         Raises:
             LoadFailed: the program is missing.
         """
-        return list(self._command().argv)
+        return list(self._launched.argv if self._launched else self._command().argv)
 
     def _command(self) -> Command:
-        if self._launch is None:
-            self._launch = self.engine.command(self.spec, self.address)
-        return self._launch
+        if self._planned is None:
+            self._planned = self.engine.command(self.spec, self.address)
+        return self._planned
 
     def bytes_read(self) -> int | None:
         """Return the bytes read since the load began, if the system tells (Linux)."""
@@ -190,9 +197,9 @@ class Backend:
         return 0 if self._read_before is None else counted - self._read_before
 
     def _counted(self) -> int | None:
-        if self._process is None or not sys.platform.startswith("linux"):
+        pid = self.pid
+        if pid is None or not sys.platform.startswith("linux"):
             return None
-        pid = self._process.pid
         return ask(lambda: int(psutil.Process(pid).io_counters().read_chars))
 
     def memory(self) -> int | None:
@@ -215,30 +222,30 @@ class Backend:
         command = self._command()
         self._require_free_port()
         self._oom_kills = memory.oom_kills()
-        read_end, write_end = os.pipe()
+        launched = self.config.standby.take(self.engine, command, self._ends)
+        if launched is None:
+            launched = self._launch(command)
+        self._launched = launched
+        self._leader = processes.at(launched.process.pid)
+        self._link = launched.link
+        log.info("backend started: pid %d, %s", launched.process.pid, self.spec.model_id)
+        self._output = OutputPump(
+            launched.output, self.config.log_file, self._look_for_death, self.config.on_log
+        )
+        threading.Thread(
+            target=self._wait, args=(launched.process,), name="backend-wait", daemon=True
+        ).start()
+
+    def _launch(self, command: Command) -> Launched:
         link = command.link(self._ends) if command.link is not None else None
         try:
-            self._process = self._spawn(command, link, write_end)
+            return launch(command.argv, command.environment, self.config.mark, link)
         except OSError as error:
-            os.close(read_end)
-            if link:
-                link.close()
             reason = error.strerror or str(error)
             log.error("%s cannot be started: %s", command.argv[0], reason)
             raise LoadFailed(
                 f"{self.engine.name} cannot be started: {reason}. {command.remedy}"
             ) from None
-        finally:
-            os.close(write_end)
-        self._leader = processes.at(self._process.pid)
-        log.info("backend started: pid %d, %s", self._process.pid, self.spec.model_id)
-        if link:
-            link.open()
-            self._link = link
-        self._output = OutputPump(
-            read_end, self.config.log_file, self._look_for_death, self.config.on_log
-        )
-        threading.Thread(target=self._wait, name="backend-wait", daemon=True).start()
 
     def _require_free_port(self) -> None:
         if not ports.is_free(self.port):
@@ -247,18 +254,6 @@ class Backend:
                 f"Port {self.port} on {self.address.host} is in use by {holder}, which does not "
                 "belong to this proxy. Stop it, or set MLX_BACKEND_PORT to a free port."
             )
-
-    def _spawn(self, command: Command, link: Link | None, output: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command.argv,
-            stdin=link.fileno() if link else subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**_environment(), **command.environment, **self.config.mark.environment()},
-            # A session of its own: the proxy handles Ctrl-C at the terminal, and a stop reaches
-            # whatever the backend has started (`mlx.launch` starts processes).
-            start_new_session=True,
-        )
 
     def wait_ready(
         self, cancelled: threading.Event, on_phase: Callable[[str], None] = lambda _: None
@@ -293,6 +288,7 @@ class Backend:
         self._serving = True
         if self._link:
             self._link.let_clients_in()
+        self.config.standby.renew(self.engine)
 
     def stop(self) -> None:
         """Stop the process and all processes that it started, and reap it: SIGTERM, then SIGKILL.
@@ -302,9 +298,9 @@ class Backend:
         """
         with self._lock:
             self._stopping = True
-        process = self._process
-        if process is None:
+        if self._launched is None or self._stopped:
             return
+        process = self._launched.process
         family = self._family()  # now: once its parent has exited, a child may not be found
         deadline = time.monotonic() + self.config.stop_timeout
         process.terminate()  # besides psutil, which may see no process at all
@@ -325,10 +321,11 @@ class Backend:
             return
         if self._output:
             self._output.join(EXIT_REASON_SECONDS)
+        self._stopped = True
         log.info("backend stopped: pid %d", process.pid)
 
     def _family(self) -> set[psutil.Process]:
-        return processes.family(self._leader, self.config.mark)
+        return processes.family(self._leader, self._mark)
 
     def check(self) -> str | None:
         """Ask the process whether it can generate; return why it cannot, or None.
@@ -394,9 +391,8 @@ class Backend:
 
     # -- internals
 
-    def _wait(self) -> None:
-        assert self._process is not None
-        code = self._process.wait()
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
         self._exited.set()
         if self._output and not self._stopping:
             self._output.join(EXIT_REASON_SECONDS)  # its last lines of output
@@ -453,7 +449,7 @@ class Backend:
         if holder is not None and holder.pid == self.pid:
             return
         self._members = self._family()
-        if holder is None or Mark.of(holder) == self.config.mark:
+        if holder is None or Mark.of(holder) == self._mark:
             return
         if any(parent.pid == self.pid for parent in ask(holder.parents) or ()):
             return
@@ -523,7 +519,12 @@ class Backend:
             connection.close()
 
     def failure(self, reason: str) -> ProxyError:
-        """Return the error for a failed load, with the last lines of the backend's log."""
+        """Stop the process; return the error for its failed load, with the last lines of its log.
+
+        The end of the process is the end of its output: before, a reason that did not come with
+        the output may have overtaken it.
+        """
+        self.stop()
         lines = self.last_words()
         if any(_PORT_TAKEN in line.lower() for line in lines):
             return PortInUse(
@@ -551,16 +552,6 @@ def _patiently(read: Callable[[], T], check: Callable[[], None]) -> T:
             return read()
         except ReadTimeout:
             continue
-
-
-def _environment() -> dict[str, str]:
-    """Return the proxy's environment without its settings (which include the keys)."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        # `make run API_KEY=…` leaves the key in make's own variables, too.
-        if not name.startswith("MLXPROXY_") and name not in MAKE_VARIABLES
-    }
 
 
 def _signal_name(number: int) -> str:

@@ -22,7 +22,9 @@ T = TypeVar("T")
 # In the environment of a backend and, by inheritance, of whatever it starts. The environment is the
 # one thing that a process keeps when it leaves its parent, its group and its session.
 MARK = "BACKEND_OF_MLXPROXY"
-_MARK = re.compile(r"([0-9]{1,9}):([0-9]{1,9})(?:\+([0-9]{1,9}))?:(.+)", re.DOTALL)
+_MARK = re.compile(
+    r"([0-9]{1,9}):([0-9]{1,9})(?:\+([0-9]{1,9}))?(?:~([0-9]{1,9}))?:(.+)", re.DOTALL
+)
 POLL = 0.02
 
 
@@ -59,13 +61,15 @@ class Mark:
         proxy: the pid of the proxy that started it.
         first_port: the port of that proxy's first slot.
         instance: the proxy's instance folder.
-        slot: the number of the backend's slot.
+        slot: the number of the backend's slot; 0 for a standby, which has none when it starts.
+        standby: the number of the standby, from 1; 0 for a process started for a load.
     """
 
     proxy: int
     first_port: int
     instance: str
     slot: int = 0
+    standby: int = 0
 
     @property
     def port(self) -> int:
@@ -79,7 +83,7 @@ class Mark:
         found = _MARK.fullmatch(value)
         if found is None:
             return None
-        return cls(int(found[1]), int(found[2]), found[4], int(found[3] or 0))
+        return cls(int(found[1]), int(found[2]), found[5], int(found[3] or 0), int(found[4] or 0))
 
     @classmethod
     def own(cls, first_port: int, instance: Path, slot: int = 0) -> Mark:
@@ -89,6 +93,8 @@ class Mark:
     def environment(self) -> dict[str, str]:
         """Return the environment variable that a backend is started with."""
         place = f"{self.first_port}+{self.slot}" if self.slot else str(self.first_port)
+        if self.standby:
+            place += f"~{self.standby}"
         return {MARK: f"{self.proxy}:{place}:{self.instance}"}
 
     def master(self, process: psutil.Process) -> psutil.Process | None:

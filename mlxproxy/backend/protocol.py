@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from mlxproxy.backend.batch import Batch
 from mlxproxy.backend.spec import ModelSpec
@@ -69,6 +69,23 @@ class Link(Protocol):
         """
 
 
+class StandbyLink(Link, Protocol):
+    """A channel to a process that waits for the command line of a load."""
+
+    def is_waiting(self) -> bool:
+        """Return whether the process is ready to take a command line."""
+
+    def prepare(self, path: str) -> None:
+        """Tell the process which model comes next, so that it can read what takes little memory."""
+
+    def hand_over(self, command: Command, seconds: float) -> bool:
+        """Make the process continue as if it had been started with a command.
+
+        Returns:
+            Whether it has confirmed that within `seconds`.
+        """
+
+
 @dataclass(frozen=True)
 class Command:
     """The command that starts a process.
@@ -85,6 +102,24 @@ class Command:
     remedy: str
     environment: Mapping[str, str] = field(default_factory=dict)
     link: Callable[[Callable[[str], None]], Link] | None = None
+
+
+@dataclass(frozen=True)
+class StandbyCommand:
+    """The command that starts a process before it is known what it will load.
+
+    Attributes:
+        argv: as in :class:`Command`; one more argument, which tells it from others, is appended.
+        environment: as in :class:`Command`.
+        link: makes the channel to it, as in :class:`Command`.
+        version: changes when the program is installed anew; a process of another version is not
+            used.
+    """
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    link: Callable[[Callable[[str], None]], StandbyLink]
+    version: str
 
 
 class Fault(NamedTuple):
@@ -333,3 +368,15 @@ class Engine(Protocol):
 
     def examine(self) -> Examined:
         """Return whether the program works on this machine."""
+
+
+@runtime_checkable
+class StandbyEngine(Protocol):
+    """The part of an engine whose processes can be started before it is known what they load."""
+
+    @property
+    def name(self) -> str:
+        """The engine's own name."""
+
+    def standby(self) -> StandbyCommand | None:
+        """Return the command that starts such a process; None if the program cannot wait."""

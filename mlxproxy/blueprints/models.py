@@ -94,10 +94,11 @@ def _json(text: str) -> Response:
 def loaded() -> dict[str, Any]:
     """Report what is loaded, since when and with which options, or why nothing is loaded."""
     state = shapes.state(services().controller.describe())
+    state["standby"] = shapes.standby(services().standby)
     if state["model_id"] is None:
         kept = (
             *("state", "state_since", "in_flight", "waiting", "transition", "last_failure"),
-            "models",
+            *("models", "standby"),
         )
         return {"loaded": False, **{name: state[name] for name in kept}}
     return {"loaded": True, **state}

@@ -8,6 +8,7 @@ from typing import cast
 
 from flask import current_app
 
+from mlxproxy.backend.standby import Standby
 from mlxproxy.blueprints.auth import Access
 from mlxproxy.blueprints.budget import Budget
 from mlxproxy.catalog import Catalog
@@ -36,6 +37,7 @@ class Services:
     roots: tuple[Path, ...]
     catalog: Catalog
     controller: Controller
+    standby: Standby
     relay: Relay
     selection: Selection
     access: Access

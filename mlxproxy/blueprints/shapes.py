@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.backend.standby import Standby
 from mlxproxy.controller.state import (
     Event,
     Exited,
@@ -38,6 +39,14 @@ def state(snapshot: Snapshot) -> dict[str, Any]:
         "transition": None if operation is None else _operation(operation),
         "last_failure": None if failure is None else _failure(failure),
     }
+
+
+def standby(one: Standby) -> dict[str, Any] | None:
+    """Return the process that waits for the next load; null if there is none."""
+    pid = one.pid
+    if pid is None:
+        return None
+    return {"pid": pid, "ready": one.is_ready, "memory_bytes": one.memory()}
 
 
 def progress(done: Progress) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from mlxproxy.controller.state import (
     Moment,
     Operation,
     Phase,
+    Prepare,
     Process,
     Progress,
     Reject,
@@ -76,6 +77,7 @@ class Controller:
         available: returns the bytes that all models together may use, given the bytes that the
             loaded ones hold; None: there is no bound.
         shortage: returns why memory is running out; None while it is not.
+        prepare: called with a load that has to wait until other models are gone; must not block.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Controller:
         emit: Subscriber = lambda event: None,
         available: Available | None = None,
         shortage: Callable[[], str | None] = lambda: None,
+        prepare: Callable[[ModelSpec], None] = lambda spec: None,
     ) -> None:
         self.limits = limits
         self._launch = launch
@@ -95,6 +98,7 @@ class Controller:
         self._emit = emit
         self._available = available
         self._shortage = shortage
+        self._prepare = prepare
 
         self._lock = threading.Lock()
         self._sooner = threading.Condition(self._lock)  # a new earliest deadline
@@ -284,6 +288,11 @@ class Controller:
         with self._lock:
             return self._core.is_untouched()
 
+    def is_idle(self) -> bool:
+        """Return whether nothing is answered, loaded or unloaded, and nobody waits for that."""
+        with self._lock:
+            return self._core.is_idle()
+
     def memory(self) -> dict[int, int]:
         """Return the bytes that each slot's process holds, and that its exit would free."""
         return {slot: backend.memory() or 0 for slot, backend in self._processes().items()}
@@ -359,6 +368,8 @@ class Controller:
             elif isinstance(effect, Finish):
                 assert isinstance(effect.claim, Claim)
                 effect.claim.end(effect.error)
+            elif isinstance(effect, Prepare):
+                self._prepare(effect.spec)
             elif isinstance(effect, Start):
                 self._queue_start(effect)
             elif isinstance(effect, Stop):
@@ -436,10 +447,9 @@ class Controller:
         try:
             backend = launched = self._launch(slot, spec, lambda reason: self.notice_exits())
             self._decide(lambda core, now: core.on_launched(slot, launched))
-            command = backend.command()
-            self._records[slot].starting(command)
+            self._records[slot].starting(backend.command())
             backend.start()
-            self._records[slot].started(command, backend.pid or 0)
+            self._records[slot].started(backend.command(), backend.pid or 0)
             backend.wait_ready(cancelled, lambda phase: self._on_phase(slot, Phase(phase)))
             seconds = time.monotonic() - began
             self._decide(lambda core, now: core.on_started(slot, launched, seconds, now))

@@ -52,6 +52,7 @@ from mlxproxy.controller.state import (
     Operation,
     OperationSnapshot,
     Phase,
+    Prepare,
     Process,
     Reject,
     Remember,
@@ -533,6 +534,11 @@ class Scheduler:
         first = self.operations[0] if self.operations and len(self.slots) == 1 else None
         return own or first
 
+    def is_idle(self) -> bool:
+        """Return whether nothing is answered, loaded or unloaded, and nobody waits for that."""
+        answering = any(slot.requests for slot in self.slots)
+        return not (self.closing or self.operations or self.queue or answering)
+
     def is_untouched(self) -> bool:
         """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
         occupied = any(slot.is_occupied for slot in self.slots)
@@ -751,6 +757,8 @@ class Scheduler:
         if operation.spec is not None:
             operation.slot = placement.slot
             self.slots[placement.slot].operation = operation
+            if placement.victims:
+                self._effects.append(Prepare(operation.spec))
         for slot in self._victims(operation):
             slot.operation = operation
             if slot.requests:

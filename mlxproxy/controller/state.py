@@ -484,6 +484,13 @@ class Abort:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Get ready for a load that starts once the models in its way are gone, or not at all."""
+
+    spec: ModelSpec
+
+
+@dataclass(frozen=True)
 class Start:
     """Start a process for the load; report on_started or, once it is gone, on_failed."""
 
@@ -553,6 +560,7 @@ Effect = (
     Grant
     | Reject
     | Abort
+    | Prepare
     | Start
     | Cancel
     | Stop

@@ -35,6 +35,7 @@ class Proxy:
         self.port = settings.setdefault("PROXY_PORT", port)
         self.backend_port = settings.setdefault("MLX_BACKEND_PORT", backend_port)
         settings.setdefault("PROXY_HOST", "127.0.0.1")
+        settings.setdefault("STANDBY", False)  # the tests of it turn it on; others count processes
         if models is not None:
             settings.setdefault("MODELS_ROOT", models)
         self.url = f"http://127.0.0.1:{self.port}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -105,3 +107,17 @@ def test_a_failed_load_shows_the_exceptions_of_its_log_but_no_traceback(backend:
     output: Any = SimpleNamespace(tail=lambda: log)
     made._output = output
     assert made.last_words() == [log[0], "ValueError: no weights", "RuntimeError: cannot start"]
+
+
+def test_a_failed_load_quotes_the_output_up_to_the_end_of_the_process(
+    backend: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reason that comes over the link may overtake the output."""
+    output: list[str] = []
+    monkeypatch.setattr(Backend, "stop", lambda self: output.append("the last line"))
+    monkeypatch.setattr(Backend, "last_words", lambda self: list(output))
+    made, _ = backend()
+    made.declare_hung("its weights are odd")
+    with pytest.raises(ProxyError) as raised:
+        made._check_load(threading.Event(), time.monotonic() + 60)
+    assert raised.value.body()["error"]["log"] == ["the last line"]

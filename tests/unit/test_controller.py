@@ -422,6 +422,20 @@ def test_a_failed_return_is_not_tried_again_by_itself(world: Callable[..., World
     assert it.starts == ["a", "a"]
 
 
+def test_the_record_has_the_command_line_that_the_process_really_shows(
+    world: Callable[..., World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A standby was started with another one than the load that it carries out."""
+
+    def command(self: FakeBackend) -> list[str]:
+        return ["fake", "--standby", "1~1"] if self.running else ["fake", self.spec.path]
+
+    monkeypatch.setattr(FakeBackend, "command", command)
+    it = world()
+    it.load("a")
+    assert Record.read(tmp_path / "backend-1.json").command == ("fake", "--standby", "1~1")
+
+
 # -- several slots
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxproxy.backend.protocol import Command
 from mlxproxy.engines.mlx_lm import engine
 from mlxproxy.engines.mlx_lm.inside import (
     detokenizer,
@@ -30,6 +32,7 @@ from mlxproxy.engines.mlx_lm.inside import (
     quiet,
     run,
     sampling,
+    standby,
     stop,
     tool_calls,
 )
@@ -40,7 +43,7 @@ from mlxproxy.engines.mlx_lm.inside.gate import (
     require_uses,
 )
 from mlxproxy.engines.mlx_lm.inside.report import Pulse, Reporter
-from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.link import Link, WaitingLink
 from mlxproxy.engines.mlx_lm.program import INSIDE, program_command
 from tests.support.server_process import SERVER_BIN
 from tests.support.waiting import until
@@ -594,6 +597,148 @@ def test_a_feature_that_does_not_suit_the_model_is_taken_back(
     reporter.close()
 
 
+# -- the standby
+
+
+@pytest.fixture
+def waiting() -> Iterator[tuple[WaitingLink, socket.socket]]:
+    """Return the channel to a standby, and the standby's end."""
+    link = WaitingLink(lambda reason: None)
+    with socket.socket(fileno=os.dup(link.theirs.fileno())) as theirs:
+        link.open()
+        yield link, theirs
+
+
+def test_a_standby_is_handed_its_command_line_and_confirms_it(
+    waiting: tuple[WaitingLink, socket.socket],
+) -> None:
+    link, theirs = waiting
+    assert not link.is_waiting()
+    theirs.sendall(b'{"waiting": ""}\n')
+    until(link.is_waiting, what="readiness")
+    theirs.sendall(b'{"taken": true}\n')
+    command = Command(("python", "server", "--model", "/a"), remedy="", environment={"X": "1"})
+    assert link.hand_over(command, 5)
+    assert not link.is_waiting()
+    with theirs.makefile("rb") as lines:
+        told = json.loads(lines.readline())
+    assert told == {"argv": list(command.argv), "environment": {"X": "1"}}
+    theirs.sendall(b'{"features": ["departures"], "off": {}, "device": "cpu"}\n')
+    until(lambda: link.has("departures"), what="the features")
+
+
+def test_a_standby_that_says_nothing_is_not_waited_for_long(
+    waiting: tuple[WaitingLink, socket.socket],
+) -> None:
+    link, theirs = waiting
+    theirs.sendall(b'{"waiting": ""}\n')
+    until(link.is_waiting, what="readiness")
+    assert not link.hand_over(Command(("x",), remedy=""), 0.01)
+
+
+def test_a_standby_that_ends_instead_of_confirming_is_not_waited_for(
+    waiting: tuple[WaitingLink, socket.socket],
+) -> None:
+    link, theirs = waiting
+
+    def end() -> None:
+        with theirs.makefile("rb") as lines:
+            lines.readline()
+        theirs.shutdown(socket.SHUT_RDWR)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    assert not link.hand_over(Command(("x",), remedy=""), 60)
+    ending.join()
+    assert not link.hand_over(Command(("x",), remedy=""), 60)
+
+
+def test_a_standby_that_reads_nothing_does_not_make_a_load_wait(
+    waiting: tuple[WaitingLink, socket.socket],
+) -> None:
+    link, _ = waiting
+    for _ in range(10_000):
+        link.prepare("/models/" + "a" * 1000)
+    assert not link.hand_over(Command(("x" * 10_000,), remedy=""), 60)
+
+
+class FakeUtils(ModuleType):
+    """`mlx_lm.utils`, as far as a standby uses it."""
+
+    def __init__(self) -> None:
+        super().__init__("mlx_lm.utils")
+        self.read: list[Path] = []
+        self.load_tokenizer = self._load
+
+    def load_config(self, model_path: Path) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((model_path / "config.json").read_text())
+        return config
+
+    def _load(
+        self, model_path: Path, tokenizer_config_extra: Any = None, eos_token_ids: Any = None
+    ) -> object:
+        self.read.append(model_path)
+        return object()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    return tmp_path
+
+
+def loads(utils: FakeUtils, folder: Path, extra: Any = None, eos: Any = 7) -> int:
+    """Load the tokenizer as `mlx_lm.server` does; return how often that read it from disk."""
+    before = len(utils.read)
+    extra = extra or {"trust_remote_code": False}
+    assert utils.load_tokenizer(folder, extra, eos_token_ids=eos) is not None
+    return len(utils.read) - before
+
+
+def test_a_prepared_tokenizer_is_not_read_again_and_handed_out_once(folder: Path) -> None:
+    utils = FakeUtils()
+    standby.prepare(utils, folder)
+    assert utils.read == [folder]
+    assert loads(utils, folder) == 0
+    assert loads(utils, folder) == 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"eos": 8}, {"extra": {"trust_remote_code": True}}, {"extra": {"chat_template": "x"}}]
+)
+def test_a_tokenizer_prepared_in_another_way_is_read_anew(
+    folder: Path, asked: dict[str, Any]
+) -> None:
+    utils = FakeUtils()
+    standby.prepare(utils, folder)
+    assert loads(utils, folder, **asked) == 1
+
+
+def test_a_tokenizer_that_was_changed_since_is_read_anew(folder: Path) -> None:
+    utils = FakeUtils()
+    standby.prepare(utils, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert loads(utils, folder) == 1
+
+
+def test_only_the_last_prepared_model_is_kept(folder: Path, tmp_path: Path) -> None:
+    utils = FakeUtils()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"eos_token_id": 7}')
+    standby.prepare(utils, folder)
+    standby.prepare(utils, other)
+    assert loads(utils, other) == 0
+    assert loads(utils, folder) == 1
+
+
+def test_what_is_wrong_with_a_model_is_left_to_its_load(tmp_path: Path) -> None:
+    utils = FakeUtils()
+    standby.prepare(utils, tmp_path)
+    standby.prepare(utils, tmp_path / "missing")
+    assert utils.load_tokenizer == utils._load
+
+
 def test_nobody_waits_for_a_proxy_that_does_not_listen() -> None:
     ours, theirs = socket.socketpair()
     with ours:
@@ -606,3 +751,35 @@ def test_nobody_waits_for_a_proxy_that_does_not_listen() -> None:
 
 def test_the_backends_script_of_this_machine_is_of_that_kind() -> None:
     assert program_command(SERVER_BIN)[1:] == [str(INSIDE), str(SERVER_BIN)]
+
+
+def test_a_crash_is_in_the_log_before_it_is_reported() -> None:
+    happened: list[str] = []
+
+    class Generator:
+        def _generate(self) -> None:
+            raise ValueError("odd weights")
+
+        def _run_generate(self) -> None:
+            try:
+                self._generate()
+            except ValueError as error:
+                happened.append(f"logged: {error}")
+
+    quiet.arm_death(SimpleNamespace(ResponseGenerator=Generator), lambda: False, happened.append)
+    Generator()._run_generate()
+    assert happened == ["logged: odd weights", "odd weights"]
+
+
+def test_a_generation_thread_that_ends_is_no_crash() -> None:
+    class Generator:
+        def _generate(self) -> None:
+            pass
+
+        def _run_generate(self) -> None:
+            self._generate()
+
+    reported: list[str] = []
+    quiet.arm_death(SimpleNamespace(ResponseGenerator=Generator), lambda: False, reported.append)
+    Generator()._run_generate()
+    assert reported == []

@@ -29,6 +29,7 @@ from mlxproxy.controller.state import (
     Limits,
     Moment,
     Phase,
+    Prepare,
     Remember,
     Request,
     Slot,
@@ -66,6 +67,34 @@ def with_model(name: str = "a", **options: object) -> House:
 def test_a_request_for_the_loaded_model_is_granted_at_once() -> None:
     house = with_model()
     assert house.request() in house.granted
+
+
+def test_a_load_that_replaces_a_model_is_prepared_while_that_model_still_answers() -> None:
+    house = with_model("a")
+    assert not any(isinstance(effect, Prepare) for effect in house.effects), "it starts right away"
+    request = house.request()
+    house.load("b")
+    (told,) = (effect for effect in house.effects if isinstance(effect, Prepare))
+    assert told.spec.model_id == "b"
+    assert house.stops == []
+    house.release(request)
+    house.gone()
+    assert sum(isinstance(effect, Prepare) for effect in house.effects) == 1
+
+
+def test_a_proxy_is_idle_when_nobody_waits_for_anything() -> None:
+    house = House()
+    assert house.core.is_idle()
+    house.load("a")
+    assert not house.core.is_idle()
+    house.ready()
+    assert house.core.is_idle()
+    request = house.request()
+    assert not house.core.is_idle()
+    house.release(request)
+    assert house.core.is_idle()
+    house.shutdown()
+    assert not house.core.is_idle()
 
 
 def test_a_load_is_told_when_the_model_has_answered() -> None:

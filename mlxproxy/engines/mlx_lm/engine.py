@@ -8,18 +8,30 @@ from pathlib import Path
 from typing import Any, Final
 
 from mlxproxy.backend.batch import Batch
-from mlxproxy.backend.protocol import Address, Command, Examined, Probe, Stage, Unmet
+from mlxproxy.backend.protocol import (
+    Address,
+    Command,
+    Examined,
+    Probe,
+    Stage,
+    StandbyCommand,
+    Unmet,
+)
 from mlxproxy.backend.spec import ModelSpec, Tuning
 from mlxproxy.engines.mlx_lm import diagnosis, program, readiness, rules, unmet
 from mlxproxy.engines.mlx_lm.inspection import Inspector
-from mlxproxy.engines.mlx_lm.link import Link
+from mlxproxy.engines.mlx_lm.link import Link, WaitingLink
 from mlxproxy.engines.mlx_lm.package import Package
 from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
 from mlxproxy.engines.mlx_lm.wire import MlxLmWire
+from mlxproxy.errors import LoadFailed
 
 _TOGETHER: Final = Batch(program.NAME)
 _ALONE: Final = Batch(program.NAME, settings=None)
 INSIDE_OPTIONS = "MLXPROXY_INSIDE"  # as in inside/run.py
+STANDBY_FLAG = "--standby"  # as in inside/standby.py
+# Read when Python starts or mlx_lm is imported, so a standby needs them from the start.
+ENVIRONMENT: Mapping[str, str] = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class MlxLm:
@@ -65,7 +77,7 @@ class MlxLm:
         start = program.program_command(program.server_program(self._server_bin))
         inside = program.is_inside(start)
         cache = spec.tuning.prompt_cache_bytes
-        environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = dict(ENVIRONMENT)
         if inside:
             options: dict[str, Any] = {"context": spec.max_context}
             if self._prompt_disk is not None:
@@ -90,6 +102,22 @@ class MlxLm:
             remedy=(
                 "Set MLX_SERVER_BIN to a working mlx_lm.server (`pip install mlx-lm` provides one)."
             ),
+        )
+
+    def standby(self) -> StandbyCommand | None:
+        """Return the command of a process that waits for a load; None if the program is a wrapper,
+        or missing."""
+        try:
+            start = program.program_command(program.server_program(self._server_bin))
+        except LoadFailed:
+            return None
+        if not program.is_inside(start):
+            return None
+        return StandbyCommand(
+            argv=(*start, STANDBY_FLAG),
+            environment=ENVIRONMENT,
+            link=WaitingLink,
+            version=Package(program.package_of(self._server_bin)).installation,
         )
 
     def stages(self, spec: ModelSpec) -> Sequence[Stage]:

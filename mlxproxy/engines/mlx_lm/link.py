@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from mlxproxy.backend.protocol import Command
 from mlxproxy.engines.mlx_lm.liveness import Beat, Liveness
 
 log = logging.getLogger("mlxproxy.backend")
@@ -44,8 +45,7 @@ class Link:
 
     def let_clients_in(self) -> None:
         """Tell the backend that what it logs from now on may hold what clients said."""
-        with contextlib.suppress(OSError):
-            self._ours.send(b"\n")
+        self._send(b"\n")
 
     def close(self) -> None:
         """Close both ends, because there is no child."""
@@ -67,6 +67,12 @@ class Link:
             if self._liveness is None:
                 return None
             return self._liveness.hang(time.monotonic(), waiting_since, stall_timeout, load_timeout)
+
+    def _send(self, message: bytes) -> bool:
+        try:
+            return self._ours.send(message, socket.MSG_DONTWAIT) == len(message)
+        except OSError:
+            return False
 
     def _run(self) -> None:
         with self._ours, self._ours.makefile("rb") as lines, contextlib.suppress(OSError):
@@ -96,3 +102,45 @@ class Link:
             self._features -= report["off"].keys()
             for name, why in report["off"].items():
                 log.warning("%s is off for this model: %s", name, why)
+
+
+class WaitingLink(Link):
+    """The channel to a standby: see `inside/standby.py`."""
+
+    def __init__(self, on_death: Callable[[str], None]) -> None:
+        super().__init__(on_death)
+        self._is_waiting = False
+        self._has_taken = False
+        self._answered = threading.Event()
+
+    def is_waiting(self) -> bool:
+        """Return whether the process has imported everything, and has no command line yet."""
+        return self._is_waiting
+
+    def prepare(self, path: str) -> None:
+        """Tell the process which model comes next."""
+        self._send(_line({"prepare": path}))
+
+    def hand_over(self, command: Command, seconds: float) -> bool:
+        """Give the process its command line; return whether it has confirmed that in time."""
+        told = {"argv": command.argv, "environment": dict(command.environment)}
+        return self._send(_line(told)) and self._answered.wait(seconds) and self._has_taken
+
+    def _run(self) -> None:
+        super()._run()
+        self._answered.set()
+
+    def _take(self, report: dict[str, Any]) -> None:
+        if "waiting" in report:
+            self._is_waiting = True
+            if why := report["waiting"]:
+                log.warning("a standby cannot prepare for a model with this mlx-lm: %s", why)
+        elif "taken" in report:
+            self._is_waiting, self._has_taken = False, True
+            self._answered.set()
+        else:
+            super()._take(report)
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"

@@ -58,8 +58,16 @@ class Package:
     @property
     def fingerprint(self) -> str:
         """An identifier that changes if the tables may change; it takes only a few `stat` calls."""
+        return self._identify("utils.py", "models", "processors", "_version.py", ENFORCER)
+
+    @property
+    def installation(self) -> str:
+        """An identifier that changes if mlx-lm, or any package beside it, is installed anew."""
+        return self._identify("_version.py", "server.py", os.pardir)
+
+    def _identify(self, *names: str) -> str:
         parts = [str(self._folder)]
-        for name in ("utils.py", "models", "processors", "_version.py", ENFORCER):
+        for name in names:
             try:
                 status = os.stat(os.path.join(self._folder or "", name))
             except OSError:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from . import tool_calls
+from . import gate, tool_calls
 
 FIGURES = re.compile(
     r"Prompt processing progress: \d+/\d+"
@@ -28,6 +28,10 @@ FIGURES = re.compile(
     r"|- \w+: \d+ sequences, [\d.]+ GB"
     r"|Starting httpd at \S+ on port \d+\.\.\."
 )
+NAMES: gate.Names = {
+    "ResponseGenerator._generate": ("self",),
+    "ResponseGenerator._run_generate": ("self",),
+}
 # MLX's own messages: `[metal::malloc] …`, `[METAL] Command buffer execution failed: …`.
 MLX_OWN = re.compile(r"\[[A-Za-z_:]+\] [ -~]{1,300}")
 
@@ -73,19 +77,33 @@ def arm_death(server: Any, serving: Callable[[], bool], died: Callable[[str], No
     Args:
         server: `mlx_lm.server`.
         serving: returns whether requests are served, so that an error may contain a client's text.
-        died: called with the reason.
+        died: called with the reason, once the crash is in the log.
+
+    Raises:
+        Unexpected: it runs the generation thread in another way.
     """
-    generate = server.ResponseGenerator._generate
+    gate.require(server, NAMES)
+    generator = server.ResponseGenerator
+    generate, run = generator._generate, generator._run_generate
+    crashes: list[str] = []
 
     @functools.wraps(generate)
     def _generate(self: Any) -> None:
         try:
             generate(self)
         except BaseException as error:
-            died(reason(error, serving()))
+            crashes.append(reason(error, serving()))
             raise
 
-    server.ResponseGenerator._generate = _generate
+    @functools.wraps(run)
+    def _run_generate(self: Any) -> None:
+        try:
+            run(self)  # logs a crash, which must be in the output before the proxy learns of it
+        finally:
+            for crash in crashes:
+                died(crash)
+
+    generator._generate, generator._run_generate = _generate, _run_generate
 
 
 def reason(error: BaseException, serving: bool) -> str:

@@ -40,12 +40,8 @@ class Reporter:
 
     @classmethod
     def of_standard_input(cls) -> Reporter:
-        """Take the channel from standard input, so that no child process inherits it."""
-        descriptor = os.dup(0)  # not inheritable
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        return cls(descriptor)
+        """Take the channel from standard input."""
+        return cls(take_standard_input())
 
     def send(self, **report: Any) -> None:
         """Send one report."""
@@ -67,6 +63,15 @@ class Reporter:
         """Close the channel."""
         if self._socket is not None:
             self._socket.close()
+
+
+def take_standard_input() -> int:
+    """Return what standard input is, so that no child process inherits it; it reads nothing now."""
+    descriptor = os.dup(0)  # not inheritable
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    return descriptor
 
 
 class Pulse:

@@ -31,6 +31,7 @@ from . import (
     prompts,
     quiet,
     sampling,
+    standby,
     stop,
     tool_calls,
 )
@@ -147,6 +148,8 @@ def _arm_heartbeat(
 def main() -> None:
     """Run the program that the command line names."""
     del sys.argv[0]
+    if sys.argv[1:2] == [standby.FLAG]:
+        standby.wait()
     given = os.environ.pop(OPTIONS, None)
     reporter = Reporter(None) if given is None else Reporter.of_standard_input()
     faulthandler.enable()  # if the process crashes, the log shows each thread's stack
