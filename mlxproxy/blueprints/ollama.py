@@ -9,6 +9,7 @@ from typing import Any
 from flask import Blueprint, Response
 
 from mlxproxy.blueprints.answering import answered, dialect_body, entries, nothing, unload
+from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import fields, ollama_models, ollama_request
 from mlxproxy.dialects.form import Translated
@@ -23,6 +24,8 @@ SHORTEST_TTL_SECONDS = 1.0  # for a keep_alive of 0: the answer comes before the
 def chat() -> Response:
     """Return the model's next message."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     return _answered(body, ollama_request.translate_chat(body))
 
 
@@ -30,6 +33,8 @@ def chat() -> Response:
 def generate() -> Response:
     """Return the model's answer to a prompt."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     return _answered(body, ollama_request.translate_generate(body))
 
 

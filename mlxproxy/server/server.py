@@ -136,8 +136,12 @@ class Server:
         self.address: tuple[str, int] = listener.getsockname()[:2]
         adjustments = Adjustments(
             sockets=[listener],
-            threads=settings.max_concurrent + 2 * settings.max_queue + RESERVE,
-            connection_limit=_room(_raise_descriptor_limit(), settings.max_concurrent),
+            threads=settings.max_concurrent * (1 + len(settings.peers))
+            + 2 * settings.max_queue
+            + RESERVE,
+            connection_limit=_room(
+                _raise_descriptor_limit(), settings.max_concurrent * (1 + len(settings.peers))
+            ),
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,
