@@ -8,7 +8,15 @@ from typing import Any
 from flask import Blueprint, Response
 
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.blueprints.answering import answered, contexts, dialect_body, entries, load, unload
+from mlxproxy.blueprints.answering import (
+    answered,
+    contexts,
+    dialect_body,
+    entries,
+    entry,
+    load,
+    unload,
+)
 from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import fields, lmstudio_models, lmstudio_request
@@ -62,8 +70,7 @@ def models_v0() -> dict[str, Any]:
 @blueprint.get("/v0/models/<path:name>")
 def model_v0(name: str) -> dict[str, Any]:
     """Return one model."""
-    model, _ = services().selection.find(name)
-    return lmstudio_models.one_v0(model.to_dict(), contexts())
+    return lmstudio_models.one_v0(entry(name), contexts())
 
 
 @blueprint.post("/v1/chat")

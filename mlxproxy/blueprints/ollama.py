@@ -8,8 +8,8 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from mlxproxy.blueprints.answering import answered, dialect_body, entries, nothing, unload
-from mlxproxy.blueprints.peering import elsewhere
+from mlxproxy.blueprints.answering import answered, dialect_body, entries, entry, nothing, unload
+from mlxproxy.blueprints.peering import elsewhere, offer_of
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import fields, ollama_models, ollama_request
 from mlxproxy.dialects.form import Translated
@@ -78,15 +78,16 @@ def version() -> dict[str, Any]:
 @blueprint.post("/show")
 def show() -> dict[str, Any]:
     """Return one model."""
-    model, _ = services().selection.find(_name(dialect_body()))
-    return ollama_models.shown(model.to_dict())
+    return ollama_models.shown(entry(_name(dialect_body())))
 
 
 @blueprint.post("/pull")
 def pull() -> dict[str, Any]:
     """Report success for a model that is on disk; nothing is ever downloaded."""
-    model, _ = services().selection.find(_name(dialect_body()))
-    model.require_loadable()
+    name = _name(dialect_body())
+    if offer_of(name) is None:
+        model, _ = services().selection.find(name)
+        model.require_loadable()
     return {"status": "success"}
 
 

@@ -30,6 +30,7 @@ LIST_BYTES: Final = 4 << 20
 MOST_MODELS: Final = 2000
 LONGEST_ID: Final = 300  # characters
 HOPS_HEADER: Final = "X-Mlxproxy-Hops"
+ABILITIES: Final = ("tools", "vision", "thinking", "thinking_switch", "thinking_default")
 LIST_PATH: Final = "/v1/models"
 
 
@@ -185,12 +186,11 @@ def _offer(item: Any, peer: str) -> tuple[str, Offer]:
         "loadable": True,
         "reason": None,
         "architecture": _text(item["architecture"]),
+        "parameters": _number(item["parameters"]),
         "quantization": {"name": _text(quantization["name"])} if quantization else None,
         "size_bytes": _number(item["size_bytes"]) or 0,
         "max_context_length": _number(item["max_context_length"]),
-        "capabilities": {
-            ability: capabilities[ability] is True for ability in ("tools", "vision", "thinking")
-        },
+        "capabilities": {ability: capabilities.get(ability) is True for ability in ABILITIES},
         "memory_bytes": _number(item["memory_bytes"]),
         "peer": peer,
         "loaded": item["state"] == "loaded",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,6 +135,38 @@ def test_the_models_of_a_peer_are_listed_with_their_state_and_fit(two: Two) -> N
     assert beta["fits"] is True
     one = two.here.get("/v1/models/tiny/beta@studio", headers=auth(OURS)).json()
     assert one["id"] == "tiny/beta@studio"
+
+
+def test_the_lists_of_other_apis_have_the_models_of_a_peer_too(two: Two) -> None:
+    two.ask("/v1/models/load", {"model_id": "tiny/beta@studio"})
+    until(lambda: two.listed()["tiny/beta@studio"]["loaded"], what="the new list")
+    name, key = "tiny/beta@studio", auth(OURS)
+    tags = two.here.get("/api/tags", headers=key).json()["models"]
+    assert name in [model["name"] for model in tags]
+    v0 = two.here.get("/api/v0/models", headers=key).json()["data"]
+    assert {model["id"]: model["state"] for model in v0}[name] == "loaded"
+    v1 = two.here.get("/api/v1/models", headers=key).json()["models"]
+    assert name in [model["key"] for model in v1]
+    assert two.here.get(f"/api/v0/models/{name}", headers=key).json()["id"] == name
+    assert "completion" in two.ask("/api/show", {"model": name}).json()["capabilities"]
+    assert two.ask("/api/pull", {"model": f"{name}:latest"}).json() == {"status": "success"}
+    assert two.ask("/api/show", {"model": "tiny/delta@studio"}).status_code == 404
+
+
+def test_the_commands_know_the_models_of_a_peer(two: Two) -> None:
+    def said(*arguments: str) -> str:
+        environment = {**two.here.environment, "MLXPROXY_URL": two.here.url}
+        program = [sys.executable, "-m", "mlxproxy", *arguments]
+        run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    assert "Loaded tiny/gamma" in said("load", "gamma@studio")
+    until(lambda: two.peers()[0]["loaded"] == ["tiny/gamma@studio"], what="the new list")
+    assert "At studio: tiny/gamma@studio" in said("ps")
+    row = next(line for line in said("ls").splitlines() if "tiny/gamma@studio" in line)
+    assert "loaded" in row
+    assert "Unloaded gamma@studio." in said("unload", "gamma@studio")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -71,6 +71,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
             current=lambda: None, has=lambda feature: False, lease=lambda *_: scene.lease
         ),
         relay=scene.relay,
+        peers=None,
         selection=SimpleNamespace(
             expected=lambda name: None,
             profile_for=lambda name, spec: None,

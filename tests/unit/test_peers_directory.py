@@ -28,6 +28,7 @@ ITEM: dict[str, Any] = {
     "compatibility_type": "mlx",
     "loadable": True,
     "architecture": "qwen3",
+    "parameters": None,
     "quantization": {"name": "4-bit", "secret": 1},
     "size_bytes": 10,
     "max_context_length": None,
