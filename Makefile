@@ -21,15 +21,17 @@ SETTINGS  = env -u MAKEFLAGS -u MFLAGS $(foreach n,$(GIVEN),-u $(n)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run install test lint format bench fuzz soak clients reference clean
+.PHONY: help run install install-vision test lint format bench fuzz soak clients reference clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.installed ## Set up and start the proxy; settings as NAME=value
 	@$(SETTINGS) $(IN_VENV) -m mlxproxy serve
 
 install: $(VENV)/.installed ## Only set up
+
+install-vision: $(VENV)/.vision ## Add mlx-vlm, for models that see, embed or rank (about 500 MB)
 
 test: $(VENV)/.dev ## Set up and run all tests
 	$(IN_VENV) -m pytest tests/unit -n 2
@@ -77,6 +79,11 @@ $(IN_VENV):
 $(VENV)/.installed: setup.cfg pyproject.toml $(IN_VENV)
 	@echo "Installing mlxproxy, mlx-lm and what they need into $(VENV): about 400 MB, only once"
 	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.vision: $(VENV)/.installed
+	@echo "Installing mlx-vlm and what it needs into $(VENV): about 500 MB, only once"
+	@$(PIP) --editable '.[vision]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -10,6 +10,10 @@
 # -- Default: the one next to the running Python, else the one on PATH.
 # MLX_SERVER_BIN = Path.home() / "mlx-server/bin/mlx_lm.server"
 
+# -- The mlx_vlm.server program, for models that see, embed or rank (`make install-vision`).
+# -- Default: the one next to the running Python, else the one on PATH, if there is one.
+# VLM_SERVER_BIN = Path.home() / "vision/bin/mlx_vlm.server"
+
 # -- Port of the backend (mlx_lm.server) on 127.0.0.1.
 # MLX_BACKEND_PORT = 18080
 
@@ -18,6 +22,10 @@
 
 # -- Port to listen on.
 # PROXY_PORT = 8080
+
+# -- A second port to listen on, such as 11434, for Ollama's clients that cannot be told another
+# -- one: there, the address itself answers as Ollama does.
+# OLLAMA_PORT = 11434
 
 # -- Default thinking mode, for loads that do not set enable_thinking.
 # ENABLE_THINKING = False
@@ -41,9 +49,10 @@
 # PROMPT_CACHE_DISK = "50GB"
 
 # -- Options for a model, by its id or a pattern: of a load (enable_thinking, ttl, pin, context,
-# -- draft_model, adapter, kv_bits, prompt_cache_bytes, decode_concurrency), and of requests that
-# -- do not say (temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
-# -- frequency_penalty, max_tokens, reasoning_effort, system). See docs/settings.md.
+# -- draft_model, adapter, kv_bits, prompt_cache_bytes, decode_concurrency, engine: mlx_lm or
+# -- mlx_vlm), and of requests that do not say (temperature, top_p, top_k, min_p,
+# -- repetition_penalty, presence_penalty, frequency_penalty, max_tokens, reasoning_effort,
+# -- system). See docs/settings.md.
 # MODELS = {"*/Qwen3-*": {"ttl": "30m", "temperature": 0.6}}
 
 # -- Names of your own for a model with options, listed as models.

@@ -30,6 +30,8 @@ def lines(
     """
     reach = "for this machine only" if is_private else f"listening on {settings.proxy_host}"
     yield f"mlxproxy is running at {settings.local_url} ({reach})"
+    if settings.ollama_port is not None:
+        yield f"Ollama's clients find it on port {settings.ollama_port}, too."
     where = f" in {' and '.join(map(str, folders))}" if folders else ""
     yield f"Models: {models or 'none'}{where}{'' if complete else ' (still reading)'}"
     if not keys and not is_private:

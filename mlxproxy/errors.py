@@ -72,7 +72,7 @@ class ContextLengthExceeded(InvalidRequest):
         """Return the error with the wording by which clients recognise it.
 
         Args:
-            prompt: its length in words: "12 tokens", "more than 100 tokens".
+            prompt: its length in words: "12 tokens", "about 100 tokens".
             context: the number of tokens that the model accepts.
             param: the request field that contains the prompt.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -52,14 +53,15 @@ def serve(settings: Settings, engines: Sequence[Engine] = ()) -> None:
 def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
     logs.to_terminal(settings.log_level)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server has its own handler
-    with _address(settings) as listener:
+    with contextlib.ExitStack() as stack:
+        listener, others = _sockets(settings, stack)
         settings = with_models(settings)
         proxy = _proxy(settings, engines)
         services = proxy.services
         proxy_log = LogFile(settings.instance.log("proxy"))
         app = create_app(services)
         try:
-            server = Server(app, settings, listener, proxy.close, proxy.force_stop)
+            server = Server(app, settings, listener, proxy.close, proxy.force_stop, others=others)
         except CannotListen as error:
             proxy.close()
             raise CannotServe(str(error)) from None
@@ -78,8 +80,10 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
     log.info("stopped")
 
 
-def _address(settings: Settings) -> socket.socket:
-    """Return the socket to listen on.
+def _sockets(
+    settings: Settings, stack: contextlib.ExitStack
+) -> tuple[socket.socket, dict[str, socket.socket]]:
+    """Return the socket to listen on, and others by the settings of their ports.
 
     Whatever prevents the proxy from starting is found here, before a model is downloaded for it.
 
@@ -91,7 +95,12 @@ def _address(settings: Settings) -> socket.socket:
         require_suitable()
         _ = settings.keys
         PortLock(settings.instance_path, settings.backend_ports).require_alone()
-        return listen(settings.proxy_host, settings.proxy_port)
+        listener = stack.enter_context(listen(settings.proxy_host, settings.proxy_port))
+        others = {}
+        if settings.ollama_port is not None:
+            bound = listen(settings.proxy_host, settings.ollama_port, "OLLAMA_PORT")
+            others["OLLAMA_PORT"] = stack.enter_context(bound)
+        return listener, others
     except (UnsuitableWaitress, AlreadyRunning, CannotListen) as error:
         raise CannotServe(str(error)) from None
     except OSError as error:

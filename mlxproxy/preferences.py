@@ -9,10 +9,10 @@ sentence then and not a failed request later.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from mlxproxy.backend.spec import Tuning
 from mlxproxy.errors import InvalidRequest
@@ -21,6 +21,7 @@ from mlxproxy.guard.shapes import Limits
 from mlxproxy.settings import SettingError, Settings, byte_size, seconds
 
 LOADED = "loaded"  # the target of an alias that means whatever is loaded
+T = TypeVar("T")
 NO_LIMITS = Limits(template_kwargs=frozenset({"enable_thinking"}))
 
 
@@ -85,6 +86,8 @@ REQUEST_DEFAULTS = (
     "system",
 )
 _TUNING = {item.name for item in fields(Tuning)}
+SERVER = ".server"  # the end of an engine's name, which may be left out
+ENGINE = "engine"  # the option that names the engine that serves a model
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,17 @@ class Preferences:
 
     Args:
         rules: those for requests, to check the defaults of requests.
+        engines: the names of the engines, to check those that MODELS names.
 
     Raises:
         SettingError: an unknown option, a value that is not allowed, or names in a circle.
     """
 
-    def __init__(self, settings: Settings, rules: Mapping[Kind, Rules]) -> None:
+    def __init__(
+        self, settings: Settings, rules: Mapping[Kind, Rules], engines: Collection[str] = ()
+    ) -> None:
+        for pattern, given in settings.models:
+            _require_engine(pattern, given, engines)
         self._models = {
             pattern: _options(f"MODELS[{pattern!r}]", given, rules, thinking_of_load=True)
             for pattern, given in settings.models
@@ -156,11 +164,9 @@ class Preferences:
     def of(self, model_id: str) -> Options:
         """Return the options of a model: patterns in order, then its id; later ones win."""
         found = Options()
-        for pattern, options in self._models.items():
-            if pattern != model_id and fnmatchcase(model_id.lower(), pattern.lower()):
-                found = options.over(found)
-        exact = self._models.get(model_id)
-        return exact.over(found) if exact else found
+        for options in matching(self._models, model_id):
+            found = options.over(found)
+        return found
 
     def strangers(self, knows: Callable[[str], bool]) -> list[str]:
         """Return, each as a sentence, the settings that name a model which is not there.
@@ -206,6 +212,60 @@ class Preferences:
         return target
 
 
+def _require_engine(pattern: str, given: Mapping[str, Any], engines: Collection[str]) -> None:
+    """Return if an entry of MODELS names an engine that there is, or none.
+
+    Raises:
+        SettingError: there is no such engine.
+    """
+    name, known = given.get(ENGINE), _short(engines)
+    if ENGINE in given and not (isinstance(name, str) and name.removesuffix(SERVER) in known):
+        raise SettingError(
+            f"MODELS[{pattern!r}]: engine = {name!r} must be one of {', '.join(known)}."
+        )
+
+
+def _short(engines: Iterable[str]) -> dict[str, str]:
+    """Return the names of engines by the ones that users write: ``mlx_lm`` is enough."""
+    return {name.removesuffix(SERVER): name for name in engines}
+
+
+def matching(models: Mapping[str, T], model_id: str) -> Iterator[T]:
+    """Yield what is set for a model: by patterns in order, then by its id."""
+    for pattern, value in models.items():
+        if pattern != model_id and fnmatchcase(model_id.lower(), pattern.lower()):
+            yield value
+    if model_id in models:
+        yield models[model_id]
+
+
+class EngineChoice:
+    """The engines that MODELS names for models.
+
+    A name that no engine has chooses nothing: it is `Preferences` that rejects it.
+
+    Args:
+        engines: the names of those that there are.
+    """
+
+    def __init__(self, settings: Settings, engines: Iterable[str]) -> None:
+        known = _short(engines)
+        self._chosen: dict[str, str] = {}
+        for pattern, given in settings.models:
+            name = given.get(ENGINE)
+            if isinstance(name, str) and (engine := known.get(name.removesuffix(SERVER))):
+                self._chosen[pattern] = engine
+
+    @property
+    def fingerprint(self) -> str:
+        """An identifier that changes with the choice."""
+        return repr(self._chosen) if self._chosen else ""
+
+    def __call__(self, model_id: str) -> str | None:
+        """Return the name of the engine chosen for a model; None: none is."""
+        return next(reversed([*matching(self._chosen, model_id)]), None)
+
+
 def _profile(name: str, given: Mapping[str, Any], rules: Mapping[Kind, Rules]) -> Profile:
     where = f"PROFILES[{name!r}]"
     rest = dict(given)
@@ -235,10 +295,12 @@ def _options(
             except ValueError as allowed:
                 raise SettingError(f"{where}: {name} = {value!r} must be {allowed}.") from None
             (tuning if name in _TUNING else load)[name] = parsed
+        elif name == ENGINE and thinking_of_load:
+            continue  # for the catalogue: see `EngineChoice`
         elif name in REQUEST_DEFAULTS:
             request[name] = value
         else:
-            known = sorted({*LOAD_OPTIONS, *REQUEST_DEFAULTS})
+            known = sorted({*LOAD_OPTIONS, *REQUEST_DEFAULTS, ENGINE})
             close = difflib.get_close_matches(str(name), known, 1)
             hint = f" Did you mean {close[0]}?" if close else f" There are {', '.join(known)}."
             raise SettingError(f"{where}: {name} is not an option.{hint}")

@@ -16,13 +16,16 @@ from mlxproxy.catalog.scanning import Fingerprint, fingerprint
 from mlxproxy.controller import Controller, History
 from mlxproxy.controller.state import Fallback
 from mlxproxy.errors import AmbiguousModel, ModelNotFound, ModelsRootUnavailable, ProxyError
-from mlxproxy.guard.check import Terms
+from mlxproxy.guard.check import Kind, Rules, Terms
 from mlxproxy.guard.shapes import Limits
 from mlxproxy.preferences import LOADED, Options, Preferences, Profile
 from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.selection")
 
+WRITTEN: tuple[Kind, ...] = ("chat", "text")
+# What models answer that do not write, by their type.
+ANSWERED: Mapping[str, tuple[Kind, ...]] = {"embedding": ("embed",), "reranker": ("rerank",)}
 SUGGESTIONS = 3  # models that an error names
 PRELOAD_RETRY_SECONDS = 2.0  # between checks for a model whose disk is not mounted yet
 
@@ -168,11 +171,13 @@ class Selection:
         if self.settings.model_selection != "requested":
             return Fallback()
         last = self.history.last()
-        loadable = [model for model in self.catalog.models() if model.loadable]
+        loadable = [m for m in self.catalog.models() if m.loadable and "chat" in _answered(m)]
         try:
             if last is not None:
                 options = dict(last)
-                return Fallback(self.spec_for(options.pop("model_id"), **options))
+                spec = self.spec_for(options.pop("model_id"), **options)
+                if "chat" in _answered(spec.model):
+                    return Fallback(spec)
             if len(loadable) == 1 and self.history.is_empty:
                 return Fallback(self.spec_for(str(loadable[0].path)))
         except ProxyError:
@@ -198,13 +203,43 @@ class Selection:
         loaded = self.controller.residents()
         return next((spec for spec in loaded if name in (spec.path, spec.model_id)), None)
 
-    def expected(self, name: object) -> ModelSpec | None:
+    def meant(self, name: object, kind: Kind) -> ModelSpec | None:
+        """Return the model for a request of this kind; None: whatever is loaded.
+
+        For embeddings and rankings, a name that no model has means the model that is loaded for
+        them, else the only one on disk: clients insist on names such as ``text-embedding-3-small``.
+
+        Raises:
+            ModelNotFound: the request needs a name.
+            ProxyError: several models have that name, or it cannot be loaded.
+        """
+        spec = self.named_spec(name)
+        if spec is not None or kind in WRITTEN:
+            return spec
+        resident = (one for one in self.controller.residents() if kind in _answered(one.model))
+        if (spec := next(resident, None)) is not None:
+            return spec
+        models = [m for m in self.catalog.models() if m.loadable and kind in _answered(m)]
+        if len(models) == 1:
+            return self.spec_for(str(models[0].path), fresh=False)
+        what = {"embed": "an embedding model", "rerank": "a reranker"}[kind]
+        if not models:
+            raise ModelNotFound(
+                f"No model can be loaded as {what}. GET /v1/models?all=true gives the reasons.",
+                param="model",
+            )
+        names = ", ".join(model.id for model in models[:SUGGESTIONS])
+        raise ModelNotFound(f"Name {what} as the model: {names}.", param="model")
+
+    def expected(self, name: object, kind: Kind = "chat") -> ModelSpec | None:
         """Return the model that will most likely answer a request with that name; None if nothing
         is loaded.
 
         Raises:
             ProxyError: several models have that name, or it cannot be loaded.
         """
+        if kind not in WRITTEN:
+            return self.meant(name, kind)
         if self.settings.model_selection == "requested":
             return self.named_spec(name) or self.controller.current()
         return self.resident(name) or self.controller.current()
@@ -226,7 +261,15 @@ class Selection:
             profile: the profile by which the request names it, if any.
         """
         defaults = self._options(spec.model, profile).request if spec else {}
-        return Terms(self.engine_of(spec).rules, self._limits(spec), defaults)
+        return Terms(self._rules(spec), self._limits(spec), defaults)
+
+    def _rules(self, spec: ModelSpec | None) -> Mapping[Kind, Rules]:
+        """Return the rules for what this model answers; None: any, by the preferred engine's."""
+        if spec is None:
+            ranked = reversed([*self.engines.values()])
+            return {kind: rules for engine in ranked for kind, rules in engine.rules.items()}
+        rules = self.engine_of(spec).rules
+        return {kind: rules[kind] for kind in _answered(spec.model) if kind in rules}
 
     def _limits(self, spec: ModelSpec | None) -> Limits:
         names = frozenset(self.settings.template_kwargs)
@@ -274,6 +317,11 @@ class Selection:
                     log.warning("PRELOAD: %s%s", error.message, ending)
                     reported = True
             pause.wait(PRELOAD_RETRY_SECONDS)
+
+
+def _answered(model: Model) -> tuple[Kind, ...]:
+    """Return the kinds of requests that a model answers."""
+    return ANSWERED.get(model.type, WRITTEN)
 
 
 def as_it_is_now(spec: ModelSpec, catalog: Catalog) -> ModelSpec:

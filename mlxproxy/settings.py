@@ -51,6 +51,11 @@ class Peer:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
+    @property
+    def authorization(self) -> str:
+        """The value of that header for it: its own key, never ours or a client's; or nothing."""
+        return "" if self.key is None else f"Bearer {self.key}"
+
 
 @dataclass(frozen=True)
 class Parser(Generic[T]):
@@ -84,6 +89,12 @@ def _setting(default: T, parse: Parser[T], meaning: str, **extra: Any) -> T:
 @_shown_as("PORT")
 def _port(value: Any) -> int:
     return _whole(1, 65535, "a port number from 1 to 65535")(value)
+
+
+@_shown_as("PORT")
+def _optional_port(value: Any) -> int | None:
+    text = "" if value is None else str(value).strip().lower()
+    return None if text in ("", "none") else _port(value)
 
 
 def _whole(low: int, high: int, allowed: str) -> Parser[int]:
@@ -349,6 +360,12 @@ class Settings:
         "The mlx_lm.server program",
         shown="the one next to the running Python, else the one on PATH",
     )
+    vlm_server_bin: Path | None = _setting(
+        None,
+        _optional_path,
+        "The mlx_vlm.server program, for models that see, embed or rank (`make install-vision`)",
+        shown="the one next to the running Python, else the one on PATH, if there is one",
+    )
     mlx_backend_port: int = _setting(
         18080, _port, "Port of the backend (mlx_lm.server) on 127.0.0.1"
     )
@@ -356,6 +373,13 @@ class Settings:
         "0.0.0.0", _host, "Address to listen on; 127.0.0.1 for this machine only"
     )
     proxy_port: int = _setting(8080, _port, "Port to listen on")
+    ollama_port: int | None = _setting(
+        None,
+        _optional_port,
+        "A second port to listen on, such as 11434, for Ollama's clients that cannot be told "
+        "another one: there, the address itself answers as Ollama does",
+        shown="none",
+    )
     instance_path: Path = _setting(
         Path(),
         _path,
@@ -653,16 +677,23 @@ def load(
 def _check_ports(settings: Settings) -> None:
     """Raise SettingError unless the proxy and its backends can each have a port."""
     ports = settings.backend_ports
+    if settings.proxy_port == settings.ollama_port:
+        raise SettingError(
+            f"PROXY_PORT and OLLAMA_PORT are both {settings.proxy_port}. Ollama's API is at "
+            "PROXY_PORT anyhow: leave OLLAMA_PORT out, or set it to another port."
+        )
     if settings.proxy_port == settings.mlx_backend_port:
         raise SettingError(
             f"PROXY_PORT and MLX_BACKEND_PORT are both {settings.proxy_port}: the proxy and its "
             "backend need a port each. Set one of them to another port."
         )
     told = f"the backends use ports {ports.start} to {ports[-1]} (MLX_BACKEND_PORT, MAX_LOADED)"
-    if settings.proxy_port in ports:
-        raise SettingError(
-            f"PROXY_PORT = {settings.proxy_port}, but {told}. Set it to another port."
-        )
+    for name, port in (
+        ("PROXY_PORT", settings.proxy_port),
+        ("OLLAMA_PORT", settings.ollama_port),
+    ):
+        if port in ports:
+            raise SettingError(f"{name} = {port}, but {told}. Set it to another port.")
     if ports[-1] > 65535:
         raise SettingError(f"{told[0].upper()}{told[1:]}, but the last port is 65535.")
 

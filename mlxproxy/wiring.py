@@ -26,12 +26,13 @@ from mlxproxy.controller.state import Event
 from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 from mlxproxy.engines.mlx_lm.prompt_disk import PromptDisk
+from mlxproxy.engines.mlx_vlm.engine import MlxVlm
 from mlxproxy.logfile import LogFile
 from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
 from mlxproxy.peers.relay import Peers
-from mlxproxy.preferences import Preferences
+from mlxproxy.preferences import EngineChoice, Preferences
 from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
 from mlxproxy.settings import Settings
@@ -86,7 +87,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
     """
     instance = settings.instance
     engines = engines or engines_of(settings)
-    preferences = Preferences(settings, engines[0].rules)
+    preferences = Preferences(settings, engines[0].rules, [engine.name for engine in engines])
     access = Access(
         keys=settings.keys,
         origins=frozenset(it.lower().rstrip("/") for it in settings.allowed_origins),
@@ -163,6 +164,7 @@ def engines_of(settings: Settings) -> tuple[Engine, ...]:
             memory_of(settings).cache_bytes,
             prompt_disk,
         ),
+        MlxVlm(settings.vlm_server_bin, settings.max_tokens),
     )
 
 
@@ -178,14 +180,16 @@ def memory_of(settings: Settings) -> Memory:
     return Memory(settings.memory_budget, settings.slots)
 
 
-def inspector_of(engines: Sequence[Engine]) -> Inspectors:
-    """Return the inspectors that read model folders for these engines."""
-    return Inspectors([engine.inspector for engine in engines])
+def inspector_of(settings: Settings, engines: Sequence[Engine] = ()) -> Inspectors:
+    """Return the inspectors that read model folders for these engines, or those of the settings."""
+    engines = engines or engines_of(settings)
+    chosen = EngineChoice(settings, [engine.name for engine in engines])
+    return Inspectors([engine.inspector for engine in engines], chosen)
 
 
 def catalog_of(
     settings: Settings, roots: Sequence[Path], engines: Sequence[Engine] = ()
 ) -> Catalog:
     """Return the catalogue of these folders, with what earlier runs have read of them."""
-    inspector = inspector_of(engines or engines_of(settings))
+    inspector = inspector_of(settings, engines)
     return Catalog(roots, inspector, cache_file=settings.instance.catalog)

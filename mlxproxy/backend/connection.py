@@ -176,17 +176,26 @@ class BackendConnection:
             self._socket.close()
             raise BrokenConnection(f"closed the connection ({error.strerror or error})") from None
 
-    def send(self, path: str, body: bytes | None, headers: Mapping[str, str] = NO_HEADERS) -> None:
+    def send(
+        self,
+        path: str,
+        body: bytes | None,
+        authorization: str = "",
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> None:
         """Take one request, which :meth:`read_head` sends before it waits.
 
         Args:
             body: JSON, for a POST; None for a GET.
+            authorization: the value of that header; empty: none is sent.
             headers: others than those of every request; they can be sent as Latin-1.
         """
         method, about = "GET", "".join(f"{name}: {it}\r\n" for name, it in headers.items())
         if body is not None:
             about += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             method = "POST"
+        if authorization:
+            about += f"Authorization: {authorization}\r\n"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{about}\r\n"
         self._unsent = memoryview(head.encode("latin-1") + (body or b""))
 

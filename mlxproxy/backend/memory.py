@@ -120,7 +120,7 @@ def scarcity(total: int, available: int, pressure: str) -> str | None:
         return f"only {available / _GB:.1f} GB of memory are left"
     stalled = re.search(r"^full avg10=([0-9.]{1,9})\b", pressure, re.MULTILINE)
     if stalled is not None and float(stalled[1]) > STALLED_PERCENT:
-        return f"for want of memory, everything stood still for {stalled[1]} % of the time"
+        return f"all processes were waiting for memory {stalled[1]} % of the time"
     return None
 
 

@@ -25,7 +25,7 @@ from mlxproxy.backend import memory, ports, processes
 from mlxproxy.backend.connection import BackendConnection, BrokenConnection, ReadTimeout
 from mlxproxy.backend.output import Listener, OutputPump
 from mlxproxy.backend.processes import Mark, ask, lives
-from mlxproxy.backend.protocol import Address, Command, Engine, Fault, Link, Probe, Wire
+from mlxproxy.backend.protocol import Address, Command, Engine, Fault, Fields, Link, Probe, Wire
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.errors import (
     LoadCancelled,
@@ -43,6 +43,7 @@ LOG_LINES_IN_ERRORS = 12
 MAKE_VARIABLES = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "API_KEY", "API_KEY_FILE")
 KILL_SECONDS = 5.0  # from SIGKILL to the exit; a process that waits for a lost disk never exits
 POLL_SECONDS = 0.05
+COUNT_SECONDS = 10.0  # that the count of a prompt may take
 PROBE_INTERVAL_SECONDS = 0.1  # between two checks of what may end the wait for an answer
 HEALTH_SECONDS = 2.0
 EXIT_REASON_SECONDS = 0.5  # in which the reason of an exit arrives after the end of a connection
@@ -110,6 +111,7 @@ class Backend:
         self._serving = False  # from now on, its log may contain clients' requests
         self._checking = threading.Lock()
         self._probing = threading.Lock()
+        self._counting = threading.Lock()
 
     # -- queries
 
@@ -357,6 +359,30 @@ class Backend:
             self.last_byte_at = time.monotonic()
         return answered
 
+    def count_tokens(self, fields: Fields) -> int | None:
+        """Return how many tokens the prompt of a checked chat has.
+
+        Only one prompt is counted at a time. The result is None if the process cannot count, or
+        does not within COUNT_SECONDS.
+        """
+        wire, deadline = self.wire, time.monotonic() + COUNT_SECONDS
+        if wire.count_path is None or not self._counting.acquire(timeout=COUNT_SECONDS):
+            return None
+        counted: list[int | None] = []
+
+        def take(status: int, answer: bytes) -> Fault | None:
+            counted.append(wire.count_in(answer) if status == 200 else None)
+            return None
+
+        try:
+            probe = Probe(wire.count_path, take, body=fields)
+            self._ask(probe, max(0.0, deadline - time.monotonic()))
+        except (BrokenConnection, ReadTimeout):
+            return None
+        finally:
+            self._counting.release()
+        return counted[0]
+
     def declare_hung(self, reason: str) -> None:
         """Declare the process dead, for a reason that only its clients can observe: it hangs."""
         self.hung = True
@@ -483,7 +509,7 @@ class Backend:
         )
         try:
             body = None if probe.body is None else json.dumps(probe.body).encode()
-            connection.send(probe.path, body)
+            connection.send(probe.path, body, probe.authorization)
             _patiently(connection.read_head, check)
             answer = b""
             while len(answer) < ANSWER_BYTES and (data := _patiently(connection.read, check)):

@@ -108,12 +108,14 @@ class Probe:
         body: its JSON; None for a GET.
         judge: takes the status and body of the answer; returns what is wrong with it.
         not_yet: statuses that only mean that it is too early: the request is sent again.
+        authorization: the value of that header; empty: none is sent.
     """
 
     path: str
     judge: Callable[[int, bytes], Fault | None]
     body: Mapping[str, Any] | None = None
     not_yet: frozenset[int] = frozenset()
+    authorization: str = ""
 
 
 class Stage(NamedTuple):
@@ -154,15 +156,25 @@ class Wire(Protocol):
 
     Attributes:
         chunk_end: the end of an event that carries only a part of the text. Such events are passed
-            on without being parsed; the event that carries the token count must end differently.
+            on without being parsed; the event that carries the token count, or an error, must end
+            differently.
+        count_path: the path that answers how many tokens the prompt of a chat has; None: no path
+            does.
         reasoning_mark: the bytes with which the field `reasoning` begins, and nothing else does.
+        authorization: the value of that header of a request; empty: none is sent.
     """
 
     @property
     def chunk_end(self) -> bytes: ...
 
     @property
+    def count_path(self) -> str | None: ...
+
+    @property
     def reasoning_mark(self) -> bytes: ...
+
+    @property
+    def authorization(self) -> str: ...
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         """Return the body of a request.
@@ -209,6 +221,12 @@ class Wire(Protocol):
     def prompt_tokens(self, data: bytes) -> int | None:
         """Return the length of the prompt, cached tokens included, if the beginning of a stream
         reveals it."""
+
+    def count_in(self, answer: bytes) -> int | None:
+        """Return the number of tokens that `count_path` answers; None if it does not know."""
+
+    def failure(self, event: bytes) -> ProxyError | None:
+        """Return the error with which the engine ends a stream, if this event is one."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the engine's error in the contract's shape, with the correct status.

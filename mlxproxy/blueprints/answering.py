@@ -17,15 +17,15 @@ from mlxproxy.controller import Claim, Lease
 from mlxproxy.dialects import conversation
 from mlxproxy.dialects.chat_events import TranslatedStream
 from mlxproxy.dialects.form import NOTHING, Answer, Timing, Translated, in_their_words
-from mlxproxy.errors import AnswerEnded, InvalidRequest
+from mlxproxy.errors import AnswerEnded, InvalidRequest, ProxyError
 from mlxproxy.guard import check
-from mlxproxy.guard.check import Kind, Terms
+from mlxproxy.guard.check import PATHS, Kind, Terms
+from mlxproxy.guard.shapes import images
 from mlxproxy.observability.answers import UnderWay
 from mlxproxy.relay.body import RequestBody
 from mlxproxy.relay.open import Request
 from mlxproxy.relay.statistics import AnswerStats
 
-PATHS: Mapping[Kind, str] = {"chat": "/v1/chat/completions", "text": "/v1/completions"}
 NO_NAMES: Mapping[str, str] = {}
 NO_DEFAULTS: Mapping[str, Any] = {}
 
@@ -108,22 +108,16 @@ def ask(
     parts = services()
     controller, selection = parts.controller, parts.selection
     name = given.get("model")
-    known = selection.expected(name)
+    known = selection.expected(name, kind)
+    body = _checked(given, kind, known, optional, names, defaults)
 
     def called(spec: ModelSpec) -> str:
         profile = selection.profile_for(name, spec)
         return profile.name if profile else spec.model_id
 
-    def fitted(spec: ModelSpec | None) -> Fitted:
-        terms = selection.terms(spec, selection.profile_for(name, spec))
-        if defaults:
-            terms = terms._replace(defaults={**defaults, **terms.defaults})
-        return Fitted(terms, spec, optional, names)
-
-    body = RequestBody(given, kind, known, fitted)
     stats = g.stats = AnswerStats()
     exclusive = selection.engine_of(known).is_exclusive(body.fields, controller.has)
-    target = _target(body.fields.get("model"), ttl)
+    target = _target(body.fields.get("model"), ttl, kind)
     lease = controller.lease(client(), disconnect(), target, exclusive, selection.fallback)
     ended = AnswerEnded("Somebody has ended this answer, on the server's page or with its API.")
     wanted = lease.target or known
@@ -134,11 +128,51 @@ def ask(
     return Asked(body, kind, known, lease, stats, called)
 
 
-def _target(name: object, ttl: float | None) -> Callable[[], ModelSpec | None]:
+def _checked(
+    given: dict[str, Any],
+    kind: Kind,
+    known: ModelSpec | None,
+    optional: frozenset[str],
+    names: Mapping[str, str],
+    defaults: Mapping[str, Any] = NO_DEFAULTS,
+) -> RequestBody:
+    selection = services().selection  # of this request's app: `fitted` is called outside of it, too
+    name = given.get("model")
+
+    def fitted(spec: ModelSpec | None) -> Fitted:
+        terms = selection.terms(spec, selection.profile_for(name, spec))
+        if defaults:
+            terms = terms._replace(defaults={**defaults, **terms.defaults})
+        return Fitted(terms, spec, optional, names)
+
+    return RequestBody(given, kind, known, fitted)
+
+
+def counted(translated: Translated) -> int | None:
+    """Return the exact number of tokens of a translated chat's prompt.
+
+    None: the model is not loaded, cannot count, or would reject the request.
+    """
+    chat = translated.chat
+    assert chat is not None
+    try:
+        known = services().selection.expected(chat.get("model"))
+        process = services().controller.process_of(known) if known is not None else None
+        if known is None or process is None:
+            return None
+        body = _checked(chat, "chat", known, translated.optional, translated.names)
+    except ProxyError:
+        return None
+    if images(body.fields["messages"]):  # which become tokens as their size demands
+        return None
+    return process.count_tokens(body.fields)
+
+
+def _target(name: object, ttl: float | None, kind: Kind = "chat") -> Callable[[], ModelSpec | None]:
     selection = services().selection
 
     def target() -> ModelSpec | None:
-        spec = selection.named_spec(name)
+        spec = selection.meant(name, kind)
         return spec if spec is None or ttl is None else replace(spec, ttl=ttl)
 
     return target
@@ -164,11 +198,13 @@ class _Named:
 
     body: RequestBody
     answer: Answer
+    lease: Lease
     called: Callable[[ModelSpec], str]
     on_spec: Callable[[ModelSpec], None]
 
     def for_spec(self, spec: ModelSpec) -> dict[str, Any]:
         self.answer.model = self.called(spec)
+        self.answer.loaded = self.lease.loaded
         self.on_spec(spec)
         return self.body.for_spec(spec)
 
@@ -189,8 +225,7 @@ def answered(
     """
     answer = translated.answer
     if translated.chat is None:
-        answer.model = _loaded(answer.model, ttl)
-        return nothing(translated)
+        return _loaded(translated, ttl)
     asked = ask(
         translated.chat,
         translated.kind,
@@ -202,7 +237,7 @@ def answered(
     lease, stats = asked.lease, asked.stats
     request = Request(
         PATHS[translated.kind],
-        _Named(asked.body, answer, asked.called, on_spec),
+        _Named(asked.body, answer, lease, asked.called, on_spec),
         reworded=lambda error: in_their_words(error, translated.names),
     )
     relay = services().relay
@@ -216,22 +251,29 @@ def answered(
     return response
 
 
-def nothing(translated: Translated) -> Response:
+def nothing(answer: Answer) -> Response:
     """Return the empty answer to a request that asks for no generation."""
-    answer = translated.answer
-    if translated.stream:
-        return Response(answer.begin() + answer.finish(), headers=dict(answer.headers))
     return _json(answer.whole(NOTHING))
 
 
-def _loaded(name: str, ttl: float | None) -> str:
-    """Wait for the model of that name as an answer would; return the id of the loaded model."""
-    lease = services().controller.lease(client(), disconnect(), _target(name, ttl))
+def _loaded(translated: Translated, ttl: float | None) -> Response:
+    """Return the empty answer once the model is loaded; a stream of it tells that it goes on."""
+    answer, stats = translated.answer, AnswerStats()
+    lease = services().controller.lease(client(), disconnect(), _target(answer.model, ttl))
+
+    def on_loaded() -> None:
+        answer.model, answer.loaded = lease.spec.model_id, lease.loaded
+
+    if translated.stream:
+        g.stats = stats
+        stream = services().relay.load(lease, stats, on_loaded)
+        return streamed(TranslatedStream(stream, answer), stats, answer.headers)
     try:
         lease.wait()
-        return lease.spec.model_id
+        on_loaded()
     finally:
         lease.release()
+    return nothing(answer)
 
 
 def load(spec: ModelSpec) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response, g
 
-from mlxproxy.blueprints.answering import answered, dialect_body
+from mlxproxy.blueprints.answering import answered, counted, dialect_body
 from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.dialects import anthropic_request
 from mlxproxy.dialects.anthropic_answer import AnthropicAnswer
@@ -27,8 +27,14 @@ def messages() -> Response:
 
 
 @blueprint.post("/count_tokens")
-def count_tokens() -> dict[str, Any]:
-    """Return an estimate of how many tokens the prompt of these messages has."""
-    chat = anthropic_request.translate(dialect_body()).chat
-    assert chat is not None
-    return anthropic_request.counted(anthropic_request.estimated_tokens(chat))
+def count_tokens() -> Response | dict[str, Any]:
+    """Return how many tokens the prompt of these messages has: an estimate if it must be."""
+    body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    translated = anthropic_request.translate(body)
+    assert translated.chat is not None
+    tokens = counted(translated)
+    if tokens is None:
+        tokens = anthropic_request.estimated_tokens(translated.chat)
+    return anthropic_request.counted(tokens)

@@ -20,6 +20,7 @@ from mlxproxy.blueprints import (
     openai,
     page,
     responses,
+    vectors,
 )
 from mlxproxy.blueprints.services import Services
 
@@ -53,9 +54,11 @@ def create_app(services: Services) -> Flask:
     app.extensions["mlxproxy"] = services
     hooks.install(app)
     house = (front, page, health, models, openai, observe)
-    for module in (*house, anthropic, responses, ollama, lmstudio):
+    for module in (*house, vectors, anthropic, responses, ollama, lmstudio):
         app.register_blueprint(module.blueprint)
     # For clients whose base URL lacks the /v1.
     app.register_blueprint(openai.blueprint, name="chat_without_v1", url_prefix="/")
+    app.register_blueprint(vectors.blueprint, name="vectors_without_v1", url_prefix="/")
+    app.add_url_rule("/v2/rerank", view_func=vectors.rerank, methods=["POST"])  # Cohere's clients
     app.register_blueprint(models.blueprint, name="models_without_v1", url_prefix="/models")
     return app

@@ -19,6 +19,7 @@ LINKS = {
     "/v1/models/loaded": "what is loaded",
     "/health": "whether all is well",
 }
+OLLAMA = "Ollama is running"  # its clients look for these words
 _TEXT = (
     "mlxproxy is running. {summary}\nThe base URL for clients is this address with /v1.\n{links}"
 )
@@ -26,7 +27,9 @@ _TEXT = (
 
 @blueprint.get("/")
 def front() -> Response:
-    """Return the page, or describe what runs here as text or as JSON."""
+    """Return the page, or describe what runs here as text, as JSON or, on its port, as Ollama."""
+    if request.environ.get("SERVER_PORT") == str(services().settings.ollama_port):
+        return Response(OLLAMA, mimetype="text/plain")
     kind = page.kind(request)
     if kind == "text/html":
         return page.index()

@@ -21,7 +21,7 @@ from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import fields, lmstudio_models, lmstudio_request
 from mlxproxy.dialects.lmstudio_answer import LMStudioV0Answer
-from mlxproxy.guard.check import Kind
+from mlxproxy.guard.check import Written
 
 blueprint = Blueprint("lmstudio", __name__, url_prefix="/api")
 
@@ -38,7 +38,7 @@ def completions_v0() -> Response:
     return _answered_v0("text")
 
 
-def _answered_v0(kind: Kind) -> Response:
+def _answered_v0(kind: Written) -> Response:
     body = dialect_body()
     if (there := elsewhere(body)) is not None:
         return there

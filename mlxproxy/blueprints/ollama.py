@@ -8,16 +8,22 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from mlxproxy.blueprints.answering import answered, dialect_body, entries, entry, nothing, unload
+from mlxproxy.blueprints.answering import (
+    answered,
+    ask,
+    dialect_body,
+    entries,
+    entry,
+    nothing,
+    unload,
+)
 from mlxproxy.blueprints.peering import elsewhere, offer_of
 from mlxproxy.blueprints.services import services
+from mlxproxy.blueprints.vectors import Found, as_json, embedded
 from mlxproxy.dialects import fields, ollama_models, ollama_request
 from mlxproxy.dialects.form import Translated
-from mlxproxy.errors import InvalidRequest
 
 blueprint = Blueprint("ollama", __name__, url_prefix="/api")
-
-SHORTEST_TTL_SECONDS = 1.0  # for a keep_alive of 0: the answer comes before the unload
 
 
 @blueprint.post("/chat")
@@ -42,11 +48,8 @@ def _answered(body: dict[str, Any], translated: Translated) -> Response:
     seconds = ollama_request.keep_alive(body)
     if translated.chat is None and seconds == 0:
         unload(services().selection.path_of(translated.answer.model))
-        return nothing(translated)
-    ttl = None
-    if seconds is not None:  # a ttl of 0 means forever
-        ttl = 0.0 if math.isinf(seconds) else max(seconds, SHORTEST_TTL_SECONDS)
-    return answered(translated, ttl)
+        return nothing(translated.answer)
+    return answered(translated, ollama_request.ttl(body))
 
 
 @blueprint.get("/tags")
@@ -92,10 +95,48 @@ def pull() -> dict[str, Any]:
 
 
 @blueprint.post("/embed")
-@blueprint.post("/embeddings")
 def embed() -> Response:
-    """Reject the request with a message: there are no embeddings."""
-    raise InvalidRequest("This server has no embeddings. Use another server for them.")
+    """Return a vector for each text."""
+    body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    found, nanoseconds = _embedded(body, body.get("input"))
+    return as_json(
+        {
+            "model": found.model,
+            "embeddings": found.values,
+            "total_duration": nanoseconds,
+            "load_duration": 0,
+            "prompt_eval_count": found.tokens,
+        }
+    )
+
+
+@blueprint.post("/embeddings")
+def embeddings() -> Response:
+    """Return the vector of one text: Ollama's older call."""
+    body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    found, _ = _embedded(body, fields.a_text(body.get("prompt"), "prompt"))
+    return as_json({"embedding": found.values[0]})
+
+
+def _embedded(body: dict[str, Any], texts: Any) -> tuple[Found, int]:
+    """Return the vectors of texts, and how long that took, in nanoseconds.
+
+    Ollama cuts texts that are too long, unless told otherwise.
+    """
+    started = time.monotonic_ns()
+    given = {
+        "model": _name(body),
+        "input": texts,
+        "dimensions": body.get("dimensions"),
+        "truncate": body.get("truncate", True),
+    }
+    asked = ask(given, "embed", ttl=ollama_request.ttl(body))
+    found = embedded(asked, truncate=asked.body.fields.get("truncate", True))
+    return found, time.monotonic_ns() - started
 
 
 def _name(body: dict[str, Any]) -> str:

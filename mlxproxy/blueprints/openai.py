@@ -14,7 +14,7 @@ from mlxproxy.blueprints.hooks import json_body, streamed
 from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import conversation
-from mlxproxy.guard.check import Kind
+from mlxproxy.guard.check import Written
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 
@@ -39,7 +39,7 @@ def completions() -> Response:
     return _complete(given, "text")
 
 
-def _complete(given: dict[str, Any], kind: Kind) -> Response:
+def _complete(given: dict[str, Any], kind: Written) -> Response:
     asked = ask(given, kind)
     relay = services().relay
     if asked.body.fields.get("stream") is True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, abort
 
 from mlxproxy.blueprints.answering import answered, dialect_body
 from mlxproxy.blueprints.peering import elsewhere
@@ -39,3 +39,13 @@ def delete(identity: str) -> dict[str, Any]:
 def input_items(identity: str) -> dict[str, Any]:
     """Return the input items of a stored answer."""
     return services().responses.input_items(identity)
+
+
+@blueprint.route("/<path:path>", methods=["PATCH", "POST", "PUT"])
+def unknown(path: str) -> Response:
+    """Reject what this server does not have, such as `compact`: clients look for a status of 404.
+
+    Raises:
+        NotFound: always. Without this, it would be 405, for the path could be a stored answer's.
+    """
+    abort(404)

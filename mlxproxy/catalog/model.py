@@ -79,6 +79,8 @@ class Model:
         engine: the name of the engine that serves it, or that says why it cannot.
         loadable: that engine can load it, as far as its files show.
         reason: why it cannot be loaded, as a sentence; None if it can.
+        lacking: why the engine that would do more with it (read images) cannot load it, as a
+            sentence; None if there is no such engine, or it serves the model.
         architecture: the config's ``model_type``.
         quantization: ``name``, ``bits`` and ``group_size``; with ``mixed`` the bits that occur.
         parameters: counted from the weights' headers.
@@ -101,6 +103,7 @@ class Model:
     engine: str = ""
     loadable: bool = False
     reason: str | None = None
+    lacking: str | None = None
     architecture: str | None = None
     quantization: dict[str, Any] | None = None
     parameters: int | None = None
@@ -125,6 +128,11 @@ class Model:
             context = min(context, self.max_context_length)
         cache = self.kv_cache.bytes(context) if self.kv_cache else 0
         return self.weights_bytes + cache
+
+    @property
+    def writes(self) -> bool:
+        """Whether it generates text, instead of vectors or scores."""
+        return self.type not in ("embedding", "reranker")
 
     @cached_property
     def needed_bytes(self) -> int:
@@ -154,6 +162,8 @@ class Model:
             "compatibility_type": self.compatibility_type,
             "loadable": self.loadable,
             "reason": self.reason,
+            "lacking": self.lacking,
+            "engine": self.engine,
             "architecture": self.architecture,
             "quantization": self.quantization,
             "parameters": self.parameters,

@@ -109,6 +109,8 @@ def examine() -> Iterator[Finding]:
     yield _disk(found)
     yield _leftovers(found, proxy)
     yield _port(found.proxy_port, "PROXY_PORT", proxy)
+    if found.ollama_port is not None:
+        yield _port(found.ollama_port, "OLLAMA_PORT", proxy)
     for port in found.backend_ports:
         yield _port(port, "MLX_BACKEND_PORT", proxy)
     yield _service()
@@ -238,7 +240,7 @@ def _folder(root: Path, exists: bool, models: Sequence[dict[str, Any]]) -> Folde
 
 
 def _on_disk(found: Settings) -> Iterator[Folder]:
-    inspector = inspector_of(engines_of(found))
+    inspector = inspector_of(found)
     for root in found.models_root or (models_folder(),):
         exists = root.is_dir()
         models = Catalog((root,), inspector, patience=SCAN_SECONDS).models() if exists else []
@@ -249,12 +251,13 @@ def _names(found: Settings, client: Client | None) -> Iterator[Finding]:
     """Yield what is wrong with PROFILES, ALIASES and MODELS."""
     file = found.instance.config
     try:
-        preferences = Preferences(found, engines_of(found)[0].rules)
+        engines = engines_of(found)
+        preferences = Preferences(found, engines[0].rules, [engine.name for engine in engines])
     except SettingError as error:
         yield Finding("settings", str(error), f"correct it in {file}")
         return
     roots = found.models_root or (models_folder(),)
-    catalog = Catalog(roots, inspector_of(engines_of(found)), patience=SCAN_SECONDS)
+    catalog = Catalog(roots, inspector_of(found), patience=SCAN_SECONDS)
 
     def is_served(name: str) -> bool:
         assert client is not None

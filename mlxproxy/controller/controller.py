@@ -271,6 +271,13 @@ class Controller:
         answering = [slot.process for slot in self._core.slots if slot.answers and slot.process]
         return bool(answering) and all(process.has(feature) for process in answering)
 
+    def process_of(self, spec: ModelSpec) -> Process | None:
+        """Return the backend that answers for a model; None if it is not loaded."""
+        for slot in self._core.slots:
+            if slot.answers and slot.spec is not None and slot.spec.path == spec.path:
+                return slot.process
+        return None
+
     def never_asked(self) -> bool:
         """Return whether nobody has asked for a load or unload yet, and nothing is loaded."""
         with self._lock:

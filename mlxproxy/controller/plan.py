@@ -509,16 +509,18 @@ class Scheduler:
 
     def main_slot(self) -> Slot:
         """Return the slot whose model answers requests without a name: the model that a load named
-        last, else the one used last. Ready slots come first, then those that still answer, then
-        those that are not empty."""
+        last, else the one used last, and one that writes before one that only embeds or ranks.
+        Ready slots come first, then those that still answer, then those that are not empty."""
         granting = [slot for slot in self.slots if slot.may_grant]
         answering = granting or [slot for slot in self.slots if slot.answers]
         busy = answering or [slot for slot in self.slots if slot.state is not SlotState.EMPTY]
         return max(busy or self.slots[:1], key=self._precedence)
 
-    def _precedence(self, slot: Slot) -> tuple[int, float]:
+    def _precedence(self, slot: Slot) -> tuple[bool, int, float]:
         spec = slot.spec
-        return 0 if spec is None else self.named.get(spec.path, 0), slot.last_use
+        if spec is None:
+            return True, 0, slot.last_use
+        return spec.model.writes, self.named.get(spec.path, 0), slot.last_use
 
     def position(self, request: Request) -> int:
         """Return the request's number in the queue, from 1; 0 if it is not in it."""
@@ -615,6 +617,7 @@ class Scheduler:
             self.queue.remove(request)
             slot.requests.append(request)
             request.slot = slot.id
+            request.loaded = max(0.0, min(slot.load_seconds, slot.ready_at - request.since))
             held[request.client] += 1
             policy.served(self.queue, request.client, next(self._turns))
             self._effects.append(Grant(request, slot.id, slot.process))

@@ -18,7 +18,7 @@ from mlxproxy.errors import ProxyError
 if TYPE_CHECKING:
     import threading
 
-    from mlxproxy.backend.protocol import Address, Wire
+    from mlxproxy.backend.protocol import Address, Fields, Wire
 
 
 class Moment(NamedTuple):
@@ -156,6 +156,9 @@ class Process(Protocol):
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
         """Return why it hangs, as it reports itself; None while it lives."""
 
+    def count_tokens(self, fields: Fields) -> int | None:
+        """Return how many tokens the prompt of a checked chat has; None if it does not tell."""
+
     def answers_probe(self, patience: float) -> bool:
         """Return whether it answers a short chat within `patience` seconds; also return True while
         another thread is asking it, which will find out."""
@@ -188,6 +191,7 @@ class Request:
         exclusive: whether it must have its slot to itself.
         turn: see `policy.next_in_turn`.
         slot: where it was granted; None before.
+        loaded: how many seconds of its wait were a load, once it is granted.
         error: why it was rejected, or why its answer was aborted. The first one counts.
     """
 
@@ -199,6 +203,7 @@ class Request:
     since: float = 0.0
     turn: int = 0
     slot: int | None = None
+    loaded: float = 0.0
     error: ProxyError | None = None
 
 

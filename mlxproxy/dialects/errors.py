@@ -176,12 +176,10 @@ def in_stream(error: ProxyError, path: str, request_id: str) -> bytes:
 
 # The backend's sentence, the guard's, and the one that replaces both, which OpenAI's clients know.
 _TOO_LONG = (
-    re.compile(
-        r"has (?:more than )?(?P<size>\d+) (?P<unit>tokens), and .* context is (?P<most>\d+)"
-    ),
+    re.compile(r"has (?:about )?(?P<size>\d+) (?P<unit>tokens), and .* context is (?P<most>\d+)"),
     re.compile(r"(?P<size>\d+) (?P<unit>characters) cannot fit into .* context of (?P<most>\d+)"),
     re.compile(
-        r"maximum context length is (?P<most>\d+) tokens, but the prompt has (?:more than )?"
+        r"maximum context length is (?P<most>\d+) tokens, but the prompt has (?:about )?"
         r"(?P<size>\d+) (?P<unit>tokens|characters)"
     ),
 )

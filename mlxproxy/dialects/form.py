@@ -105,8 +105,6 @@ class Timing(NamedTuple):
 
     waited: float = 0.0
     """For a place, a load among it."""
-    loaded: float = 0.0
-    """The load alone; 0 without one."""
     prompt: float = 0.0
     """From the place to the first token."""
     generation: float = 0.0
@@ -174,6 +172,7 @@ class Answer(abc.ABC):
     Attributes:
         model: the model name that the answer states. It is the requested one until the caller that
             knows which model answers sets it, before the first delta of that model.
+        loaded: seconds that the answer waited for a load, set by the same caller.
     """
 
     headers: ClassVar[Mapping[str, str]] = sse.HEADERS
@@ -181,6 +180,7 @@ class Answer(abc.ABC):
 
     def __init__(self, model: str) -> None:
         self.model = model
+        self.loaded = 0.0
         self.usage: Usage | None = None
         self.thoughts = 0
         """Events of reasoning: nearly always one token each, and the backend does not count."""

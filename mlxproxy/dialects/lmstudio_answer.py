@@ -77,7 +77,6 @@ class LMStudioAnswer(BlockAnswer):
         return self._enter(delta) + super().feed(delta)
 
     def on_loading(self, loading: Loading) -> bytes:
-        self._watch.loading()
         before = b""
         if self._phase == "waiting":
             self._phase, self._loading = "loading", loading.model
@@ -136,7 +135,7 @@ class LMStudioAnswer(BlockAnswer):
         self._watch.begun()
         loaded = b""
         if self._phase == "loading":
-            took = round(self._watch.timing().loaded, 3)
+            took = round(self.loaded, 3)
             told: Json = {"model_instance_id": self._loading, "load_time_seconds": took}
             loaded = _event("model_load.end", **told)
         self._phase = "prompt"
@@ -174,8 +173,8 @@ class LMStudioAnswer(BlockAnswer):
             "tokens_per_second": _rate(usage, timing),
             "time_to_first_token_seconds": round(timing.waited + timing.prompt, 3),
         }
-        if timing.loaded:
-            stats["model_load_time_seconds"] = round(timing.loaded, 3)
+        if self.loaded:
+            stats["model_load_time_seconds"] = round(self.loaded, 3)
         result: Json = {"model_instance_id": self.model, "output": self._output, "stats": stats}
         if kept and self._remember is not None:
             result["response_id"] = self._make_id("resp_")
@@ -273,10 +272,6 @@ class LMStudioV0Answer(Answer):
     def on_progress(self, progress: Progress) -> bytes:
         self._watch.begun()
         return super().on_progress(progress)
-
-    def on_loading(self, loading: Loading) -> bytes:
-        self._watch.loading()
-        return super().on_loading(loading)
 
     def on_waiting(self, words: str) -> bytes:
         if not words:

@@ -20,7 +20,6 @@ from mlxproxy.dialects.form import (
     Call,
     Clock,
     Json,
-    Loading,
     MakeId,
     Progress,
     Reasoning,
@@ -95,10 +94,6 @@ class OllamaAnswer(Answer):
         self._watch.begun()
         return self.on_waiting("prompt")
 
-    def on_loading(self, loading: Loading) -> bytes:
-        self._watch.loading()
-        return self.on_waiting("loading")
-
     def on_waiting(self, words: str) -> bytes:
         """Return a line of the answer with no text in it."""
         if not words:
@@ -109,11 +104,15 @@ class OllamaAnswer(Answer):
         return errors.ollama_line(error)
 
     def finish(self) -> bytes:
+        if self._only is not None:
+            return self._nothing() + b"\n"
         return json_bytes({**self._line(""), **self._end(self._watch.timing())}) + b"\n"
 
     # -- whole
 
     def whole(self, completion: Mapping[str, Any] = NOTHING, timing: Timing = UNTIMED) -> bytes:
+        if self._only is not None:
+            return self._nothing()
         text, thinking = "", ""
         calls = []
         for delta in deltas_of(completion):
@@ -125,11 +124,13 @@ class OllamaAnswer(Answer):
             elif isinstance(delta, Call):
                 calls.append(self._call(delta))
         line = self._line(text, thinking, calls)
-        if self._only is not None:
-            return json_bytes({**line, "done": True, "done_reason": self._only})
         return json_bytes({**line, **self._end(timing)})
 
     # -- both
+
+    def _nothing(self) -> bytes:
+        """Return the answer to a request for a load or an unload."""
+        return json_bytes({**self._line(""), "done": True, "done_reason": self._only})
 
     def _line(self, text: str, thinking: str = "", tool_calls: list[Json] | None = None) -> Json:
         line: Json = {"model": self.model, "created_at": self._created}
@@ -156,8 +157,8 @@ class OllamaAnswer(Answer):
         return {
             "done": True,
             "done_reason": reason,
-            "total_duration": _nanoseconds(sum(timing) - timing.loaded),  # a part of `waited`
-            "load_duration": _nanoseconds(timing.waited),
+            "total_duration": _nanoseconds(sum(timing)),
+            "load_duration": _nanoseconds(self.loaded),
             "prompt_eval_count": usage.prompt,
             "prompt_eval_duration": _nanoseconds(timing.prompt),
             "eval_count": usage.completion,

@@ -122,6 +122,8 @@ def translate_generate(
     return made._replace(kind="text") if raw else made
 
 
+SHORTEST_TTL_SECONDS: Final = 1.0  # for a keep_alive of 0: the answer comes before the unload
+
 _REFUSED: Final = {
     "suffix": "this model does not support insert.",
     "template": "the model's own chat template is used. With raw, the prompt is used as it is.",
@@ -144,6 +146,18 @@ def keep_alive(body: Mapping[str, Any]) -> float | None:
     if type(seconds) not in (int, float) or seconds != seconds:
         fields.refuse("keep_alive", 'seconds, or a duration such as "5m"; -1 means for ever')
     return float(seconds) if 0 <= seconds < _FOR_EVER_SECONDS else math.inf
+
+
+def ttl(body: Mapping[str, Any]) -> float | None:
+    """Return the ttl of a load that the request causes: 0 means for ever, None the setting's.
+
+    Raises:
+        InvalidRequest: see :func:`keep_alive`.
+    """
+    seconds = keep_alive(body)
+    if seconds is None:
+        return None
+    return 0.0 if math.isinf(seconds) else max(seconds, SHORTEST_TTL_SECONDS)
 
 
 def _seconds(text: str) -> Any:
@@ -174,7 +188,8 @@ def _only(body: Mapping[str, Any], empty: bool) -> Only:
 def _translated(
     body: Mapping[str, Any], chat: Json | None, answer: OllamaAnswer, only: Only
 ) -> Translated:
-    stream = fields.flag(body, "stream", True) and only is None
+    # Ollama answers a load with one object; whoever asks for a stream of it learns that it goes on.
+    stream = fields.flag(body, "stream", only is None) and only != "unload"
     if chat is not None:
         chat["stream"] = stream
     return Translated(chat, answer, stream, _NAMES, TEMPERATURE)

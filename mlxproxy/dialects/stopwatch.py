@@ -15,14 +15,8 @@ class Stopwatch:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._started = clock()
-        self._load: float | None = None
         self._begun: float | None = None
         self._first: float | None = None
-
-    def loading(self) -> None:
-        """Note that a model is being loaded for the request."""
-        if self._load is None:
-            self._load = self._clock()
 
     def begun(self) -> None:
         """Note that the backend has the request."""
@@ -42,7 +36,6 @@ class Stopwatch:
         first = end if self._first is None else self._first
         return Timing(
             waited=begun - self._started,
-            loaded=0.0 if self._load is None else begun - self._load,
             prompt=first - begun,
             generation=end - first,
         )

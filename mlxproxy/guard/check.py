@@ -11,14 +11,23 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from mlxproxy.errors import ContextLengthExceeded, InvalidRequest
 from mlxproxy.guard import shapes
 from mlxproxy.guard.defaults import completed
 from mlxproxy.guard.shapes import DROP, Limits, Shape
 
-Kind = Literal["chat", "text"]
+Written = Literal["chat", "text"]
+Kind = Literal[Written, "embed", "rerank"]
+
+PATHS: Final[Mapping[Kind, str]] = {
+    "chat": "/v1/chat/completions",
+    "text": "/v1/completions",
+    "embed": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+}
+"""The endpoint of each kind of request; backends have the same."""
 
 MAX_DEPTH = 64  # of lists and objects; templates and parsers recurse, several frames per level
 MIN_INTEGER, MAX_INTEGER = -(1 << 63), (1 << 64) - 1
@@ -57,10 +66,22 @@ class Terms(NamedTuple):
     defaults: Mapping[str, Any] = MappingProxyType({})
 
     def check(self, body: object, kind: Kind) -> dict[str, Any]:
-        """Return a new request body that the backend accepts and survives; see :func:`check`."""
-        if self.defaults and isinstance(body, dict):
+        """Return a new request body that the backend accepts and survives; see :func:`check`.
+
+        Raises:
+            InvalidRequest: the model or its backend answers no requests of this kind.
+        """
+        rules = self.rules.get(kind)
+        if rules is None:
+            others = " and ".join(PATHS[other] for other in self.rules)
+            raise InvalidRequest(
+                f"This model does not answer {PATHS[kind]}, only {others}. Use that, or name "
+                "another model.",
+                param="model",
+            )
+        if self.defaults and isinstance(body, dict) and kind in ("chat", "text"):
             body = completed(body, self.defaults, kind)
-        return check(body, self.rules[kind], self.limits)
+        return check(body, rules, self.limits)
 
 
 def check(body: object, rules: Rules, limits: Limits) -> dict[str, Any]:

@@ -433,6 +433,30 @@ def _tool_call(name: str, call: Any) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments or {}}}
 
 
+# -- texts to embed or to rank
+
+
+def texts(most: int) -> Shape:
+    """Return a shape: a text or a list of up to `most`; a list results. No text may be an image."""
+
+    def shape(name: str, value: Any, limits: Limits) -> list[str]:
+        given = value if isinstance(value, list) else [value]
+        if not 0 < len(given) <= most:
+            raise refusal(name, f"1 to {most} texts")
+        found: list[str] = []
+        for one in given:
+            text = one.get("text") if isinstance(one, dict) else one
+            place = f"{name}[{len(found)}]" if isinstance(value, list) else name
+            if not isinstance(text, str):
+                raise refusal(place, "a text; token ids and images cannot be read here")
+            if text.lstrip().lower().startswith("data:image/"):
+                raise refusal(place, "a text; images cannot be read here")
+            found.append(text)
+        return found
+
+    return shape
+
+
 # -- tools and templates
 
 

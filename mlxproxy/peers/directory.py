@@ -91,11 +91,9 @@ class Listing:
         }
 
 
-def headers_for(peer: Peer, request_id: str | None = None) -> dict[str, str]:
-    """Return the headers of a request to a peer: its own key, never that of a client or ours."""
+def headers_for(request_id: str | None = None) -> dict[str, str]:
+    """Return the headers of a request to a peer, of which none is the client's own."""
     headers = {HOPS_HEADER: "1", "User-Agent": "mlxproxy"}
-    if peer.key is not None:
-        headers["Authorization"] = f"Bearer {peer.key}"
     if request_id is not None:
         headers["X-Request-Id"] = request_id
     return headers
@@ -118,7 +116,7 @@ def ask(peer: Peer) -> tuple[Address, bytes]:
     except BrokenConnection as error:
         raise Unanswered(error.what) from None
     try:
-        connection.send(LIST_PATH, None, headers_for(peer))
+        connection.send(LIST_PATH, None, peer.authorization, headers_for())
         while not _has_head(connection):
             if time.monotonic() > deadline:
                 raise Unanswered(
@@ -185,6 +183,7 @@ def _offer(item: Any, peer: str) -> tuple[str, Offer]:
         "compatibility_type": _text(item["compatibility_type"]),
         "loadable": True,
         "reason": None,
+        "engine": _text(item.get("engine")),
         "architecture": _text(item["architecture"]),
         "parameters": _number(item["parameters"]),
         "quantization": {"name": _text(quantization["name"])} if quantization else None,

@@ -152,7 +152,10 @@ class PeerAnswer:
             self._stats.granted = time.monotonic()
             question = self._question
             connection.send(
-                question.path, question.body, headers_for(self._peer, question.request_id)
+                question.path,
+                question.body,
+                self._peer.authorization,
+                headers_for(question.request_id),
             )
             while not self._has_head(connection):
                 self._check()

@@ -104,7 +104,7 @@ class Exchange:
         except BackendFailed as error:
             raise lease.fault(error) from None
         lease.attach(self.connection)
-        self.connection.send(request.path, payload)
+        self.connection.send(request.path, payload, self.wire.authorization)
 
     def await_head(self) -> bool:
         """Wait for the answer's head for one interval; return whether it has come.
@@ -131,6 +131,12 @@ class Exchange:
                 "the same request fails again, see the backend's log."
             )
         )
+
+    def failure(self, events: bytes) -> ProxyError | None:
+        """Return the error in whole events of a stream, if the backend tells one there."""
+        at = events.rfind(b'data: {"error"')
+        error = self.wire.failure(events[at:]) if at >= 0 else None
+        return self._lease.fault(error) if isinstance(error, BackendFailed) else error
 
     def usage_of(self, answer: bytes) -> Mapping[str, Any]:
         """Return the token count in a whole answer that the backend sent.

@@ -51,6 +51,8 @@ def pump(exchange: Exchange, stats: AnswerStats) -> Iterator[bytes]:
         else:
             # After half an event, no client could read an error that follows.
             data = take(data)
+            if (error := exchange.failure(data)) is not None:
+                raise error
             if _USAGE in data:
                 data, usage = _without_usage(data, usage, exchange.wants_usage)
             data = exchange.shown(data)

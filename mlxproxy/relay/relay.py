@@ -8,11 +8,12 @@ never notices by itself), and a hang can be detected.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from typing import Final
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Final, TypeAlias
 
 from mlxproxy import sse
 from mlxproxy.backend.connection import BackendConnection
+from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.controller import Lease
 from mlxproxy.errors import InternalError, ProxyError
 from mlxproxy.relay.open import Connect, Exchange, Request
@@ -20,6 +21,9 @@ from mlxproxy.relay.pump import HEARTBEAT, collect, pump
 from mlxproxy.relay.stall import INTERVAL_SECONDS
 from mlxproxy.relay.statistics import AnswerStats
 
+Begin: TypeAlias = Callable[[], Exchange | None]
+"""What follows once a place has been granted: a request is sent; or nothing, if the model was only
+to be loaded."""
 OPENING: Final = sse.comment()
 SILENT_WAIT_SECONDS: Final = 2.0
 """How long a stream waits for its place before it commits to a status of 200."""
@@ -43,7 +47,25 @@ class Relay:
         Raises:
             ProxyError: it has another status; the lease has been released.
         """
-        answer = Stream(self, lease, request, stats)
+        answer = Stream(lease, stats, lambda: self.open(lease, request, stats, streamed=True))
+        answer.open()
+        return answer
+
+    def load(self, lease: Lease, stats: AnswerStats, on_loaded: Callable[[], None]) -> Stream:
+        """Return a stream of comments that ends when the lease's model is loaded.
+
+        Args:
+            on_loaded: called then, before the end.
+
+        Raises:
+            ProxyError: as for :meth:`stream`.
+        """
+
+        def begin() -> None:
+            _note_place(lease, stats)
+            on_loaded()
+
+        answer = Stream(lease, stats, begin)
         answer.open()
         return answer
 
@@ -53,15 +75,37 @@ class Relay:
         Raises:
             ProxyError: there is none, for this reason.
         """
+        (answer,) = self.series(lease, lambda spec: (request,), stats)
+        return answer
+
+    def series(
+        self, lease: Lease, requests: Callable[[ModelSpec], Iterable[Request]], stats: AnswerStats
+    ) -> Generator[bytes, None, None]:
+        """Yield the whole answers to several requests, one after the other, in one place.
+
+        The lease is released at the end, or when the generator is closed.
+
+        Args:
+            requests: makes the requests for the model that answers.
+
+        Raises:
+            ProxyError: there is no answer, for this reason.
+        """
         outcome = InternalError.code
+        exchange = None
         try:
             lease.wait()
-            exchange = self.open(lease, request, stats, streamed=False)
-            while not exchange.await_head():
-                pass
-            answer = collect(exchange, stats)
+            for request in requests(lease.spec):
+                if exchange is not None:  # the last connection is the lease's to close
+                    exchange.connection.close()
+                exchange = self.open(lease, request, stats, streamed=False)
+                while not exchange.await_head():
+                    pass
+                answer = collect(exchange, stats)
+                outcome = "done"  # if this is the last one that is wanted
+                yield answer
+                outcome = InternalError.code
             outcome = "done"
-            return answer
         except ProxyError as error:
             outcome = _outcome(lease, error)
             raise
@@ -75,8 +119,7 @@ class Relay:
         Raises:
             ProxyError: the request is rejected, or cannot be sent.
         """
-        stats.granted = time.monotonic()
-        stats.model = lease.spec.model_id
+        _note_place(lease, stats)
         return Exchange(lease, request, streamed, self._stall_timeout, self._connect)
 
 
@@ -84,13 +127,16 @@ class Stream:
     """A streamed answer: :meth:`open` decides its status, and iteration yields its body.
 
     :meth:`close` must be called, even if the answer has not begun: it gives the place back.
+
+    Args:
+        begin: called once, when the place has been granted.
     """
 
-    def __init__(self, relay: Relay, lease: Lease, request: Request, stats: AnswerStats) -> None:
-        self._relay = relay
+    def __init__(self, lease: Lease, stats: AnswerStats, begin: Begin) -> None:
         self._lease = lease
-        self._request = request
         self._stats = stats
+        self._begin = begin
+        self._has_begun = False
         self._exchange: Exchange | None = None
         self._comment: bytes | None = None  # for a client that waits
         self._body = self._answer()
@@ -126,13 +172,12 @@ class Stream:
         Args:
             patience: seconds to wait for the place.
         """
-        if self._exchange is None:
+        if not self._has_begun:
             if not self._lease.wait(patience):
                 return sse.comment(self._lease.waiting_for())
-            self._exchange = self._relay.open(
-                self._lease, self._request, self._stats, streamed=True
-            )
-        return None if self._exchange.await_head() else HEARTBEAT
+            self._has_begun = True
+            self._exchange = self._begin()
+        return None if self._exchange is None or self._exchange.await_head() else HEARTBEAT
 
     def _answer(self) -> Generator[bytes, None, None]:
         outcome = "client_gone"
@@ -141,8 +186,8 @@ class Stream:
                 yield self._comment
                 self._comment = self._wait(INTERVAL_SECONDS)
             yield OPENING  # sends the head now: the first token may be minutes away
-            assert self._exchange is not None
-            yield from pump(self._exchange, self._stats)
+            if self._exchange is not None:
+                yield from pump(self._exchange, self._stats)
             outcome = "done"
         except ProxyError as error:
             outcome = _outcome(self._lease, error)
@@ -158,6 +203,11 @@ class Stream:
         if self._stats.ended is None:
             self._lease.release(finished=outcome == "done")
             self._stats.end(outcome)
+
+
+def _note_place(lease: Lease, stats: AnswerStats) -> None:
+    stats.granted = time.monotonic()
+    stats.model = lease.spec.model_id
 
 
 def _outcome(lease: Lease, error: ProxyError) -> str:

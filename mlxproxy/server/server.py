@@ -11,7 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from waitress import wasyncore
@@ -25,6 +26,7 @@ from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.server")
 
+PROXY_PORT = "PROXY_PORT"  # the setting
 DESCRIPTORS = 8192
 # Threads in addition to those for answers and queued requests, so that /health, loads, unloads and
 # followers of a log always find one.
@@ -115,9 +117,10 @@ class Server:
         stop: ends all work within its time limits; called once, from a thread of its own.
         force_stop: shortens a stop in progress; called at a second signal.
         channel_class: the class of each connection; `Channel` sends through waitress's buffers.
+        others: more sockets, with the setting of the port of each; they share all limits.
 
     Raises:
-        CannotListen: another program has begun to listen on the address in the meantime.
+        CannotListen: another program has begun to listen on an address in the meantime.
     """
 
     def __init__(
@@ -128,20 +131,18 @@ class Server:
         stop: Callable[[], None],
         force_stop: Callable[[], None],
         channel_class: type[Channel] = DirectChannel,
+        others: Mapping[str, socket.socket] = MappingProxyType({}),
     ) -> None:
         self._stop = stop
         self._hurry = force_stop
         self._stopping = False
         self._finished = threading.Event()
         self.address: tuple[str, int] = listener.getsockname()[:2]
+        answers = settings.max_concurrent * (1 + len(settings.peers))  # at a time
         adjustments = Adjustments(
-            sockets=[listener],
-            threads=settings.max_concurrent * (1 + len(settings.peers))
-            + 2 * settings.max_queue
-            + RESERVE,
-            connection_limit=_room(
-                _raise_descriptor_limit(), settings.max_concurrent * (1 + len(settings.peers))
-            ),
+            sockets=[listener, *others.values()],
+            threads=answers + 2 * settings.max_queue + RESERVE,
+            connection_limit=_room(_raise_descriptor_limit(), answers),
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,
@@ -157,20 +158,26 @@ class Server:
         self._full = False
         self._dispatcher = ThreadedTaskDispatcher()
         self._dispatcher.set_thread_count(adjustments.threads)
-        try:
-            self._server = Listener(
-                app,
-                self._poller,
-                _sock=listener,
-                dispatcher=self._dispatcher,
-                adj=adjustments,
-                bind_socket=False,
-                sockinfo=(listener.family, listener.type, listener.proto, listener.getsockname()),
-            )
-        except OSError as error:
-            self._dispatcher.shutdown()
-            raise _cannot_listen(error, *self.address) from None
-        self._server.channel_class = channel_class
+        self._listeners: list[Listener] = []
+        for setting, bound in {PROXY_PORT: listener, **others}.items():
+            host, port = bound.getsockname()[:2]
+            try:
+                opened = Listener(
+                    app,
+                    self._poller,
+                    _sock=bound,
+                    dispatcher=self._dispatcher,
+                    adj=adjustments,
+                    bind_socket=False,
+                    sockinfo=(bound.family, bound.type, bound.proto, bound.getsockname()),
+                )
+            except OSError as error:
+                self._dispatcher.shutdown()
+                wasyncore.close_all(self._poller)
+                raise _cannot_listen(error, host, port, setting) from None
+            opened.channel_class = channel_class
+            self._listeners.append(opened)
+        self._server = self._listeners[0]
 
     def run(self) -> None:
         """Serve until a signal or :meth:`stop`, then stop gracefully.
@@ -212,7 +219,8 @@ class Server:
         nor to be written. Each connection itself says when it expires, on the monotonic clock.
         """
         poller, server = self._poller, self._server
-        poller.changed(server.descriptor, server)  # accepts or not, by the number of connections
+        for listener in self._listeners:  # which accept or not, by the number of connections
+            poller.changed(listener.descriptor, listener)
         for descriptor, it, happened in poller.wait(timeout):
             if happened & select.POLLIN:
                 wasyncore.read(it)
@@ -231,17 +239,22 @@ class Server:
 
     def _drain_buffers(self) -> None:
         """Let the last bytes, including the errors of aborted requests, reach their clients."""
-        self._server.accepting = False
+        for listener in self._listeners:
+            listener.accepting = False
         deadline = time.monotonic() + STOPPED
         while time.monotonic() < deadline and any(
             channel.requests or channel.total_outbufs_len
-            for channel in list(self._server.active_channels.values())
+            for listener in self._listeners
+            for channel in list(listener.active_channels.values())
         ):
             self._turn(0.05)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, setting: str = PROXY_PORT) -> socket.socket:
     """Return a socket bound to the address; nobody can connect before a server listens on it.
+
+    Args:
+        setting: the name of the port's setting, for the error.
 
     Raises:
         CannotListen: the address is in use or is not an address of this machine.
@@ -255,19 +268,19 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise _cannot_listen(error, host, port) from None
+        raise _cannot_listen(error, host, port, setting) from None
     return listener
 
 
-def _cannot_listen(error: OSError, host: str, port: int) -> CannotListen:
+def _cannot_listen(error: OSError, host: str, port: int, setting: str) -> CannotListen:
     if error.errno == errno.EADDRINUSE:
         return CannotListen(
-            f"Port {port} on {host} is in use by another program. Stop it, or set PROXY_PORT "
-            f"to another port (`make run PROXY_PORT={port % 65535 + 1}`)."
+            f"Port {port} on {host} is in use by another program. Stop it, or set {setting} "
+            f"to another port (`make run {setting}={port % 65535 + 1}`)."
         )
     return CannotListen(
         f"Cannot listen on {host}:{port}: {error.strerror}. Set PROXY_HOST to an address of "
-        "this machine and PROXY_PORT to a port above 1023."
+        f"this machine and {setting} to a port above 1023."
     )
 
 

@@ -47,7 +47,7 @@ def another(folder: Path, port: int) -> Iterator[int]:
             proxy.kill()
 
 
-@pytest.mark.parametrize("obstacle", ["the port", "another proxy", "the key file"])
+@pytest.mark.parametrize("obstacle", ["the port", "Ollama's port", "another proxy", "the key file"])
 def test_what_keeps_it_from_starting_is_found_before_anything_is_downloaded(
     obstacle: str, taken: int, tmp_path: Path
 ) -> None:
@@ -63,6 +63,9 @@ def test_what_keeps_it_from_starting_is_found_before_anything_is_downloaded(
     )
     with contextlib.ExitStack() as stack:
         expected = f"Port {taken} on 127.0.0.1 is in use"
+        if obstacle == "Ollama's port":
+            env["MLXPROXY_OLLAMA_PORT"] = str(taken)
+            expected += " by another program. Stop it, or set OLLAMA_PORT"
         if obstacle == "another proxy":
             pid = stack.enter_context(another(tmp_path / "none", backend_port))
             expected = f"mlxproxy is already running (pid {pid})"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlxproxy.backend.orphan import ChildRecord
-from mlxproxy.backend.protocol import Address
+from mlxproxy.backend.protocol import Address, Fields
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.controller import Controller, History, Lease, Limits
@@ -24,7 +24,12 @@ def model_spec(name: str, **options: Any) -> ModelSpec:
     needed = 2000 if name == "big" else 1000
     path = Path("/models") / name
     model: Any = SimpleNamespace(
-        path=path, id=name, size_bytes=1000, needed_bytes=needed, weights_bytes=900
+        path=path,
+        id=name,
+        size_bytes=1000,
+        needed_bytes=needed,
+        weights_bytes=900,
+        writes=name != "encoder",
     )
     return ModelSpec(model, **options)
 
@@ -88,6 +93,9 @@ class FakeBackend:
 
     def hang(self, waiting_since: float, stall_timeout: float) -> str | None:
         return self.hangs
+
+    def count_tokens(self, fields: Fields) -> int | None:
+        return None
 
     def answers_probe(self, patience: float) -> bool:
         return not self.deaf

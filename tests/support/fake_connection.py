@@ -48,7 +48,7 @@ class FakeConnection:
         self.sent: list[tuple[str, bytes]] = []
         self.calls: list[str] = []  # abort, wait_released, close
 
-    def send(self, path: str, body: bytes) -> None:
+    def send(self, path: str, body: bytes, authorization: str = "") -> None:
         self.sent.append((path, body))
 
     def read_head(self) -> None:

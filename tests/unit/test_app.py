@@ -73,7 +73,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
         relay=scene.relay,
         peers=None,
         selection=SimpleNamespace(
-            expected=lambda name: None,
+            expected=lambda name, kind: None,
             profile_for=lambda name, spec: None,
             fallback=lambda: None,
             terms=lambda spec, profile: Terms(RULES, Limits(frozenset())),

@@ -800,6 +800,8 @@ def _seconds(call: Callable[[], object]) -> float:
 class Reads:
     """An engine's inspector that can load the models of one publisher."""
 
+    kinds = frozenset({"unknown"})
+
     def __init__(self, publisher: str) -> None:
         self.fingerprint = self.publisher = publisher
 

@@ -297,7 +297,7 @@ def test_clients_do_not_try_again_what_cannot_succeed() -> None:
     "message",
     [
         "The prompt has 5000 tokens, and the model's context is 4096. Send less.",
-        "The prompt has more than 5000 tokens, and the model's context is 4096. Send less.",
+        "The prompt has about 5000 tokens, and the model's context is 4096. Send less.",
         "This model's maximum context length is 4096 tokens, but the prompt has 5000 tokens.",
         "This model's maximum context length is 4096 tokens, but the prompt has 20000 characters.",
     ],

@@ -14,7 +14,7 @@ from mlxproxy.backend.process import explain
 from mlxproxy.engines.mlx_lm.engine import MlxLm
 
 PACKAGE = Path(mlxproxy.__path__[0])
-OWN = PACKAGE / "engines" / "mlx_lm"
+OWN = PACKAGE / "engines"
 # Options, variables, log lines, paths, fields and comments of mlx_lm.server, and names of its code.
 MLX_LM_LORE = [
     "--chat-template-args",

@@ -216,6 +216,8 @@ class Tokenizer:
 
     def no_truncation(self) -> None: ...
 
+    def no_padding(self) -> None: ...
+
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
         self.read.append(len(texts[0]))
         return [SimpleNamespace(ids=[1] * len(texts[0]))]
@@ -227,11 +229,12 @@ def test_a_text_far_too_long_is_counted_no_further_than_needed(
     tokenizer = Tokenizer()
     monkeypatch.setattr(Tokenizer, "from_str", staticmethod(lambda text: tokenizer))
     counter = prompts.Counter()
-    assert not counter.exceeds(tokenizer, ["x" * 200_000], context=100_000), "may be short tokens"
+    assert not counter.beyond(tokenizer, ["x" * 200_000], context=100_000), "may be short tokens"
     assert tokenizer.read == []
-    assert counter.exceeds(tokenizer, ["x" * 4_000_000], context=100_000)
+    tokens = counter.beyond(tokenizer, ["x" * 4_000_000], context=100_000)
     assert sum(tokenizer.read) < 3 * prompts.PIECE_CHARACTERS
-    assert not counter.exceeds(None, ["x" * 4_000_000], context=100_000), "cannot be told"
+    assert tokens == pytest.approx(4_000_000, rel=0.01), "the rest is estimated"
+    assert not counter.beyond(None, ["x" * 4_000_000], context=100_000), "cannot be told"
 
 
 def test_all_texts_of_a_request_are_counted() -> None:

@@ -156,8 +156,8 @@ def test_what_is_not_to_be_stored_has_no_id() -> None:
 
 
 def test_a_stream_tells_of_the_load_the_prompt_and_the_answer() -> None:
-    clock = ticking(0.0, 1.0, 3.0, 3.0, 5.0, 9.0)
-    encoder = answer(clock)
+    encoder = answer(ticking(0.0, 3.0, 5.0, 9.0))
+    encoder.loaded = 2.0
     stream = [
         b": loading beta 1s\n\n",
         b": loading beta 2s 50%\n\n",
@@ -232,7 +232,7 @@ def test_a_call_of_a_tool_that_nobody_offered_is_told() -> None:
 
 def test_a_whole_answer_is_the_result() -> None:
     completion = wire.whole(reasoning="Hm.", content="Hi.")
-    told = json.loads(answer().whole(completion, Timing(1.0, 0.0, 2.0, 4.0)))
+    told = json.loads(answer().whole(completion, Timing(1.0, 2.0, 4.0)))
     assert told["output"] == [
         {"type": "reasoning", "content": "Hm."},
         {"type": "message", "content": "Hi."},
@@ -375,7 +375,7 @@ def test_v0_tells_an_error_in_the_stream() -> None:
 
 def test_v0_tells_the_same_of_a_whole_answer() -> None:
     completion = wire.whole(reasoning="Hm.", content="Hi.")
-    told = json.loads(v0().whole(completion, Timing(1.0, 0.0, 2.0, 4.0)))
+    told = json.loads(v0().whole(completion, Timing(1.0, 2.0, 4.0)))
     assert told["choices"][0]["message"] == {
         "role": "assistant",
         "content": "Hi.",

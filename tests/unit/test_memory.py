@@ -144,7 +144,7 @@ full avg10={} avg60=2.00 avg300=0.10 total=1
     [
         (50, "", None),
         (50, PSI.format("19.99"), None),
-        (50, PSI.format("20.01"), "for want of memory, everything stood still for 20.01 %"),
+        (50, PSI.format("20.01"), "all processes were waiting for memory 20.01 %"),
         (4, PSI.format("0.00"), "only 4.0 GB of memory are left"),
         (50, "full avg10=much", None),
     ],

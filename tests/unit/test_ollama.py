@@ -295,7 +295,9 @@ def test_what_would_change_the_answer_and_cannot_be_done_is_refused(name: str) -
 
 def test_an_answer_on_the_wire() -> None:
     clock = ticking(0.0, 1.0, 3.0, 7.0)
-    data = wire.sent(answer(clock=clock), wire.text("Hé\n"), wire.end())
+    encoder = answer(clock=clock)
+    encoder.loaded = 0.5
+    data = wire.sent(encoder, wire.text("Hé\n"), wire.end())
     lines = data.decode().splitlines()
     assert lines[0] == (
         '{"model":"alpha","created_at":"2025-11-24T16:00:00.500000Z",'
@@ -309,7 +311,7 @@ def test_an_answer_on_the_wire() -> None:
         "done": True,
         "done_reason": "stop",
         "total_duration": 7_000_000_000,
-        "load_duration": 1_000_000_000,
+        "load_duration": 500_000_000,
         "prompt_eval_count": 30,
         "prompt_eval_duration": 2_000_000_000,
         "eval_count": 7,
@@ -373,7 +375,7 @@ def test_a_text_completion_is_an_answer_too() -> None:
 
 def test_a_whole_answer_is_one_object() -> None:
     completion = wire.whole(reasoning="Hm.", content="Hi", tool_calls=[wire.call("ls", {"a": 1})])
-    told = json.loads(answer().whole(completion, Timing(1.0, 0.5, 2.0, 4.0)))
+    told = json.loads(answer().whole(completion, Timing(1.0, 2.0, 4.0)))
     assert told["message"] == {
         "role": "assistant",
         "thinking": "Hm.",

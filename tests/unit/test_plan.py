@@ -515,6 +515,16 @@ def test_with_nothing_loaded_a_request_that_names_a_model_loads_it() -> None:
     assert asked in house.granted
 
 
+def test_a_request_knows_how_much_of_its_wait_was_a_load() -> None:
+    house = House()
+    first = house.request("a")
+    house.wait(4.0)
+    late = house.request("a")
+    house.wait(2.0)
+    house.ready(seconds=6.0)
+    assert (first.loaded, late.loaded, house.request("a").loaded) == (6.0, 2.0, 0.0)
+
+
 def test_a_request_that_comes_while_a_model_is_being_stopped_gets_its_model() -> None:
     house = with_model()
     house.unload()
@@ -1138,6 +1148,16 @@ def test_with_few_places_one_client_may_have_them_all(places: int, most: int) ->
     house = with_model(max_concurrent=places)
     mine = [house.request(client="one") for _ in range(places)]
     assert sum(request in house.granted for request in mine) == most
+
+
+def test_a_model_that_only_embeds_never_answers_for_one_that_writes() -> None:
+    house = House(slots=2, max_loaded=2)
+    for slot, name in enumerate(("a", "encoder")):  # the latest load is the encoder's
+        house.load(name)
+        house.ready(slot)
+    spec = house.core.main_slot().spec
+    assert spec is not None
+    assert spec.model_id == "a"
 
 
 def test_an_answer_that_somebody_ends_keeps_its_place_until_the_backend_is_free() -> None:

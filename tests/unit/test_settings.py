@@ -208,14 +208,22 @@ def test_each_model_that_may_be_loaded_has_a_port_from_the_first_up(tmp_path: Pa
     ("flags", "told"),
     [
         ({"PROXY_PORT": "18082", "MAX_LOADED": "3"}, "PROXY_PORT = 18082.* 18080 to 18082"),
+        ({"OLLAMA_PORT": "18082", "MAX_LOADED": "3"}, "OLLAMA_PORT = 18082.* 18080 to 18082"),
+        ({"OLLAMA_PORT": "8080"}, "PROXY_PORT and OLLAMA_PORT are both 8080"),
         ({"MLX_BACKEND_PORT": "65534", "MAX_LOADED": "3"}, "65534 to 65536"),
     ],
 )
-def test_the_ports_of_several_backends_are_real_ones_and_not_the_proxys(
+def test_each_port_is_a_real_one_and_serves_one_purpose(
     tmp_path: Path, flags: dict[str, str], told: str
 ) -> None:
     with pytest.raises(SettingError, match=told):
         load(tmp_path, **flags)
+
+
+def test_there_is_no_port_for_ollama_unless_it_is_set(tmp_path: Path) -> None:
+    assert load(tmp_path).ollama_port is None
+    assert load(tmp_path, OLLAMA_PORT="none").ollama_port is None
+    assert load(tmp_path, OLLAMA_PORT="11434").ollama_port == 11434
 
 
 @pytest.mark.parametrize(

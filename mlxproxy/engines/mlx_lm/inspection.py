@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxproxy.catalog.layout import CONFIG, DIFFUSERS, INDEX, MODELOPT, Folder
+from mlxproxy.catalog.layout import CONFIG, INDEX, MODELOPT, Folder
 from mlxproxy.catalog.model import Capabilities, KVCache, Model
 from mlxproxy.catalog.sampling import sampling
 from mlxproxy.catalog.weights import Quantization, read_headers
+from mlxproxy.engines.kinds import EMBEDDING, kind_of, kind_without_config
 from mlxproxy.engines.mlx_lm.capabilities import TokenizerFiles, capabilities
 from mlxproxy.engines.mlx_lm.kvcache import kv_cache, number
 from mlxproxy.engines.mlx_lm.package import Architecture, Package
@@ -21,18 +21,14 @@ from mlxproxy.files import MB, Unreadable, read_object
 
 log = logging.getLogger("mlxproxy.engines.mlx_lm")
 
-_EMBEDDING = re.compile(r"(^|[^a-z])embed(ding|dings|der)?([^a-z]|$)", re.IGNORECASE)
-_RERANKER = re.compile(r"rerank", re.IGNORECASE)
-_ENCODER = re.compile(r"ForMaskedLM|(?<!Head)Model\b")
-_POOLING = frozenset({"modules.json", "config_sentence_transformers.json"})
 _OTHER_TYPES = {
     "embedding": "It is an embedding model",
     "reranker": "It is a reranker or classifier",
     "image": "It generates images",
     "adapter": "It is an adapter for another model",
 }
-_PYTORCH = (".bin", ".pt", ".pth")
-_CONTEXT = (
+PYTORCH = (".bin", ".pt", ".pth")
+CONTEXT = (
     "max_position_embeddings",
     "max_sequence_length",
     "max_seq_len",
@@ -68,6 +64,8 @@ class Inspector:
     def __init__(self, package: Package) -> None:
         self._package = package
 
+    kinds = frozenset({"llm"})
+
     @property
     def fingerprint(self) -> str:
         """An identifier that changes if another mlx-lm may judge differently."""
@@ -76,7 +74,7 @@ class Inspector:
     def __call__(self, folder: Folder) -> Model:
         """Return the model in a folder; its `reason` says what is wrong with it, if anything is."""
         publisher, slash, _ = folder.id.partition("/")
-        weights = folder.named(".safetensors", ".gguf", *_PYTORCH)
+        weights = folder.named(".safetensors", ".gguf", *PYTORCH)
         model = Model(
             id=folder.id,
             path=Path(folder.path),
@@ -97,20 +95,20 @@ class Inspector:
         if not folder.named(".safetensors") and folder.named(".gguf"):
             return replace(
                 model,
-                type="embedding" if _EMBEDDING.search(folder.id) else "llm",
+                type="embedding" if EMBEDDING.search(folder.id) else "llm",
                 compatibility_type="gguf",
                 reason="It is in GGUF format, for llama.cpp; mlx-lm needs an MLX version of it.",
             )
         if folder.named(".safetensors"):
             model = replace(model, compatibility_type="mlx")
-        if CONFIG not in folder.sizes and (kind := _type_without_config(folder)):
+        if CONFIG not in folder.sizes and (kind := kind_without_config(folder)):
             return replace(
                 model, type=kind, reason=f"{_OTHER_TYPES[kind]}; mlx-lm only generates text."
             )
         try:
             config = read_object(f"{folder.path}/{CONFIG}", 4 * MB)
         except Unreadable as error:
-            return replace(model, reason=_sentence(str(error)))
+            return replace(model, reason=sentence(str(error)))
         return _Reading(model, folder, config, self._package).model()
 
 
@@ -123,14 +121,14 @@ class _Reading:
         self._model = model
         self._folder = folder
         self._config = config
-        self._text = _text_part(config)
+        self._text = text_part(config)
         self._package = package
         self._known = package.architecture(config)
         self._architecture = self._known or Architecture(str(config.get("model_type")))
         self._vision = package.sees_images(config, self._architecture)
 
     def model(self) -> Model:
-        kind = self._type()
+        kind = kind_of(self._folder, self._config, self._known is not None)
         packing, quantization, bad_packing = quantization_of(self._quantized_config())
         capable, bad_tokenizer = self._capabilities()
         weights = read_headers(
@@ -163,13 +161,13 @@ class _Reading:
             self._model,
             type=kind,
             loadable=reason is None,
-            reason=_sentence(reason) if reason else None,
+            reason=sentence(reason) if reason else None,
             architecture=architecture[:80] if isinstance(architecture, str) else None,
             quantization=quantization,
             parameters=weights.parameters or None,
             weights_bytes=weights.memory,
             kv_cache=cache,
-            max_context_length=number(self._text, *_CONTEXT),
+            max_context_length=number(self._text, *CONTEXT),
             vocab_size=vocab_size,
             capabilities=capable,
             sampling=sampling(self._folder.path, self._folder.sizes, vocab_size),
@@ -188,21 +186,6 @@ class _Reading:
             return "whole"
         return "window" if cache is not None and cache.windowed_per_token else "prefix"
 
-    def _type(self) -> str:
-        architectures = str(self._config.get("architectures"))
-        if "ForSequenceClassification" in architectures or _RERANKER.search(self._folder.id):
-            return "reranker"
-        if (
-            _EMBEDDING.search(self._folder.id.rpartition("/")[2])
-            or not _POOLING.isdisjoint(self._folder.sizes)
-            or (self._known is None and _ENCODER.search(architectures))
-        ):
-            return "embedding"
-        if self._config.get("vision_config") or self._config.get("vision_tower"):
-            return "vlm"
-        generates = self._known or "ForCausalLM" in architectures
-        return "llm" if generates else "unknown"
-
     def _has_more_than_text(self) -> bool:
         parts = ("text_config", "vision_config", "audio_config")
         ahead = number(self._text, "num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -216,7 +199,7 @@ class _Reading:
             return
         if self._folder.named(".safetensors"):
             yield "its weights are not named model*.safetensors, the only name mlx-lm reads"
-        elif self._folder.named(*_PYTORCH):
+        elif self._folder.named(*PYTORCH):
             yield "its weights are in PyTorch format; mlx_lm.convert converts them to safetensors"
         else:
             yield "it has no weights (model*.safetensors): the download is incomplete"
@@ -329,13 +312,7 @@ def _other_quantization(
     return Quantization(method, bits, group), listing, fault
 
 
-def _type_without_config(folder: Folder) -> str | None:
-    if DIFFUSERS in folder.sizes:
-        return "image"
-    return "adapter" if "adapter_config.json" in folder.sizes else None
-
-
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of the text model, completed with the entries of the whole config."""
     for name in ("text_config", "llm_config", "language_config"):
         part = config.get(name)
@@ -344,7 +321,8 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _sentence(phrase: str) -> str:
+def sentence(phrase: str) -> str:
+    """Return a phrase as a sentence: with a capital and a full stop."""
     first, rest = phrase[:1], phrase[1:]
     named = first.islower() and "." in phrase.partition(" ")[0]  # a file name keeps its case
     return f"{first if named else first.upper()}{rest}."

@@ -101,7 +101,7 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
     """Adjust fields whose meaning depends on other fields."""
     if "max_completion_tokens" in request:
         request["max_tokens"] = request.pop("max_completion_tokens")
-    _choose_tools(request)
+    choose_tools(request)
     if request.get("temperature") == 0:  # always the likeliest token: nothing is random
         request.pop("seed", None)
     alternatives = request.get("logprobs")
@@ -121,7 +121,7 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
         request["chat_template_kwargs"] = template | request.get("chat_template_kwargs", {})
 
 
-def _choose_tools(request: dict[str, Any]) -> None:
+def choose_tools(request: dict[str, Any]) -> None:
     """Offer the model only the tools that `tool_choice` allows."""
     choice = request.get("tool_choice")
     if choice == "none":

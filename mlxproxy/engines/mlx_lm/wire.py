@@ -22,6 +22,7 @@ from mlxproxy.errors import (
 
 log = logging.getLogger("mlxproxy.relay")
 
+COUNT_PATH: Final = "/mlxproxy/count"  # as in inside/count.py
 _ROLE: Final = b'{"role": "assistant", '
 _ROLE_ALONE: Final = b'{"role": "assistant"}'
 _REASONING: Final = b', "reasoning": "'
@@ -36,7 +37,7 @@ _TEMPLATE = re.compile(
 )
 _EMPTY = "the prompt has no tokens"
 _TOO_LONG = re.compile(
-    r"the prompt has ((?:more than )?\d+ tokens), and the model's context is (\d{1,18})"
+    r"the prompt has ((?:about )?\d+ tokens), and the model's context is (\d{1,18})"
 )
 _VALIDATION = re.compile(r"[a-z_]+ must be [A-Za-z0-9 ,.()']{1,100}")
 _AGAIN = "Try again; if the same request fails again, see the backend's log."
@@ -49,16 +50,19 @@ class MlxLmWire:
 
     Args:
         has: whether the process has a feature of `inside/`; with `progress`, the keepalives of a
-            stream count the cached tokens of the prompt.
+            stream count the cached tokens of the prompt; with `count`, it answers how many tokens
+            a prompt has.
     """
 
     # `choices` comes last; only in the event with the usage does anything follow it.
     chunk_end: Final = b"]}\n\n"
     reasoning_mark: Final = _REASONING
+    authorization: Final = ""
 
     def __init__(self, has: Callable[[str], bool]) -> None:
         self._has = has
         self._counts_cached = has("progress")
+        self.count_path = COUNT_PATH if has("count") else None
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         """Return the body of a request.
@@ -117,6 +121,17 @@ class MlxLmWire:
         """Return the length of the prompt from a keepalive."""
         match = _PROMPT_TOKENS.match(data) if self._counts_cached else None
         return int(match[1]) if match else None
+
+    def count_in(self, answer: bytes) -> int | None:
+        """Return the number of tokens in the answer to a question for them."""
+        try:
+            tokens = parsed(answer)["tokens"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        return tokens if type(tokens) is int and tokens >= 0 else None
+
+    def failure(self, event: bytes) -> None:
+        """Return None: it ends a failed stream by closing the connection."""
 
     def error(self, status: int, body: bytes) -> ProxyError:
         """Return the error of the backend in the contract's shape.

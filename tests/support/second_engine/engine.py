@@ -96,6 +96,7 @@ class Inspector:
     """Finds the models of this engine."""
 
     fingerprint = NAME
+    kinds = frozenset({"second"})
 
     def __call__(self, folder: Folder) -> Model:
         config = json.loads(Path(folder.path, CONFIG).read_text())
@@ -114,7 +115,9 @@ class Wire:
     """Chunks in JSON without spaces; options in an object of their own; errors in `detail`."""
 
     chunk_end = b'"usage":null}\n\n'
+    count_path = None
     reasoning_mark = b',"reasoning":"'
+    authorization = ""
 
     def encode(self, fields: Fields, model: str, streamed: bool) -> bytes:
         options = {**fields["options"], "stream": streamed}
@@ -140,6 +143,12 @@ class Wire:
         return usage
 
     def prompt_tokens(self, data: bytes) -> int | None:
+        return None
+
+    def count_in(self, answer: bytes) -> int | None:
+        return None
+
+    def failure(self, event: bytes) -> None:
         return None
 
     def error(self, status: int, body: bytes) -> ProxyError:

@@ -28,11 +28,12 @@ EMPTY = "the prompt has no tokens"
 TOO_LONG = "the prompt has {tokens} tokens, and the model's context is {context}"
 
 
-def arm(server: Any, context: int | None) -> None:
+def arm(server: Any, context: int | None, counter: Counter | None = None) -> None:
     """Patch `mlx_lm.server`.
 
     Args:
         context: tokens that the model can take; None if that is not known.
+        counter: counts long texts; None: one of its own.
 
     Raises:
         Unexpected: it tokenizes in another way.
@@ -43,13 +44,15 @@ def arm(server: Any, context: int | None) -> None:
     }
     gate.require(server, names)
     tokenize, generate = server.ResponseGenerator._tokenize, server.ResponseGenerator.generate
-    counter = Counter()
+    counter = counter or Counter()
 
     @functools.wraps(generate)
     def count_and_generate(self: Any, request: Any, *arguments: Any, **named: Any) -> Any:
         tokenizer = self.model_provider.tokenizer
-        if context is not None and counter.exceeds(tokenizer, texts_of(request), context):
-            raise ValueError(TOO_LONG.format(tokens=f"more than {context}", context=context))
+        if context is not None and (
+            tokens := counter.beyond(tokenizer, texts_of(request), context)
+        ):
+            raise ValueError(TOO_LONG.format(tokens=f"about {tokens}", context=context))
         return generate(self, request, *arguments, **named)
 
     @functools.wraps(tokenize)
@@ -86,30 +89,40 @@ class Counter:
         self._of: Any = None
         self._own: Any = None
 
-    def exceeds(self, tokenizer: Any, texts: Iterable[str], context: int) -> bool:
-        """Return whether these texts certainly have more tokens than the context.
+    def beyond(self, tokenizer: Any, texts: Iterable[str], context: int) -> int | None:
+        """Return about how many tokens these texts have, if certainly more than the context.
 
-        The result is False if that cannot be determined.
+        Only as many are counted as are needed for that; the rest is estimated. The result is None
+        if they may fit, or if that cannot be determined.
         """
         whole = list(texts)
-        if sum(map(len, whole)) <= LONG * context:
-            return False
-        counted = 0
-        with contextlib.suppress(AttributeError, TypeError, ValueError), self._lock:
-            own = self._copy_of(tokenizer)
+        characters = sum(map(len, whole))
+        if characters <= LONG * context:
+            return None
+        counted = read = 0
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            own = self.copy_of(tokenizer)
             for text in whole:
                 for start in range(0, len(text), PIECE_CHARACTERS):
                     piece = text[start : start + PIECE_CHARACTERS]
                     (encoded,) = own.encode_batch([piece], add_special_tokens=False)
                     counted += max(0, len(encoded.ids) - SEAM_TOKENS)
+                    read += len(piece)
                     if counted > context:
-                        return True
-        return False
+                        return counted * characters // read
+        return None
 
-    def _copy_of(self, tokenizer: Any) -> Any:
-        if tokenizer is not self._of:
-            fast = tokenizer._tokenizer.backend_tokenizer
-            own = type(fast).from_str(fast.to_str())
-            own.no_truncation()
-            self._own, self._of = own, tokenizer
-        return self._own
+    def copy_of(self, tokenizer: Any) -> Any:
+        """Return a copy of mlx-lm's tokenizer, for texts alone; several threads may use it.
+
+        Raises:
+            AttributeError: it is of a kind that cannot be copied.
+        """
+        with self._lock:
+            if tokenizer is not self._of:
+                fast = tokenizer._tokenizer.backend_tokenizer
+                own = type(fast).from_str(fast.to_str())
+                own.no_truncation()
+                own.no_padding()
+                self._own, self._of = own, tokenizer
+            return self._own

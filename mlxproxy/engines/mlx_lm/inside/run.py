@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import (
+    count,
     departures,
     detokenizer,
     gate,
@@ -50,6 +51,7 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         for name in ("server", "generate", "sample_utils", "tokenizer_utils", "models.cache")
     )
     watched = departures.Departures(pulse)
+    counter = prompts.Counter()
     # Each feature wraps those armed before it, so what it calls comes first.
     features: dict[str, Callable[[], None]] = {
         "prompt_cache": lambda: prompt_cache.arm(cache),
@@ -60,7 +62,8 @@ def arm(reporter: Reporter, pulse: Pulse, options: dict[str, Any]) -> None:
         "logprobs": lambda: logprobs.arm(server, tokenizer_utils),
         "grammar": lambda: grammar.arm(server, mx),
         "stop": lambda: stop.arm(server),
-        "prompts": lambda: prompts.arm(server, options.get("context")),
+        "count": lambda: count.arm(server, counter),
+        "prompts": lambda: prompts.arm(server, options.get("context"), counter),
         "progress": lambda: progress.arm(server),
         "pace": lambda: pace.arm(server, generate),
         "departures": lambda: watched.arm(server, generate),

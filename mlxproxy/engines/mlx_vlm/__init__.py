@@ -1,0 +1,1 @@
+"""`mlx_vlm.server`, the backend of models that see, embed or rank."""
