@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import requests
 
+from mlxproxy.blueprints.app import create_app
+from mlxproxy.settings import Settings
 from tests.conftest import free_port
 from tests.support import model_folders, scripted_server
 from tests.support.proxy import Proxy
@@ -402,6 +405,23 @@ def test_a_peer_that_is_down_is_an_error_at_once_and_the_others_go_on(
     assert error["message"].startswith(f"The peer mini ({down['url']}) does not accept connections")
     assert asked_of(proxy, "tiny/beta@studio").ok
     assert asked_of(proxy, "tiny/alpha").ok
+
+
+def test_every_call_that_names_a_model_reaches_the_peer_that_it_names(
+    start: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    proxy = small(start, tmp_path, mini={"url": f"http://127.0.0.1:{free_port()}"})
+    parts: Any = SimpleNamespace(settings=Settings(instance_path=tmp_path))
+    rules = create_app(parts).url_map.iter_rules()
+    calls = [rule for rule in rules if "POST" in (rule.methods or ()) and not rule.arguments]
+    paths = sorted(rule.rule for rule in calls)
+    assert len(paths) > 15
+    name = "tiny/beta@mini"
+    body = {"model": name, "model_id": name, "instance_id": name, "messages": USER, "prompt": "Hi"}
+    for path in paths:
+        refused = proxy.post(path, {**body, "max_tokens": 4}, headers=auth(OURS))
+        assert refused.status_code == 502, path
+        assert "The peer mini" in refused.text, path
 
 
 def test_a_peer_that_vanishes_is_an_error_at_once_and_leaves_the_list(
