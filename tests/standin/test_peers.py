@@ -18,6 +18,7 @@ import pytest
 import requests
 
 from mlxproxy.blueprints.app import create_app
+from mlxproxy.instance import Instance
 from mlxproxy.settings import Settings
 from tests.conftest import free_port
 from tests.support import model_folders, scripted_server
@@ -577,3 +578,16 @@ def test_a_stop_lets_an_answer_from_a_peer_finish(
     until(lambda: peers_of(proxy)[0]["in_flight"] == 1, what="the answer")
     assert proxy.stop() == 0
     assert asked.result().content.strip() == b"{}"
+
+
+def test_a_peer_does_not_log_each_time_it_is_asked_for_its_list(two: Two) -> None:
+    log = Instance(two.there.instance).log("proxy")
+    headers = {**auth(THEIRS), "X-Mlxproxy-Hops": "1", "X-Request-Id": "asked-by-a-peer"}
+    assert two.there.get("/v1/models", headers=headers).ok
+    headers = {**auth(THEIRS), "X-Request-Id": "asked-by-a-client"}
+    assert two.there.get("/v1/models", headers=headers).ok
+    until(
+        lambda: log.exists() and "asked-by-a-client" in log.read_text(),
+        what="the line of the client",
+    )
+    assert "asked-by-a-peer" not in log.read_text()
