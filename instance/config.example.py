@@ -61,6 +61,9 @@
 # -- Other names, or patterns of them, for a model, a profile, or "loaded".
 # ALIASES = {"gpt-*": "loaded", "claude-*": "coder"}
 
+# -- Other machines that run mlxproxy, whose models this one offers too. See docs/several-macs.md.
+# PEERS = {"studio": {"url": "http://studio.local:8080", "key": "its API key"}}
+
 # -- Sampling of requests that set none: model: as the model's generation_config.json says; greedy:
 # -- always the likeliest token.
 # SAMPLING_DEFAULTS = "model"

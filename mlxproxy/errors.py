@@ -160,6 +160,20 @@ class BackendFailed(ProxyError):
     code = "backend_failed"
 
 
+class PeerUnavailable(ProxyError):
+    """Another machine that has the model does not answer, or has ended the answer."""
+
+    status = 502
+    code = "peer_unavailable"
+
+
+class PeerLoop(ProxyError):
+    """A request that comes from a peer would have to go to a peer."""
+
+    status = 508
+    code = "peer_loop"
+
+
 class NoModelLoaded(ProxyError):
     status = 503
     code = "no_model_loaded"

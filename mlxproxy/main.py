@@ -61,14 +61,7 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
         proxy_log = LogFile(settings.instance.log("proxy"))
         app = create_app(services)
         try:
-            server = Server(
-                app,
-                settings,
-                listener,
-                proxy.close,
-                services.controller.force_stop,
-                others=others,
-            )
+            server = Server(app, settings, listener, proxy.close, proxy.force_stop, others=others)
         except CannotListen as error:
             proxy.close()
             raise CannotServe(str(error)) from None
@@ -79,6 +72,8 @@ def _serve(settings: Settings, engines: Sequence[Engine]) -> None:
             for sentence in selection.strangers():
                 log.warning("%s", sentence)
             selection.preload(lambda: services.bus.closed)
+            if services.peers is not None:
+                services.peers.start()
             server.run()
         finally:
             proxy_log.close()

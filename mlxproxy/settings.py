@@ -25,11 +25,36 @@ P = TypeVar("P")
 MOST_LOADED = 8  # models; each has a port, and the choice of what to evict examines every group
 Table = tuple[tuple[str, Mapping[str, Any]], ...]  # a name or a pattern, and its options
 ENV_PREFIX = "MLXPROXY_"
+HTTP_PORT = 80
 CLIENT_VARIABLES = {"MLXPROXY_URL"}  # read by the commands that talk to a server, not by the server
 
 
 class SettingError(ValueError):
     """A setting has a value that is not allowed; the message is the sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another machine with an mlxproxy of its own.
+
+    Attributes:
+        name: what follows the @ in the names of its models.
+        key: the API key that it asks for; None: none.
+    """
+
+    name: str
+    host: str
+    port: int
+    key: str | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def authorization(self) -> str:
+        """The value of that header for it: its own key, never ours or a client's; or nothing."""
+        return "" if self.key is None else f"Bearer {self.key}"
 
 
 @dataclass(frozen=True)
@@ -291,6 +316,31 @@ def _names(value: Any) -> tuple[tuple[str, str], ...]:
     return tuple(value.items())
 
 
+@_shown_as("TABLE")
+def _peers(value: Any) -> tuple[Peer, ...]:
+    allowed = (
+        'a dictionary of machines, such as {"studio": {"url": "http://studio.local:8080", "key": '
+        '"..."}}: each name of lower-case letters, digits and hyphens, each url http://HOST:PORT '
+        "(an IPv4 address or a name that has one)"
+    )
+    if not isinstance(value, Mapping):
+        raise ValueError(allowed)
+    peers = []
+    for name, options in value.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+            raise ValueError(allowed)
+        if not isinstance(options, Mapping) or not {"url"} <= options.keys() <= {"url", "key"}:
+            raise ValueError(allowed)
+        url, key = options["url"], options.get("key")
+        match = re.fullmatch(r"http://([\w.-]+)(?::(\d{1,5}))?/?", str(url), re.ASCII)
+        if match is None or not 1 <= int(match[2] or HTTP_PORT) <= 65535:
+            raise ValueError(allowed)
+        if key is not None and not (isinstance(key, str) and key and _is_sendable(key)):
+            raise ValueError("a key that can be sent in an HTTP header, for each peer that has one")
+        peers.append(Peer(name, match[1], int(match[2] or HTTP_PORT), key))
+    return tuple(peers)
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
@@ -395,6 +445,14 @@ class Settings:
         _names,
         "Other names for a model, a profile or whatever is loaded (in config.py only): see "
         "docs/settings.md",
+        shown="none",
+        only_in_config=True,
+    )
+    peers: tuple[Peer, ...] = _setting(
+        (),
+        _peers,
+        "Other machines that run mlxproxy, whose models this one offers too (in config.py only): "
+        "see docs/several-macs.md",
         shown="none",
         only_in_config=True,
     )
@@ -665,7 +723,7 @@ def _parse(name: str, value: Any, source: str) -> Any:
     try:
         return known[name].metadata["parse"](value)
     except ValueError as allowed:
-        shown = "…" if "API_KEY" in name else repr(value)
+        shown = "…" if "API_KEY" in name or name == "PEERS" else repr(value)
         raise SettingError(f"{name} = {shown} (from {source}): must be {allowed}.") from None
 
 

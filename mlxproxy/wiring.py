@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from mlxproxy.logfile import LogFile
 from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
+from mlxproxy.peers.relay import Peers
 from mlxproxy.preferences import EngineChoice, Preferences
 from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection, as_it_is_now
@@ -53,12 +55,24 @@ class Proxy:
 
     def close(self) -> None:
         """Let answers finish, stop the backends, release the ports."""
+        peers = self.services.peers
+        deadline = time.monotonic() + self.services.settings.shutdown_timeout
         self.services.bus.close()
         self.services.standby.close()
+        if peers is not None:
+            peers.refuse()
         self.services.controller.shutdown()
+        if peers is not None:
+            peers.close(max(0.0, deadline - time.monotonic()))
         for log_file in self.log_files:
             log_file.close()
         self.lock.release()
+
+    def force_stop(self) -> None:
+        """Shorten a stop in progress: end the answers now."""
+        self.services.controller.force_stop()
+        if self.services.peers is not None:
+            self.services.peers.force_stop()
 
 
 def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
@@ -152,6 +166,7 @@ def build(settings: Settings, engines: Sequence[Engine] = ()) -> Proxy:
         bodies=Budget(BODIES * settings.max_body),
         responses=ResponsesStore(),
         chats=ResponsesStore(),
+        peers=peers_of(settings),
     )
     return Proxy(services, lock, log_files)
 
@@ -170,6 +185,13 @@ def engines_of(settings: Settings) -> tuple[Engine, ...]:
         ),
         MlxVlm(settings.vlm_server_bin, settings.max_tokens),
     )
+
+
+def peers_of(settings: Settings) -> Peers | None:
+    """Return the other machines that the settings name; None if they name none."""
+    if not settings.peers:
+        return None
+    return Peers(settings.peers, settings.max_concurrent, settings.stall_timeout)
 
 
 def memory_of(settings: Settings) -> Memory:

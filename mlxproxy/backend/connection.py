@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from mlxproxy.backend.protocol import Address
@@ -29,6 +30,7 @@ CONNECT_SECONDS = 10.0
 # The backend's listen backlog is 5: in a burst the kernel drops the SYN and tries again only after
 # a second. A new attempt after 20 ms gets through as soon as the backend has accepted the others.
 CONNECT_RETRY_SECONDS = 0.02
+NO_HEADERS: Mapping[str, str] = {}
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5]\d\d)(?: |$)", re.ASCII)
@@ -174,21 +176,28 @@ class BackendConnection:
             self._socket.close()
             raise BrokenConnection(f"closed the connection ({error.strerror or error})") from None
 
-    def send(self, path: str, body: bytes | None, authorization: str = "") -> None:
+    def send(
+        self,
+        path: str,
+        body: bytes | None,
+        authorization: str = "",
+        headers: Mapping[str, str] = NO_HEADERS,
+    ) -> None:
         """Take one request, which :meth:`read_head` sends before it waits.
 
         Args:
             body: JSON, for a POST; None for a GET.
             authorization: the value of that header; empty: none is sent.
+            headers: others than those of every request; they can be sent as Latin-1.
         """
-        method, about = "GET", ""
+        method, about = "GET", "".join(f"{name}: {it}\r\n" for name, it in headers.items())
         if body is not None:
-            about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            about += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             method = "POST"
         if authorization:
             about += f"Authorization: {authorization}\r\n"
         head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{about}\r\n"
-        self._unsent = memoryview(head.encode("ascii") + (body or b""))
+        self._unsent = memoryview(head.encode("latin-1") + (body or b""))
 
     def read_head(self) -> None:
         """Wait for the status line and the headers (names in lower case).

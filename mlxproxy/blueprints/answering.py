@@ -10,6 +10,7 @@ from typing import Any
 from flask import Response, g
 
 from mlxproxy.backend.spec import ModelSpec
+from mlxproxy.blueprints import peering
 from mlxproxy.blueprints.hooks import client, disconnect, json_body, streamed, warn
 from mlxproxy.blueprints.services import services
 from mlxproxy.controller import Claim, Lease
@@ -322,9 +323,24 @@ def _json(body: bytes) -> Response:
 
 def entries() -> list[dict[str, Any]]:
     """Return the models that can be loaded, as the entries of `/v1/models`."""
-    return [model.to_dict() for model in services().catalog.models() if model.loadable]
+    here = [model.to_dict() for model in services().catalog.models() if model.loadable]
+    return here + [dict(offer.item) for offer in peering.offered()]
+
+
+def entry(name: str) -> dict[str, Any]:
+    """Return the model of that name, as an entry of `/v1/models`.
+
+    Raises:
+        ProxyError: no model has that name, or several have it.
+    """
+    if (offer := peering.offer_of(name)) is not None:
+        return dict(offer.item)
+    model, _ = services().selection.find(name)
+    return model.to_dict()
 
 
 def contexts() -> dict[str, int]:
     """Return the ids of the loaded models, each with the length of its context in tokens."""
-    return {spec.model_id: spec.max_context or 0 for spec in services().controller.residents()}
+    here = {spec.model_id: spec.max_context or 0 for spec in services().controller.residents()}
+    there = [offer.item for offer in peering.offered() if offer.loaded]
+    return {**here, **{item["id"]: item["max_context_length"] or 0 for item in there}}

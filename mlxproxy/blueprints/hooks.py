@@ -52,6 +52,8 @@ QUIET_PATHS = ("/health", "/metrics")  # polled every few seconds, so logged at 
 # stalls meanwhile. This is ten times the commas of the longest prompt that fits into any context.
 MAX_VALUES = 250_000
 VALUE_BYTES = 64  # of an empty list, the smallest value that is an object of its own
+HOPS = "HTTP_X_MLXPROXY_HOPS"  # in the environment of a request that another mlxproxy sends
+LISTING = "/v1/models"  # what a peer asks for every few seconds
 HOST = "mlxproxy.host"  # the key in the environment that holds the Host header
 
 
@@ -184,14 +186,16 @@ def _admit() -> Response | None:
         return Response(status=204)
     if asked.path not in OPEN_PATHS and not page.is_for(asked):
         g.key = access.check_key(environ.get("HTTP_AUTHORIZATION"), environ.get("HTTP_X_API_KEY"))
-    if not _is_quiet(asked.path):
+    if not _is_quiet(asked):
         parts.bus.publish("request_started", g.who)  # which copies it
     return None
 
 
-def _is_quiet(path: str) -> bool:
+def _is_quiet(asked: Request) -> bool:
     """Return whether only DEBUG logs a request; a page that opens reads dozens of its files."""
-    return path in QUIET_PATHS or path.startswith(page.PREFIX)
+    path = asked.path
+    polls = path == LISTING and asked.method == "GET" and HOPS in asked.environ
+    return polls or path in QUIET_PATHS or path.startswith(page.PREFIX)
 
 
 def _is_followed_link(asked: Request) -> bool:
@@ -253,9 +257,9 @@ def recorder() -> Callable[[int, AnswerStats | None], None]:
     It may be called from any thread.
     """
     asked = _this_request()
-    parts, started, path, facts = services(), g.started, asked.path, g.who
+    parts, started, facts = services(), g.started, g.who
     route = asked.url_rule.rule if asked.url_rule else "other"
-    answer, quiet = g.get("answer"), _is_quiet(path)
+    answer, quiet = g.get("answer"), _is_quiet(asked)
 
     def record(status: int, stats: AnswerStats | None) -> None:
         parts.answers.end(answer)

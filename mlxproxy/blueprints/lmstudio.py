@@ -8,7 +8,16 @@ from typing import Any
 from flask import Blueprint, Response
 
 from mlxproxy.backend.spec import ModelSpec
-from mlxproxy.blueprints.answering import answered, contexts, dialect_body, entries, load, unload
+from mlxproxy.blueprints.answering import (
+    answered,
+    contexts,
+    dialect_body,
+    entries,
+    entry,
+    load,
+    unload,
+)
+from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import fields, lmstudio_models, lmstudio_request
 from mlxproxy.dialects.lmstudio_answer import LMStudioV0Answer
@@ -31,6 +40,8 @@ def completions_v0() -> Response:
 
 def _answered_v0(kind: Written) -> Response:
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     translated = lmstudio_request.translate_v0(body, kind)
     answer = translated.answer
     assert isinstance(answer, LMStudioV0Answer)
@@ -59,14 +70,15 @@ def models_v0() -> dict[str, Any]:
 @blueprint.get("/v0/models/<path:name>")
 def model_v0(name: str) -> dict[str, Any]:
     """Return one model."""
-    model, _ = services().selection.find(name)
-    return lmstudio_models.one_v0(model.to_dict(), contexts())
+    return lmstudio_models.one_v0(entry(name), contexts())
 
 
 @blueprint.post("/v1/chat")
 def chat_v1() -> Response:
     """Return the model's answer, with statistics."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     translated = lmstudio_request.translate_v1(body, services().chats)
     return answered(translated, lmstudio_request.ttl(body))
 
@@ -78,9 +90,11 @@ def models_v1() -> dict[str, Any]:
 
 
 @blueprint.post("/v1/models/load")
-def load_v1() -> dict[str, Any]:
+def load_v1() -> Response | dict[str, Any]:
     """Load a model; answer when it is ready."""
     body = dialect_body()
+    if (there := elsewhere(body, manages=True)) is not None:
+        return there
     begun = time.monotonic()
     spec = services().selection.spec_for(fields.a_text(body.get("model"), "model"))
     load(spec)
@@ -96,8 +110,11 @@ def load_v1() -> dict[str, Any]:
 
 
 @blueprint.post("/v1/models/unload")
-def unload_v1() -> dict[str, Any]:
+def unload_v1() -> Response | dict[str, Any]:
     """Unload a model."""
-    name = fields.a_text(dialect_body().get("instance_id"), "instance_id")
+    body = dialect_body()
+    if (there := elsewhere(body, "instance_id", manages=True)) is not None:
+        return there
+    name = fields.a_text(body.get("instance_id"), "instance_id")
     unload(services().selection.path_of(name))
     return {"instance_id": name}

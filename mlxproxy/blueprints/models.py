@@ -14,6 +14,7 @@ from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.answering import awaited
 from mlxproxy.blueprints.hooks import client, disconnect, json_body, recorder, warn
+from mlxproxy.blueprints.peering import described, elsewhere, offer_of, offered
 from mlxproxy.blueprints.services import services
 from mlxproxy.catalog import LONGEST_NAME
 from mlxproxy.catalog.model import Model
@@ -53,6 +54,9 @@ def listing() -> Response:
     profiles = services().selection.profiles()
     items = _items(shown) + [_profile_item(profile, model) for profile, model in profiles]
     ids = [*(model.id for model in shown), *(profile.name for profile, _ in profiles)]
+    for offer in offered():
+        items.append(offer.encoded)
+        ids.append(str(offer.item["id"]))
     told = "true" if complete else "false"
     first, last = (json.dumps(ids[end]) if ids else "null" for end in (0, -1))
     # Without `has_more`, Anthropic's SDK would ask for the next page forever.
@@ -100,8 +104,8 @@ def loaded() -> dict[str, Any]:
             *("state", "state_since", "in_flight", "waiting", "transition", "last_failure"),
             *("models", "standby"),
         )
-        return {"loaded": False, **{name: state[name] for name in kept}}
-    return {"loaded": True, **state}
+        return {"loaded": False, **{name: state[name] for name in kept}, **described()}
+    return {"loaded": True, **state, **described()}
 
 
 @blueprint.get("/<path:name>")
@@ -109,6 +113,8 @@ def one(name: str) -> Response:
     """Return one model, by any name that a load accepts."""
     if name in ("load", "unload"):
         raise MethodNotAllowed(f"/v1/models/{name} requires POST, not GET.")
+    if (offer := offer_of(name)) is not None:
+        return _json(offer.encoded)
     selection = services().selection
     model, profile = selection.find(name)
     item = _profile_item(profile, model) if profile else _items([model])[0]
@@ -120,6 +126,8 @@ def one(name: str) -> Response:
 def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
     """Load a model; answer once the model has really answered a first chat."""
     body = _body()
+    if (there := elsewhere(body, _field(body), manages=True)) is not None:
+        return there
     wanted = _wanted(body)
     stream, wait = _flag(body, "stream", False), _flag(body, "wait", True)
     parts = services()
@@ -143,14 +151,16 @@ def load() -> Response | dict[str, Any] | tuple[dict[str, Any], int]:
 
 
 @blueprint.post("/unload")
-def unload() -> dict[str, Any]:
+def unload() -> Response | dict[str, Any]:
     """Unload a model; cancel a load of it that is in progress.
 
     Without `model_id`, this unloads the model that answers requests that name none.
     """
     body = _body(required=False)
+    if (there := elsewhere(body, _field(body), manages=True)) is not None:
+        return there
     parts = services()
-    named = body.get("model_id", body.get("model")) is not None
+    named = body.get(_field(body)) is not None
     path = parts.selection.path_of(_name(body)) if named else None
     claim = awaited(lambda claim: parts.controller.unload(claim, path))
     return {"status": "unloaded" if claim.changed else "already_unloaded"}
@@ -203,9 +213,14 @@ def _wanted(body: dict[str, Any]) -> ModelSpec:
         raise
 
 
+def _field(body: dict[str, Any]) -> str:
+    """Return the field of the body that names the model."""
+    return "model_id" if "model_id" in body else "model"
+
+
 def _name(body: dict[str, Any]) -> str:
     """Return the name of the model in the body."""
-    name = body.get("model_id", body.get("model"))
+    name = body.get(_field(body))
     if not isinstance(name, str) or not name.strip():
         raise InvalidRequest(
             "model_id must be a string: the id or the absolute path of a model from GET "

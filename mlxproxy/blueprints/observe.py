@@ -36,6 +36,7 @@ from mlxproxy import sse
 from mlxproxy.blueprints import shapes
 from mlxproxy.blueprints.hooks import client as asker
 from mlxproxy.blueprints.hooks import disconnect, recorder
+from mlxproxy.blueprints.peering import described as described_peers
 from mlxproxy.blueprints.services import Services, services
 from mlxproxy.controller.state import Snapshot
 from mlxproxy.disconnect import Disconnect
@@ -105,6 +106,7 @@ def metrics() -> Response:
         controller.describe(),
         controller.memory(),
         request.headers.get("Accept", ""),
+        described_peers().get("peers", ()),
     )
     return Response(body, content_type=content_type)
 
@@ -121,6 +123,7 @@ def snapshot(parts: Services) -> dict[str, Any]:
         **told,
         **{name: value for name, value in figures.items() if name != "models"},
         "weights_bytes": spec.model.weights_bytes if spec is not None else None,
+        **described_peers(),
     }
 
 

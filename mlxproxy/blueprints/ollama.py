@@ -13,9 +13,11 @@ from mlxproxy.blueprints.answering import (
     ask,
     dialect_body,
     entries,
+    entry,
     nothing,
     unload,
 )
+from mlxproxy.blueprints.peering import elsewhere, offer_of
 from mlxproxy.blueprints.services import services
 from mlxproxy.blueprints.vectors import Found, as_json, embedded
 from mlxproxy.dialects import fields, ollama_models, ollama_request
@@ -28,6 +30,8 @@ blueprint = Blueprint("ollama", __name__, url_prefix="/api")
 def chat() -> Response:
     """Return the model's next message."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     return _answered(body, ollama_request.translate_chat(body))
 
 
@@ -35,6 +39,8 @@ def chat() -> Response:
 def generate() -> Response:
     """Return the model's answer to a prompt."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     return _answered(body, ollama_request.translate_generate(body))
 
 
@@ -75,15 +81,16 @@ def version() -> dict[str, Any]:
 @blueprint.post("/show")
 def show() -> dict[str, Any]:
     """Return one model."""
-    model, _ = services().selection.find(_name(dialect_body()))
-    return ollama_models.shown(model.to_dict())
+    return ollama_models.shown(entry(_name(dialect_body())))
 
 
 @blueprint.post("/pull")
 def pull() -> dict[str, Any]:
     """Report success for a model that is on disk; nothing is ever downloaded."""
-    model, _ = services().selection.find(_name(dialect_body()))
-    model.require_loadable()
+    name = _name(dialect_body())
+    if offer_of(name) is None:
+        model, _ = services().selection.find(name)
+        model.require_loadable()
     return {"status": "success"}
 
 
@@ -91,6 +98,8 @@ def pull() -> dict[str, Any]:
 def embed() -> Response:
     """Return a vector for each text."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     found, nanoseconds = _embedded(body, body.get("input"))
     return as_json(
         {
@@ -107,6 +116,8 @@ def embed() -> Response:
 def embeddings() -> Response:
     """Return the vector of one text: Ollama's older call."""
     body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
     found, _ = _embedded(body, fields.a_text(body.get("prompt"), "prompt"))
     return as_json({"embedding": found.values[0]})
 

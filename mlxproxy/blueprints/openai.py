@@ -11,6 +11,7 @@ from flask import Blueprint, Response
 
 from mlxproxy.blueprints.answering import ask
 from mlxproxy.blueprints.hooks import json_body, streamed
+from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import conversation
 from mlxproxy.guard.check import Written
@@ -22,6 +23,8 @@ blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 def chat() -> Response:
     """Return the loaded model's answer to a conversation."""
     given = json_body()
+    if (there := elsewhere(given)) is not None:
+        return there
     if "messages" in given:
         given["messages"] = conversation.repaired(given["messages"])
     return _complete(given, "chat")
@@ -30,7 +33,10 @@ def chat() -> Response:
 @blueprint.post("/completions")
 def completions() -> Response:
     """Return the loaded model's continuation of a text."""
-    return _complete(json_body(), "text")
+    given = json_body()
+    if (there := elsewhere(given)) is not None:
+        return there
+    return _complete(given, "text")
 
 
 def _complete(given: dict[str, Any], kind: Written) -> Response:

@@ -7,6 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, abort
 
 from mlxproxy.blueprints.answering import answered, dialect_body
+from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import responses_request
 
@@ -16,7 +17,10 @@ blueprint = Blueprint("responses", __name__, url_prefix="/v1/responses")
 @blueprint.post("")
 def create() -> Response:
     """Return the model's answer to the items of a conversation."""
-    return answered(responses_request.translate(dialect_body(), services().responses))
+    body = dialect_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    return answered(responses_request.translate(body, services().responses))
 
 
 @blueprint.get("/<path:identity>")

@@ -17,6 +17,7 @@ from mlxproxy.dialects.responses_store import ResponsesStore
 from mlxproxy.observability.answers import Answers
 from mlxproxy.observability.events import EventBus
 from mlxproxy.observability.metrics import Metrics
+from mlxproxy.peers.relay import Peers
 from mlxproxy.relay.relay import Relay
 from mlxproxy.selection import Selection
 from mlxproxy.settings import Settings
@@ -31,6 +32,7 @@ class Services:
         bodies: the budget of bytes that request bodies take up in memory.
         responses: stored answers of the Responses API that clients may refer to.
         chats: the same for LM Studio's API.
+        peers: the other machines; None if there are none.
     """
 
     settings: Settings
@@ -47,6 +49,7 @@ class Services:
     bodies: Budget
     responses: ResponsesStore
     chats: ResponsesStore
+    peers: Peers | None = None
 
 
 def services() -> Services:

@@ -14,6 +14,7 @@ from mlxproxy.backend.protocol import Unmet
 from mlxproxy.backend.spec import ModelSpec
 from mlxproxy.blueprints.answering import Asked, ask
 from mlxproxy.blueprints.hooks import json_body, warn
+from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import vectors
 from mlxproxy.errors import BackendFailed, ContextLengthExceeded
@@ -27,7 +28,10 @@ blueprint = Blueprint("vectors", __name__, url_prefix="/v1")
 @blueprint.post("/embeddings")
 def embeddings() -> Response:
     """Return OpenAI's answer: a vector for each text."""
-    asked = ask(json_body(), "embed")
+    body = json_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    asked = ask(body, "embed")
     given = asked.body.fields
     found = embedded(asked, truncate=given.get("truncate", False))
     form = given.get("encoding_format", "float")
@@ -37,7 +41,10 @@ def embeddings() -> Response:
 @blueprint.post("/rerank")
 def rerank() -> Response:
     """Return the documents' scores for a query, the best first."""
-    asked = ask(json_body(), "rerank")
+    body = json_body()
+    if (there := elsewhere(body)) is not None:
+        return there
+    asked = ask(body, "rerank")
     given = asked.body.fields
     documents, query = given["documents"], given["query"]
     size = vectors.longest(query)

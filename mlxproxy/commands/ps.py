@@ -34,6 +34,15 @@ def ps(client: Client, as_json: bool) -> None:
     elif not models:
         failure = state["last_failure"]
         terminal.say(console, failure["reason"] if failure else "No model is loaded.")
+    for peer in state.get("peers", ()):
+        terminal.say(console, _peer(peer))
+
+
+def _peer(peer: dict[str, Any]) -> str:
+    """Return what is loaded at a peer, or why that is not known, as a sentence."""
+    if not peer["reachable"]:
+        return f"The peer {peer['name']} ({peer['url']}) {peer['reason']}."
+    return f"At {peer['name']}: {', '.join(peer['loaded']) or 'no model is loaded'}"
 
 
 def _models(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-from mlxproxy import errors
+from mlxproxy import errors, sse
 from mlxproxy.dialects.form import Json, json_bytes, named_event
 from mlxproxy.errors import BackendFailed, InternalError, ProxyError
 
@@ -57,6 +57,7 @@ _HOPELESS: Final = frozenset(
         "load_failed",
         "models_root_unavailable",
         "no_model_loaded",
+        "peer_loop",
         "port_in_use",
     }
 )
@@ -150,6 +151,25 @@ def lmstudio(error: ProxyError) -> Json:
 def lmstudio_event(error: ProxyError) -> bytes:
     """Return the event that reports the error; `chat.end` follows it."""
     return named_event({"type": "error", **lmstudio(error)})
+
+
+# -- in a stream whose events come from another machine
+
+
+def in_stream(error: ProxyError, path: str, request_id: str) -> bytes:
+    """Return the last event of a stream of the API that this path belongs to."""
+    dialect = dialect_of(path)
+    if dialect == "anthropic":
+        return anthropic_event(error, request_id)
+    if dialect == "ollama":
+        return ollama_line(error)
+    if path == "/api/v1/chat":
+        stats = ("input_tokens", "total_output_tokens", "reasoning_output_tokens")
+        result: Json = {"output": [], "stats": dict.fromkeys(stats, 0)}
+        return lmstudio_event(error) + named_event({"type": "chat.end", "result": result})
+    if path == "/v1/responses":
+        return named_event({"type": "error", **responses(error), "param": error.param})
+    return sse.event(error.body())
 
 
 # -- reading an error from its body

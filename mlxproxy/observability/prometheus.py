@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -22,7 +23,11 @@ LABELS = ("model",)
 
 
 def render(
-    counts: Counts, state: Snapshot, memory: Mapping[int, int], accept: str
+    counts: Counts,
+    state: Snapshot,
+    memory: Mapping[int, int],
+    accept: str,
+    peers: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[bytes, str]:
     """Return all metrics as text, and its content type.
 
@@ -31,9 +36,10 @@ def render(
         state: the current state, as the controller describes it.
         memory: bytes that the backend of each slot holds.
         accept: the Accept header of the request.
+        peers: each peer's `name`, whether it is `reachable`, and its answers `in_flight`.
     """
     registry = CollectorRegistry()  # not the library's global one, which has unrelated metrics
-    registry.register(_Now(counts, state, memory))
+    registry.register(_Now(counts, state, memory, peers))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
@@ -41,7 +47,14 @@ def render(
 class _Now(Collector):
     """One scrape."""
 
-    def __init__(self, counts: Counts, state: Snapshot, memory: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        counts: Counts,
+        state: Snapshot,
+        memory: Mapping[int, int],
+        peers: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._peers = peers
         self._counts = counts
         self._state = state
         self._memory = memory
@@ -89,6 +102,17 @@ class _Now(Collector):
             "Memory that the backend holds (on macOS its footprint, Metal included)",
             self._memory,
         )
+        if self._peers:
+            yield self._of_peers("mlxproxy_peer_up", "Whether the peer answers", "reachable")
+            yield self._of_peers(
+                "mlxproxy_peer_in_flight", "Answers in flight from the peer", "in_flight"
+            )
+
+    def _of_peers(self, name: str, meaning: str, field: str) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(name, meaning, labels=("peer",))
+        for peer in self._peers:
+            gauge.add_metric((peer["name"],), peer[field])
+        return gauge
 
     def _gauge(self, name: str, meaning: str, values: Mapping[int, float]) -> GaugeMetricFamily:
         """Return a gauge with a value for each loaded model, from the values of the slots."""

@@ -138,10 +138,11 @@ class Server:
         self._stopping = False
         self._finished = threading.Event()
         self.address: tuple[str, int] = listener.getsockname()[:2]
+        answers = settings.max_concurrent * (1 + len(settings.peers))  # at a time
         adjustments = Adjustments(
             sockets=[listener, *others.values()],
-            threads=settings.max_concurrent + 2 * settings.max_queue + RESERVE,
-            connection_limit=_room(_raise_descriptor_limit(), settings.max_concurrent),
+            threads=answers + 2 * settings.max_queue + RESERVE,
+            connection_limit=_room(_raise_descriptor_limit(), answers),
             asyncore_use_poll=True,
             channel_request_lookahead=1,
             channel_timeout=120,

@@ -72,6 +72,7 @@ def streaming(scene: Scene) -> tuple[FlaskClient, Any]:
             current=lambda: None, has=lambda feature: False, lease=lambda *_: scene.lease
         ),
         relay=scene.relay,
+        peers=None,
         selection=SimpleNamespace(
             expected=lambda name, kind: None,
             profile_for=lambda name, spec: None,
