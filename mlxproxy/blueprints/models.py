@@ -104,8 +104,8 @@ def loaded() -> dict[str, Any]:
             *("state", "state_since", "in_flight", "waiting", "transition", "last_failure"),
             *("models", "standby"),
         )
-        return {"loaded": False, **{name: state[name] for name in kept}, **described()}
-    return {"loaded": True, **state, **described()}
+        return {"loaded": False, **{name: state[name] for name in kept}, **described(services())}
+    return {"loaded": True, **state, **described(services())}
 
 
 @blueprint.get("/<path:name>")

@@ -106,7 +106,7 @@ def metrics() -> Response:
         controller.describe(),
         controller.memory(),
         request.headers.get("Accept", ""),
-        described_peers().get("peers", ()),
+        described_peers(services()).get("peers", ()),
     )
     return Response(body, content_type=content_type)
 
@@ -123,7 +123,7 @@ def snapshot(parts: Services) -> dict[str, Any]:
         **told,
         **{name: value for name, value in figures.items() if name != "models"},
         "weights_bytes": spec.model.weights_bytes if spec is not None else None,
-        **described_peers(),
+        **described_peers(parts),
     }
 
 

@@ -82,9 +82,9 @@ def offer_of(name: str) -> Offer | None:
     return there.listing.offers[there.model] if there else None
 
 
-def described() -> dict[str, Any]:
-    """Return the field `peers` of the state, if there are peers."""
-    peers = services().peers
+def described(parts: Services) -> dict[str, Any]:
+    """Return the field `peers` of the state, if there are peers; streams call it as well."""
+    peers = parts.peers
     if peers is None:
         return {}
     now, flying = time.monotonic(), peers.in_flight()
