@@ -7,15 +7,18 @@ own thread does all of it, so that nobody else waits.
 
 from __future__ import annotations
 
-import functools
-import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from . import gate
+from . import gate, paths
 from .prompts import Counter
 
 PATH = "/mlxproxy/count"  # as in mlxproxy/engines/mlx_lm/wire.py
+NAMES: gate.Names = {
+    "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
+    "CompletionRequest": ("request_type", "prompt", "messages", "tools", "role_mapping"),
+}
 
 
 def arm(server: Any, counter: Counter) -> None:
@@ -27,41 +30,30 @@ def arm(server: Any, counter: Counter) -> None:
     Raises:
         Unexpected: it tokenizes or handles requests in another way.
     """
-    names: gate.Names = {
-        "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
-        "APIHandler.do_POST": ("self",),
-        "CompletionRequest": ("request_type", "prompt", "messages", "tools", "role_mapping"),
-    }
-    gate.require(server, names)
-    tokenize, do_post = server.ResponseGenerator._tokenize, server.APIHandler.do_POST
+    gate.require(server, NAMES)
+    tokenize = server.ResponseGenerator._tokenize
 
-    def count(responses: Any, body: Any) -> int:
-        messages, tools = body["messages"], body.get("tools") or None
-        roles = body.get("role_mapping")
-        request = server.CompletionRequest("chat", "", messages, tools, roles)
-        args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"))
+    def count(handler: Any, body: Any) -> tuple[int, dict[str, Any]]:
+        responses = handler.response_generator
         tokenizer = Apart(responses.model_provider.tokenizer, counter)
-        return len(tokenize(responses, tokenizer, request, args)[0])
+        return 200, {"tokens": len(chat_tokens(server, tokenize, responses, tokenizer, body))}
 
-    @functools.wraps(do_post)
-    def answer_or_count(self: Any) -> None:
-        if self.path != PATH:
-            do_post(self)
-            return
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        answer: dict[str, Any]
-        try:
-            status, answer = 200, {"tokens": count(self.response_generator, json.loads(body))}
-        except Exception as error:  # of a template, or of a tokenizer that cannot be copied
-            status, answer = 422, {"error": type(error).__name__}
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    paths.add(server, PATH, count)
 
-    server.APIHandler.do_POST = answer_or_count
+
+def chat_tokens(
+    server: Any, tokenize: Callable[..., Any], responses: Any, tokenizer: Apart, body: Any
+) -> list[int]:
+    """Return the tokens of a chat's prompt.
+
+    Args:
+        tokenize: `ResponseGenerator._tokenize`, before other features change it.
+    """
+    messages, tools, roles = body["messages"], body.get("tools") or None, body.get("role_mapping")
+    request = server.CompletionRequest("chat", "", messages, tools, roles)
+    args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"))
+    tokens: list[int] = tokenize(responses, tokenizer, request, args)[0]
+    return tokens
 
 
 class Apart:
