@@ -23,7 +23,7 @@ from mlxproxy.settings import Settings
 
 log = logging.getLogger("mlxproxy.selection")
 
-WRITTEN: tuple[Kind, ...] = ("chat", "text")
+WRITTEN: tuple[Kind, ...] = ("chat", "text", "score")
 # What models answer that do not write, by their type.
 ANSWERED: Mapping[str, tuple[Kind, ...]] = {"embedding": ("embed",), "reranker": ("rerank",)}
 SUGGESTIONS = 3  # models that an error names

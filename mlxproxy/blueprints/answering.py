@@ -58,7 +58,7 @@ class Fitted:
             fields = self.terms.check(body, kind)
         except InvalidRequest as error:
             raise in_their_words(error, self.names) from None
-        if kind == "chat":
+        if "messages" in fields:
             fields["messages"] = conversation.settled(fields["messages"])
         return fields
 

@@ -1,4 +1,4 @@
-"""OpenAI's chat and text completions, streamed or whole. The bytes are the backend's own.
+"""OpenAI's chat and text completions, streamed or whole, and scores: the bytes of the backend.
 
 The reasoning alone is sent twice, in `reasoning` and in `reasoning_content`.
 """
@@ -14,7 +14,7 @@ from mlxproxy.blueprints.hooks import json_body, streamed
 from mlxproxy.blueprints.peering import elsewhere
 from mlxproxy.blueprints.services import services
 from mlxproxy.dialects import conversation
-from mlxproxy.guard.check import Written
+from mlxproxy.guard.check import Kind
 
 blueprint = Blueprint("chat", __name__, url_prefix="/v1")
 
@@ -39,7 +39,18 @@ def completions() -> Response:
     return _complete(given, "text")
 
 
-def _complete(given: dict[str, Any], kind: Written) -> Response:
+@blueprint.post("/score")
+def score() -> Response:
+    """Return the log probabilities of continuations of a text or a conversation."""
+    given = json_body()
+    if (there := elsewhere(given)) is not None:
+        return there
+    if "messages" in given:
+        given["messages"] = conversation.repaired(given["messages"])
+    return _complete(given, "score")
+
+
+def _complete(given: dict[str, Any], kind: Kind) -> Response:
     asked = ask(given, kind)
     relay = services().relay
     if asked.body.fields.get("stream") is True:

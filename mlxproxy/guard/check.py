@@ -19,11 +19,12 @@ from mlxproxy.guard.defaults import completed
 from mlxproxy.guard.shapes import DROP, Limits, Shape
 
 Written = Literal["chat", "text"]
-Kind = Literal[Written, "embed", "rerank"]
+Kind = Literal[Written, "score", "embed", "rerank"]
 
 PATHS: Final[Mapping[Kind, str]] = {
     "chat": "/v1/chat/completions",
     "text": "/v1/completions",
+    "score": "/v1/score",
     "embed": "/v1/embeddings",
     "rerank": "/v1/rerank",
 }

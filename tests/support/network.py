@@ -47,6 +47,8 @@ CALLS = [
     ("POST", "/api/embed"),
     ("POST", "/v1/embeddings"),
     ("POST", "/embeddings"),
+    ("POST", "/v1/score"),
+    ("POST", "/score"),
     ("POST", "/v1/rerank"),
     ("POST", "/v2/rerank"),
     ("POST", "/rerank"),

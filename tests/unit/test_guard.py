@@ -76,10 +76,16 @@ def nested(depth: int) -> Any:
     return value
 
 
+REQUIRED: dict[Kind, dict[str, Any]] = {
+    "chat": {"messages": HELLO},
+    "text": {"prompt": "Hello"},
+    "score": {"prompt": "Hello", "continuations": ["Yes"]},
+}
+
+
 def checked(kind: Kind, fields: dict[str, Any], limits: Limits = LIMITS) -> dict[str, Any]:
     """The checked request with these fields and the required one."""
-    required = {"messages": HELLO} if kind == "chat" else {"prompt": "Hello"}
-    return check({**required, **fields}, RULES[kind], limits)
+    return check({**REQUIRED[kind], **fields}, RULES[kind], limits)
 
 
 def said(content: Any, **more: Any) -> dict[str, Any]:
@@ -393,6 +399,11 @@ REFUSED: list[tuple[Kind, dict[str, Any], str]] = [
     *[("text", {"best_of": value}, "best_of") for value in (2, True)],
     *[("text", {"echo": value}, "echo") for value in (True, 0)],
     *[("text", {"suffix": value}, "suffix") for value in ("}", 5)],
+    *[("score", {"prompt": value}, "prompt") for value in (["a"], 5)],
+    ("score", {"messages": HELLO}, "prompt"),  # and a prompt
+    ("score", {"stream": True}, "stream"),
+    *[("score", {"continuations": value}, "continuations") for value in ([], ["a"] * 129)],
+    *[("score", {"continuations": ["a", value]}, "continuations[1]") for value in ("", 5, None)],
     ("chat", {"response_format": "json"}, "response_format"),
     ("chat", {"response_format": {"type": 5}}, "response_format"),
     ("chat", {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
@@ -526,19 +537,17 @@ def name_of(case: object) -> str | None:
 
 @pytest.mark.parametrize(("kind", "fields"), SAME, ids=name_of)
 def test_what_the_backend_takes_passes_unchanged(kind: Kind, fields: dict[str, Any]) -> None:
-    required = {"messages": HELLO} if kind == "chat" else {"prompt": "Hello"}
-    assert checked(kind, fields) == {**required, **fields}
+    assert checked(kind, fields) == {**REQUIRED[kind], **fields}
 
 
 @pytest.mark.parametrize(("kind", "fields", "expected"), TRANSLATED, ids=name_of)
 def test_what_means_the_same_is_translated(
     kind: Kind, fields: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    required = {"messages": HELLO} if kind == "chat" else {"prompt": "Hello"}
     translated = checked(kind, fields)
-    assert translated == {**required, **expected}
+    assert translated == {**REQUIRED[kind], **expected}
     assert json.dumps(translated, sort_keys=True) == json.dumps(
-        {**required, **expected}, sort_keys=True
+        {**REQUIRED[kind], **expected}, sort_keys=True
     ), "1 and 1.0 are not the same to the backend"
 
 

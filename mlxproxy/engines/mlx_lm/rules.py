@@ -15,6 +15,7 @@ from mlxproxy.guard.check import Kind, Rule, Rules
 from mlxproxy.guard.shapes import Limits
 
 MAX_TOP_LOGPROBS = 11  # OpenAI's limit is 20, and fewer may be returned
+MAX_CONTINUATIONS = 128
 CONTEXT_SIZE = shapes.integer(0, 1 << 20)
 
 # "kills": it crashes the generation thread, and so every answer in flight, until the backend is
@@ -83,6 +84,18 @@ _TEXT: Final = {
 }
 
 
+_SCORE: Final = {
+    **{
+        name: _COMMON[name]
+        for name in ("model", "chat_template_kwargs", "enable_thinking", "reasoning_effort")
+    },
+    **{name: _CHAT[name] for name in ("messages", "tools", "role_mapping")},
+    "stream": Rule(shapes.only(False, "scores come whole; leave it out."), "ignored"),
+    "prompt": Rule(shapes.string, "an error of its thread"),
+    "continuations": Rule(shapes.texts(MAX_CONTINUATIONS), "each is read in a pass of its own"),
+}
+
+
 def is_exclusive(request: Mapping[str, Any], has: Callable[[str], bool]) -> bool:
     """Return whether the backend answers this checked request alone.
 
@@ -121,6 +134,17 @@ def _combine(request: dict[str, Any], limits: Limits) -> None:
         request["chat_template_kwargs"] = template | request.get("chat_template_kwargs", {})
 
 
+def _combine_score(request: dict[str, Any], limits: Limits) -> None:
+    if ("prompt" in request) is ("messages" in request):
+        raise InvalidRequest("Give either prompt or messages.", param="prompt")
+    for place, text in enumerate(request["continuations"]):
+        if not text:
+            raise InvalidRequest("A continuation is empty.", param=f"continuations[{place}]")
+    if shapes.images(request.get("messages", ())):
+        raise InvalidRequest("Scores are of texts; leave the images out.", param="messages")
+    _combine(request, limits)
+
+
 def choose_tools(request: dict[str, Any]) -> None:
     """Offer the model only the tools that `tool_choice` allows."""
     choice = request.get("tool_choice")
@@ -142,4 +166,5 @@ def choose_tools(request: dict[str, Any]) -> None:
 RULES: Final[Mapping[Kind, Rules]] = {
     "chat": Rules(_CHAT, required="messages", combine=_combine),
     "text": Rules(_TEXT, required="prompt", combine=_combine),
+    "score": Rules(_SCORE, required="continuations", combine=_combine_score),
 }

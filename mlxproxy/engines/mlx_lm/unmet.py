@@ -56,6 +56,11 @@ def refusal(request: Mapping[str, Any], has: Callable[[str], bool]) -> InvalidRe
     Args:
         has: see :func:`unmet`.
     """
+    if "continuations" in request and not has("score"):
+        return InvalidRequest(
+            "This backend has no scores; `mlxproxy doctor` says what it lacks.",
+            param="continuations",
+        )
     if "response_format" in request:
         field = "response_format"
     elif request.get("tools") and is_forced(request.get("tool_choice")):

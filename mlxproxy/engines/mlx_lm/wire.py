@@ -79,7 +79,9 @@ class MlxLmWire:
 
     def streams_all(self, fields: Fields) -> bool:
         """Return whether a stream carries the whole answer: all but log probabilities."""
-        return not (fields.get("logprobs") or fields.get("top_logprobs", 0) > 0)
+        return not (
+            "continuations" in fields or fields.get("logprobs") or fields.get("top_logprobs", 0) > 0
+        )
 
     def model_field(self, name: str) -> bytes:
         """Return `"model": "…"` as Python's `json` writes it: quotes in a string are escaped."""

@@ -1,4 +1,4 @@
-"""Log probabilities of given continuations of a prompt: `POST /mlxproxy/score`.
+"""Log probabilities of given continuations of a prompt: `POST /v1/score`.
 
 The prompt is read once (or found in the prompt cache), each continuation in one pass over a copy of
 its caches. The generation thread does that in pieces, between the steps of the answers under way,
@@ -15,6 +15,7 @@ import itertools
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from .pace import Pace
 from .prompts import EMPTY, TOO_LONG, Counter
 from .report import Pulse
 
-PATH = "/mlxproxy/score"  # as in mlxproxy/engines/mlx_lm/wire.py
+PATH = "/v1/score"  # as in mlxproxy/guard/check.py
 PIECE_TOKENS = 256  # at most: a row of logits for each is in memory at once
 LOOK_SECONDS = 0.2  # between two looks whether the client has left
 PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -84,7 +85,17 @@ def arm(
         if not job.wait(handler.connection):
             return None
         copied = counter.copy_of(responses.model_provider.tokenizer)
-        return job.answer(lambda token: copied.decode([token], skip_special_tokens=False))
+        choices = job.choices(
+            texts, lambda token: copied.decode([token], skip_special_tokens=False)
+        )
+        return 200, {
+            "id": f"score-{uuid.uuid4()}",
+            "object": "score",
+            "model": body["model"],
+            "created": int(time.time()),
+            "choices": choices,
+            "usage": job.usage(),
+        }
 
     server.ResponseGenerator._next_request = score_and_take
     paths.add(server, PATH, score)
@@ -159,21 +170,36 @@ class Job:
                 self.left = self.left or not connection.recv(1, PEEK)
         return not self.left
 
-    def answer(self, decode: Callable[[int], str]) -> tuple[int, dict[str, Any]]:
-        """Return the status and the body of the answer."""
+    def choices(self, texts: Sequence[str], decode: Callable[[int], str]) -> list[dict[str, Any]]:
+        """Return the scores, in the shape of a text completion's choices.
+
+        Raises:
+            RuntimeError: the model failed.
+        """
         if self._error is not None:
-            return 500, {"error": f"the scoring failed: {type(self._error).__name__}"}
-        return 200, {
-            "prompt_tokens": len(self.prompt),
-            "cached_tokens": self.cached,
-            "scores": [
-                {
-                    "tokens": [decode(token) for token in tokens],
-                    "logprobs": score.logprobs,
-                    "greedy": score.greedy,
-                }
-                for tokens, score in zip(self.continuations, self.scores, strict=True)
-            ],
+            raise RuntimeError(f"scoring failed: {type(self._error).__name__}")
+        return [
+            {
+                "index": index,
+                "text": texts[index],
+                "logprob": sum(value for value in score.logprobs if value is not None),
+                "is_greedy": score.greedy,
+                "logprobs": {
+                    "tokens": [decode(token) for token in self.continuations[index]],
+                    "token_logprobs": score.logprobs,
+                },
+            }
+            for index, score in enumerate(self.scores)
+        ]
+
+    def usage(self) -> dict[str, Any]:
+        """Return the token counts. Nothing is generated, so all tokens are the prompt's."""
+        tokens = len(self.prompt) + sum(map(len, self.continuations))
+        return {
+            "prompt_tokens": tokens,
+            "completion_tokens": 0,
+            "total_tokens": tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
 
