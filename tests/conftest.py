@@ -26,10 +26,12 @@ from tests.support.server_process import SERVER_BIN as SERVER_BIN
 from tests.support.server_process import Server, serve
 from tests.support.waiting import until as until
 
-# A shell makes its background processes ignore SIGINT, and their children inherit that: the tests'
-# own Ctrl-C would have no effect.
+# A shell makes its background processes ignore SIGINT, and nohup makes its own ignore SIGHUP;
+# children inherit that, so the signals that the tests send would have no effect.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
